@@ -1,0 +1,78 @@
+"""Every number of a run, written once. Both training commands build their command line from `TrainConfig`."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jax_cnn.errors import UserError
+
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+Precision = Literal["float32", "float64"]
+
+TRAIN_SIZE = 60_000
+TEST_SIZE = 10_000
+LIMITS = {
+    "epochs": (1, 10_000),
+    "batch_size": (1, TRAIN_SIZE),
+    "seed": (0, 2**32 - 1),
+    "limit_train": (1, TRAIN_SIZE),
+    "limit_test": (1, TEST_SIZE),
+}
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """Adam as in Kingma & Ba, 2015 (arXiv:1412.6980), Algorithm 1; PyTorch's and optax's defaults."""
+
+    learning_rate: float = 1e-3
+    """Step size, alpha in the paper."""
+    b1: float = 0.9
+    """Decay of the mean of the gradients."""
+    b2: float = 0.999
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added outside the square root, in torch and in optax alike."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError(f"--learning-rate must be a positive number, not {self.learning_rate}; try 1e-3")
+        for flag, decay in (("--b1", self.b1), ("--b2", self.b2)):
+            if not 0 <= decay < 1:
+                raise UserError(f"{flag} must be at least 0 and below 1, not {decay}; try 0.9 and 0.999")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UserError(f"--eps must be a positive number, not {self.eps}; try 1e-8")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run of SimpleCNN on FashionMNIST, in either framework."""
+
+    epochs: int = 5
+    """Passes over the training set."""
+    batch_size: int = 64
+    """Images in a step; the last batch of an epoch holds what is left over."""
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    seed: int = 0
+    """Seeds the initial weights and the order of the images."""
+    data_dir: Path = Path("data")
+    """Where the data set is, or is put."""
+    out_dir: Path = Path("runs")
+    """Where results are written. A run that is already there is moved aside, not overwritten."""
+    device: Device = "auto"
+    """auto takes an accelerator if the framework sees one."""
+    precision: Precision = "float32"
+    """Of weights, activations and gradients."""
+    init_weights: Path | None = None
+    """Start from this safetensors file (PyTorch's names and layouts) instead of drawing weights."""
+    limit_train: int | None = None
+    """Train on the first N images only."""
+    limit_test: int | None = None
+    """Score the first N test images only."""
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")
