@@ -1,0 +1,1 @@
+"""What holds the JAX network and the PyTorch network together."""
