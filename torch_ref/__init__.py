@@ -1,0 +1,1 @@
+"""SimpleCNN on FashionMNIST in PyTorch, as a course would write it: the reference of every comparison."""
