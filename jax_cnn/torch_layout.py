@@ -1,0 +1,139 @@
+"""The one map between PyTorch's tensors and the Flax tree: weights, gradients and both Adam moments. NumPy alone.
+
+| torch | Flax | what moves |
+|---|---|---|
+| convolution weight [out, in, row, column] | kernel [row, column, in, out] | axes |
+| linear weight [out, in] | kernel [in, out] | axes |
+| linear weight after a flatten [out, channel x row x column] | kernel [row x column x channel, out] | axes, row order |
+| bias [out] | bias [out] | nothing |
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TorchDict = dict[str, np.ndarray]
+Tree = dict[str, Any]  # nested dictionaries of arrays
+
+
+class Leaf(NamedTuple):
+    """Where one torch tensor stands in the JAX tree, its torch shape, and the way there and back."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    to_jax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+Layout = Mapping[str, Leaf]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """Leave biases, and whatever needs no change, as they are."""
+    return array
+
+
+def conv(name: str, inputs: int, outputs: int, size: int = 3) -> Layout:
+    """Map a convolution: [out, in, row, column] is [row, column, in, out] in Flax."""
+    return {
+        f"{name}.weight": Leaf(
+            (name, "kernel"),
+            (outputs, inputs, size, size),
+            lambda weight: weight.transpose(2, 3, 1, 0),
+            lambda kernel: kernel.transpose(3, 2, 0, 1),
+        ),
+        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
+    }
+
+
+def dense(name: str, inputs: int, outputs: int) -> Layout:
+    """Map a linear layer: [out, in] is [in, out] in Flax."""
+    return {
+        f"{name}.weight": Leaf((name, "kernel"), (outputs, inputs), np.transpose, np.transpose),
+        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
+    }
+
+
+def dense_after_flatten(name: str, chw: tuple[int, int, int], outputs: int) -> Layout:
+    """Map a linear layer behind a flatten: PyTorch flattens channel, row, column; Flax row, column, channel."""
+    channels, rows, columns = chw
+    inputs = math.prod(chw)
+
+    def to_jax(weight: np.ndarray) -> np.ndarray:
+        return weight.reshape(outputs, channels, rows, columns).transpose(2, 3, 1, 0).reshape(inputs, outputs)
+
+    def to_torch(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(rows, columns, channels, outputs).transpose(3, 2, 0, 1).reshape(outputs, inputs)
+
+    return {
+        f"{name}.weight": Leaf((name, "kernel"), (outputs, inputs), to_jax, to_torch),
+        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
+    }
+
+
+SIMPLE_CNN: Layout = {
+    **conv("conv1", 1, 32),
+    **conv("conv2", 32, 64),
+    **dense_after_flatten("fc1", (64, 7, 7), 512),
+    **dense("fc2", 512, 10),
+}
+
+
+def to_flax(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> Tree:
+    """Turn torch-named arrays into the Flax tree.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or misshapen.
+    """
+    check_shapes(tensors, layout)
+    tree: Tree = {}
+    for name, leaf in layout.items():
+        *modules, last = leaf.path
+        branch = tree
+        for module in modules:
+            branch = branch.setdefault(module, {})
+        branch[last] = np.ascontiguousarray(leaf.to_jax(tensors[name]))
+    return tree
+
+
+def to_torch(tree: Mapping[str, Any], layout: Layout = SIMPLE_CNN) -> TorchDict:
+    """Turn the Flax tree, of arrays that NumPy can read, into torch-named arrays.
+
+    Raises:
+        ValueError: a leaf is missing, unknown or misshapen.
+    """
+    leaves = dict(walk(tree))
+    known = {leaf.path for leaf in layout.values()}
+    if known != leaves.keys():
+        missing, unknown = sorted(known - leaves.keys()), sorted(leaves.keys() - known)
+        raise ValueError(f"leaves missing: {missing}, unknown: {unknown}")
+    tensors = {
+        name: np.ascontiguousarray(leaf.to_torch(np.asarray(leaves[leaf.path]))) for name, leaf in layout.items()
+    }
+    check_shapes(tensors, layout)
+    return tensors
+
+
+def walk(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Every leaf of nested dictionaries, with its path."""
+    leaves = []
+    for name, value in tree.items():
+        leaves += walk(value, (*path, name)) if isinstance(value, Mapping) else [((*path, name), value)]
+    return leaves
+
+
+def check_shapes(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> None:
+    """Hold torch-named arrays to a layout's names and shapes.
+
+    Raises:
+        ValueError: names the first tensor that is missing, unknown or misshapen.
+    """
+    for name in [*layout, *(tensors.keys() - layout.keys())]:
+        if name not in tensors:
+            raise ValueError(f"tensor {name} is missing")
+        if name not in layout:
+            raise ValueError(f"tensor {name} is unknown; the network has {', '.join(layout)}")
+        if tensors[name].shape != layout[name].shape:
+            raise ValueError(f"tensor {name} has shape {tensors[name].shape}, not {layout[name].shape}")
