@@ -1,0 +1,55 @@
+"""From the command line to a config, and from a slip to one line."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from jax_cnn.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse(default: Config, description: str, args: Sequence[str] | None = None) -> Config:
+    """Build a config from the command line; nested configs add their flags without a prefix.
+
+    Raises:
+        UserError: a flag is unknown, lacks its value, or has a value that does not fit.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                type(default),
+                default=default,
+                description=description,
+                args=args,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise UserError(f"{first_sentence(complaint.getvalue())} (--help lists every flag)") from None
+
+
+def first_sentence(box: str) -> str:
+    """What tyro's framed message says above its first rule, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rule = next((at for at, line in enumerate(lines) if line.startswith("─")), len(lines))
+    return " ".join(lines[:rule]).rstrip(".")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command: exit status 0 when it is done, 2 with one line on stderr for a slip, 130 after Ctrl-C."""
+    try:
+        main()
+    except UserError as slip:
+        print(f"error: {slip}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
