@@ -1,0 +1,50 @@
+"""What every test may ask for."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked at run time, in the tests only: training does not pay for it.
+with install_import_hook("jax_cnn", "beartype.beartype"):
+    from jax_cnn import batches, fashion_mnist, model, ops, train  # noqa: F401  imported here so that the hook sees them
+    from jax_cnn.fashion_mnist import FashionMNIST
+    from jax_cnn.torch_layout import TorchDict
+from torch_ref.model import SimpleCNN
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The data folder, with the four files in it."""
+    fashion_mnist.prepare(ROOT / "data", print)
+    return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def data(data_dir: Path) -> FashionMNIST:
+    """The whole data set."""
+    return fashion_mnist.load(data_dir, print)
+
+
+@pytest.fixture
+def torch_weights() -> TorchDict:
+    """Weights that PyTorch drew, by name."""
+    torch.manual_seed(0)
+    return {name: tensor.numpy() for name, tensor in SimpleCNN().state_dict().items()}
+
+
+@pytest.fixture
+def jax_weights() -> model.Params:
+    """Weights that JAX drew, as a Flax tree."""
+    return model.init_params(jax.random.key(0))
+
+
+@pytest.fixture
+def images(data: FashionMNIST) -> np.ndarray:
+    """Eight test images, float32 [8, 28, 28, 1] in 0 … 1."""
+    return (data.test_images[:8, :, :, None] / 255).astype(np.float32)
