@@ -24,7 +24,7 @@ def no_tap(stage: str, value: jax.Array) -> jax.Array:
 
 
 class Conv3x3(nn.Module):
-    """3x3 convolution with stride 1, zero padding 1 and a bias, built on `ops.conv3x3`."""
+    """3x3 convolution with stride 1, zero padding 1 and a bias, built on `ops`."""
 
     features: int
     param_dtype: Any = jnp.float32
@@ -38,7 +38,7 @@ class Conv3x3(nn.Module):
             "kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features), self.param_dtype
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        return ops.conv3x3(images, kernel) + bias
+        return ops.add_bias(ops.conv3x3(images, kernel), bias)
 
 
 class SimpleCNN(nn.Module):

@@ -12,6 +12,7 @@ from jax.stages import Compiled
 
 from jax_cnn import torch_layout
 from jax_cnn.batches import epoch_order, split_batches
+from jax_cnn.compiler import compiler_options
 from jax_cnn.config import Device, TrainConfig
 from jax_cnn.errors import UserError
 from jax_cnn.fashion_mnist import FashionMNIST
@@ -70,7 +71,8 @@ class JaxTrainer:
     @property
     def device(self) -> str:
         """What the run computes on, for the record."""
-        return f"{self._device.platform} ({self._device.device_kind})"
+        kind, platform = self._device.device_kind, self._device.platform
+        return platform if kind == platform else f"{platform} ({kind})"
 
     def train_epoch(self, epoch: int) -> Iterator[tuple[int, float]]:
         """Train on every image once; after each chunk, yield how many images it held and their mean loss."""
@@ -105,8 +107,9 @@ class JaxTrainer:
         orders = {chunk.shape: jax.ShapeDtypeStruct(chunk.shape, jnp.int32) for chunk in self._chunks(0)}
         lowered = [train.lower(self._state, *self._train_set, order) for order in orders.values()]
         lowered.append(jax.jit(evaluate).lower(self._state.params, *self._test_set))
+        options = compiler_options(self._device.platform)
         with ThreadPoolExecutor() as pool:
-            *programs, evaluation = pool.map(lambda program: program.compile(), lowered)
+            *programs, evaluation = pool.map(lambda program: program.compile(options), lowered)
         return dict(zip(orders, programs, strict=True)), evaluation
 
 

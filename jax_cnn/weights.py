@@ -33,18 +33,27 @@ def load_weights(path: Path, dtype: str) -> TorchDict:
         UserError: the file is missing or not safetensors, or a tensor is missing, unknown, misshapen, not of a floating
             dtype, or not finite.
     """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"weights file {path}: {what}; give a file that train_jax.py or train_torch.py wrote")
+
     try:
         tensors = load(path.read_bytes())
         check_shapes(tensors)
     except OSError as error:
-        raise UserError(f"weights file {path}: {error.strerror}") from None
+        raise wrong(error.strerror or str(error)) from None
     except SafetensorError as error:
-        raise UserError(f"weights file {path}: not a readable safetensors file ({error})") from None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"weights file {path}: {error}") from None
+        raise wrong(f"not a readable safetensors file ({error})") from None
+    except KeyError as error:
+        raise wrong(f"a tensor has dtype {error.args[0]}, which NumPy lacks") from None
+    except ValueError as error:
+        raise wrong(str(error)) from None
     for name, array in tensors.items():
         if not np.issubdtype(array.dtype, np.floating):
-            raise UserError(f"weights file {path}: tensor {name} has dtype {array.dtype}, not a floating one")
+            raise wrong(f"tensor {name} has dtype {array.dtype}, not a floating one")
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
+        converted = {name: array.astype(dtype) for name, array in tensors.items()}
+    for name, array in converted.items():
         if not np.isfinite(array).all():
-            raise UserError(f"weights file {path}: tensor {name} holds NaN or infinity")
-    return {name: array.astype(dtype) for name, array in tensors.items()}
+            raise wrong(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
+    return converted

@@ -23,6 +23,7 @@ def main() -> None:
     device = pick_device(config.device)
     console = Console()
     data = fashion_mnist.load(config.data_dir, console.print)
+    console.print(f"jax: compiling for {device.platform}")
     fit(config, JaxTrainer(config, data, device, initial), console)
 
 

@@ -71,8 +71,7 @@ class TorchTrainer:
     @property
     def device(self) -> str:
         """What the run computes on, for the record."""
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        return f"{self._device.type} ({name})"
+        return f"gpu ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else "cpu"
 
     def train_epoch(self, epoch: int) -> Iterator[tuple[int, float]]:
         """Train on every image once; after each step, yield how many images it held and their mean loss."""

@@ -19,20 +19,37 @@ def parse(default: Config, description: str, args: Sequence[str] | None = None) 
     Raises:
         UserError: a flag is unknown, lacks its value, or has a value that does not fit.
     """
-    complaint = io.StringIO()
+
+    def read() -> Config:
+        return tyro.cli(
+            type(default),
+            default=default,
+            description=description,
+            args=args,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+    complaint = PlainText()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                type(default),
-                default=default,
-                description=description,
-                args=args,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+        with contextlib.redirect_stderr(PlainText()):
+            return read()
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-        raise UserError(f"{first_sentence(complaint.getvalue())} (--help lists every flag)") from None
+    # Once more for the message: tyro looks at stdout to choose colours and characters for it.
+    with (
+        contextlib.redirect_stdout(PlainText()),
+        contextlib.redirect_stderr(complaint),
+        contextlib.suppress(SystemExit),
+    ):
+        read()
+    raise UserError(f"{first_sentence(complaint.getvalue())} (--help lists every flag)")
+
+
+class PlainText(io.StringIO):
+    """No terminal, so no colours; UTF-8, so the frame that `first_sentence` knows."""
+
+    encoding = "utf-8"
 
 
 def first_sentence(box: str) -> str:

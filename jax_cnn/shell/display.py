@@ -18,17 +18,18 @@ class Display:
     def __init__(self, console: Console, epochs: int, epoch_size: int) -> None:
         """Say how much there is to do: epochs, and images in each."""
         self._console = console
+        self._live = console.is_terminal and not console.is_dumb_terminal
         self._epochs = epochs
         self._epoch_size = epoch_size
         self._last_line = -PLAIN_INTERVAL
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:>6,.0f} images/s  left"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s  left"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=epochs * epoch_size, epoch=f"1/{epochs}", loss=0.0, rate=0.0)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not self._live)
+        self._task = self._bar.add_task("", total=epochs * epoch_size, epoch=f"1/{epochs}", loss="–", rate="–")
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -42,9 +43,15 @@ class Display:
     def report(self, epoch: int, images: int, loss: float, rate: float) -> None:
         """Show that so many images of this epoch (counted from 0) are done, at a running mean loss and images/s."""
         label = f"{epoch + 1}/{self._epochs}"
-        self._bar.update(self._task, completed=epoch * self._epoch_size + images, epoch=label, loss=loss, rate=rate)
+        self._bar.update(
+            self._task,
+            completed=epoch * self._epoch_size + images,
+            epoch=label,
+            loss=f"{loss:.3f}",
+            rate=f"{rate:,.0f}",
+        )
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._last_line >= PLAIN_INTERVAL:
+        if not self._live and now - self._last_line >= PLAIN_INTERVAL:
             self._last_line = now
             left = ((self._epochs - epoch) * self._epoch_size - images) / rate
             self._console.print(

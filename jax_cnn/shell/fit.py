@@ -1,5 +1,6 @@
 """The loop over epochs that both frameworks run in: train, score, record, show."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from jax_cnn.config import TrainConfig
+from jax_cnn.errors import UserError
 from jax_cnn.shell.display import Display, epoch_table
 from jax_cnn.shell.provenance import provenance
 from jax_cnn.shell.run_folder import FILES, RunFolder
@@ -45,7 +47,7 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console) -> None:
     """Run every epoch, and write the run's files as it goes.
 
     Raises:
-        UserError: `config.out_dir` cannot be written.
+        UserError: `config.out_dir` cannot be written, or the loss is no longer a number.
     """
     display = Display(console, config.epochs, trainer.train_size)
     folder = RunFolder(config.out_dir, display.say)
@@ -53,13 +55,23 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console) -> None:
     folder.write_config(config, record)
     display.say(f"{trainer.framework} on {trainer.device}: {trainer.train_size:,} images an epoch")
     rows = []
-    with display:
-        for epoch in range(config.epochs):
-            row = run_epoch(trainer, epoch, display)
-            folder.add_epoch(row)
-            rows.append(row)
-    folder.write_weights(trainer.weights())
-    folder.write_curves(rows, f"{trainer.framework}: loss falls and test accuracy rises to {row['test_accuracy']:.1%}")
+    try:
+        with display:
+            for epoch in range(config.epochs):
+                row = run_epoch(trainer, epoch, display)
+                if not math.isfinite(row["train_loss"]):
+                    raise UserError(
+                        f"the training loss became {row['train_loss']} in epoch {epoch + 1} with --learning-rate "
+                        f"{config.adam.learning_rate:g}: try a smaller one"
+                    )
+                folder.add_epoch(row)
+                folder.write_weights(trainer.weights())
+                rows.append(row)
+                display.say(f"epoch {epoch + 1}/{config.epochs}: test accuracy {row['test_accuracy']:.2%}")
+    except KeyboardInterrupt:
+        display.say(f"{len(rows)} finished epochs and the weights after them are in {folder.path}")
+        raise
+    folder.write_curves(rows, f"{trainer.framework}: test accuracy {row['test_accuracy']:.1%} after {len(rows)} epochs")
     console.print(epoch_table(rows))
     display.say(f"Results are in {folder.path}: {', '.join(FILES)}")
 

@@ -1,5 +1,6 @@
 """The files of a run. A valid run's files are never overwritten: an earlier run is moved aside first."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ import numpy as np
 
 from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
-from jax_cnn.shell.curves import plot_curves
 from jax_cnn.weights import save_weights
 
 CONFIG = "config.json"
@@ -33,14 +33,14 @@ class RunFolder:
         """
         self.path = path
         check_out_dir(path)
-        with writing(path):
-            present = [name for name in FILES if (path / name).exists()]
-            if present:
-                aside = next(free for n in range(1, 10**6) if not (free := path / f"earlier-{n}").exists())
+        present = [name for name in FILES if (path / name).exists()]
+        if present:
+            aside = next(free for n in itertools.count(1) if not (free := path / f"earlier-{n}").exists())
+            with writing(path):
                 aside.mkdir()
                 for name in present:
                     (path / name).rename(aside / name)
-                say(f"{path} held an earlier run: it is now in {aside}")
+            say(f"{path} held an earlier run: it is now in {aside}")
 
     def write_config(self, config: TrainConfig, provenance: dict[str, Any]) -> None:
         """Write config.json: what was asked for, by which command, on which machine, with which versions."""
@@ -51,7 +51,7 @@ class RunFolder:
     def add_epoch(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with writing(self.path), (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def write_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write weights.safetensors."""
@@ -60,6 +60,8 @@ class RunFolder:
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         """Draw curves.png."""
+        from jax_cnn.shell.curves import plot_curves  # only now: no slip and no --help should wait for matplotlib
+
         with writing(self.path):
             plot_curves(rows, title, self.path / CURVES)
 
