@@ -1,6 +1,11 @@
 """What every test may ask for."""
 
+import os
 from pathlib import Path
+
+# Before torch loads: its threads then yield while they wait for each other. Spinning, they take four times as long on
+# two cores that something else uses too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 import numpy as np

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jax_cnn import ops
 
-FLOAT64_BOUND = 1e-12  # worst seen over 20 seeds: 3.6e-14, for gradients of the order of 10
+FLOAT64_BOUND = 1e-12  # worst seen over 20 seeds: 5.7e-14, for gradients up to 68
 
 
 def xla_conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
