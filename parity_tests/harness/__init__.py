@@ -1,0 +1,1 @@
+"""The parity harness: the only code that imports both sides."""

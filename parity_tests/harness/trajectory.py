@@ -1,0 +1,225 @@
+"""Training in lockstep: the optimizer's arithmetic, N steps of both sides on the same batches, and hand-over."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import torch
+from jax import numpy as jnp
+
+from jax_cnn import train
+from jax_cnn.torch_layout import TorchDict
+from parity_tests.harness.capture import dtype_of, exact_arithmetic
+from parity_tests.harness.compare import EXACT, Bound, Divergence, compare
+from parity_tests.harness.pair import Batch, Pair, to_numpy
+
+# Absolute, on weights and moments. Worst seen over a float64 epoch of SimpleCNN (938 steps): see docs/parity.md.
+TRAJECTORY_BOUND = Bound(1e-10, "float64 rounding, amplified over the steps", relative=False)
+OPTIMIZER_BOUND = Bound(1e-13, "float64 rounding; worst seen over 20 seeds 1.8e-15", relative=False)
+OPTIMIZER_STEPS = 5
+GRADIENT_SCALES = (1e-10, 1e-8, 1e-4, 1.0)  # around Adam's eps, where its place matters, and far from it
+
+
+class AdamState(NamedTuple):
+    """The whole state of a training run, in PyTorch's names and layouts; moments of the trainable tensors only."""
+
+    weights: TorchDict
+    first_moment: TorchDict
+    second_moment: TorchDict
+    step: int
+
+
+def start(pair: Pair, seed: int, dtype: str = "float64") -> AdamState:
+    """The state before the first step, from the reference's initial weights."""
+    weights = pair.draw(seed, dtype)
+    zeros = {name: np.zeros_like(weights[name]) for name in pair.trainable()}
+    return AdamState(weights, zeros, {name: array.copy() for name, array in zeros.items()}, 0)
+
+
+class TorchRun:
+    """The reference, training from a state."""
+
+    def __init__(self, pair: Pair, state: AdamState) -> None:
+        self._pair = pair
+        self._dtype = dtype_of(state.weights)
+        self._module = pair.reference(self._dtype, state.weights)
+        self._parameters = dict(self._module.named_parameters())
+        adam = pair.adam
+        self._optimizer = pair.torch_optimizer(
+            self._parameters.values(), lr=adam.learning_rate, betas=(adam.b1, adam.b2), eps=adam.eps
+        )
+        for name, parameter in self._parameters.items():
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": torch.from_numpy(state.first_moment[name].copy()),
+                "exp_avg_sq": torch.from_numpy(state.second_moment[name].copy()),
+            }
+
+    def step(self, batch: Batch) -> float:
+        """One step of training; returns the loss before it."""
+        with exact_arithmetic(self._dtype):
+            self._optimizer.zero_grad()
+            logits = self._module(torch.from_numpy(batch.inputs.astype(self._dtype)))
+            loss = self._pair.torch_loss(logits, torch.from_numpy(batch.labels.astype(np.int64)))
+            loss.backward()
+            self._optimizer.step()
+        return loss.item()
+
+    def apply_gradients(self, grads: TorchDict) -> None:
+        """One step of the optimizer alone."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = torch.from_numpy(grads[name].copy())
+        self._optimizer.step()
+
+    def state(self) -> AdamState:
+        """The state now."""
+        states = {name: self._optimizer.state[parameter] for name, parameter in self._parameters.items()}
+        return AdamState(
+            to_numpy(self._module.state_dict(), self._dtype),
+            to_numpy({name: state["exp_avg"] for name, state in states.items()}, self._dtype),
+            to_numpy({name: state["exp_avg_sq"] for name, state in states.items()}, self._dtype),
+            int(next(iter(states.values()))["step"]),
+        )
+
+
+class JaxRun:
+    """The JAX side, training from a state by the product's own `train_step`."""
+
+    def __init__(self, pair: Pair, state: AdamState) -> None:
+        self._pair = pair
+        self._dtype = dtype_of(state.weights)
+        self._optimizer = pair.jax_optimizer(pair.adam)
+        with exact_arithmetic(self._dtype):
+            leaves = pair.to_leaves(state.weights)
+            params = {name: leaves.pop(name) for name in pair.trainable()}
+            self._frozen = leaves  # buffers, which the optimizer leaves alone
+            opt_state = optax.tree_utils.tree_set(
+                self._optimizer.init(params),
+                mu=self._moment(state.first_moment),
+                nu=self._moment(state.second_moment),
+                count=jnp.asarray(state.step, jnp.int32),
+            )
+            self._state = train.TrainState(params, opt_state)
+        self._step = jax.jit(partial(train.train_step, optimizer=self._optimizer, loss_fn=self._loss))
+        self._apply = jax.jit(self._apply_gradients)
+
+    def step(self, batch: Batch) -> float:
+        """One step of training; returns the loss before it."""
+        with exact_arithmetic(self._dtype):
+            inputs = jnp.asarray(self._pair.input_layout.to_jax(batch.inputs.astype(self._dtype)))
+            self._state, loss = self._step(self._state, inputs, jnp.asarray(batch.labels.astype(np.uint8)))
+            return float(loss)
+
+    def apply_gradients(self, grads: TorchDict) -> None:
+        """One step of the optimizer alone."""
+        with exact_arithmetic(self._dtype):
+            self._state = self._apply(self._state, self._moment(grads))
+
+    def state(self) -> AdamState:
+        """The state now."""
+        params, opt_state = self._state
+        carry = self._pair.to_weights
+        return AdamState(
+            carry({name: (params | self._frozen)[name] for name in self._pair.layout}),
+            carry(optax.tree_utils.tree_get(opt_state, "mu")),
+            carry(optax.tree_utils.tree_get(opt_state, "nu")),
+            int(optax.tree_utils.tree_get(opt_state, "count")),
+        )
+
+    def _loss(self, params: Mapping[str, jax.Array], inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = self._pair.apply(self._pair.to_tree({**self._frozen, **params}), inputs, lambda _, value: value)
+        return self._pair.jax_loss(logits, labels)
+
+    def _apply_gradients(self, state: train.TrainState, grads: Any) -> train.TrainState:
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        return train.TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+    def _moment(self, arrays: TorchDict) -> dict[str, jax.Array]:
+        """A moment or a gradient has its tensor's layout."""
+        return {name: jnp.asarray(self._pair.layout[name].to_jax(array)) for name, array in arrays.items()}
+
+
+def optimizer(pair: Pair, seed: int) -> Iterator[Divergence]:
+    """The optimizer alone: the same gradients, from the start and from a later state (step 7, moments not zero)."""
+    rng = np.random.default_rng(seed)
+    fresh = start(pair, seed)
+
+    def noise(power: float) -> TorchDict:
+        shapes = {name: fresh.weights[name].shape for name in pair.trainable()}
+        return {
+            name: rng.normal(size=shape) * np.resize(GRADIENT_SCALES, shape) ** power for name, shape in shapes.items()
+        }
+
+    squares = {name: array**2 for name, array in noise(1).items()}
+    for label, state in (("from the start", fresh), ("from step 7", AdamState(fresh.weights, noise(1), squares, 7))):
+        ours, theirs = JaxRun(pair, state), TorchRun(pair, state)
+        for step in range(1, OPTIMIZER_STEPS + 1):
+            grads = noise(1)
+            ours.apply_gradients(grads)
+            theirs.apply_gradients(grads)
+            found = list(
+                compare_states("optimizer", ours.state(), theirs.state(), OPTIMIZER_BOUND, f"{label}, step {step}")
+            )
+            if found:
+                yield from found
+                return
+
+
+def lockstep(pair: Pair, seed: int, steps: int, dtype: str = "float64") -> Iterator[tuple[int, JaxRun, TorchRun]]:
+    """Train both sides on their own batches from the same weights; yields after every step, counted from 1."""
+    state = start(pair, seed, dtype)
+    ours, theirs = JaxRun(pair, state), TorchRun(pair, state)
+    for step, (our_batch, their_batch) in enumerate(itertools.islice(batch_pairs(pair, seed), steps), start=1):
+        ours.step(our_batch)
+        theirs.step(their_batch)
+        yield step, ours, theirs
+
+
+def batch_pairs(pair: Pair, seed: int) -> Iterator[tuple[Batch, Batch]]:
+    """JAX's and PyTorch's batches, epoch after epoch; made-up ones for a pair without data."""
+    for epoch in itertools.count():
+        if pair.jax_batches is None or pair.torch_batches is None:
+            batch = pair.synthetic_batch(seed * 1_000_003 + epoch, 64)
+            yield batch, batch
+        else:
+            yield from zip(pair.jax_batches(seed, epoch), pair.torch_batches(seed, epoch), strict=True)
+
+
+def trajectory(pair: Pair, seed: int, steps: int) -> Iterator[Divergence]:
+    """Every weight, both moments and the step count, after each of the first ten steps and then after every tenth."""
+    for step, ours, theirs in lockstep(pair, seed, steps):
+        if step <= 10 or step % 10 == 0 or step == steps:
+            found = list(compare_states("trajectory", ours.state(), theirs.state(), TRAJECTORY_BOUND, f"step {step}"))
+            if found:
+                yield from found
+                return
+
+
+def compare_states(check: str, ours: AdamState, theirs: AdamState, bound: Bound, when: str) -> Iterator[Divergence]:
+    """Hold two states together: the step count exactly, the tensors within the bound."""
+    count, reference = {"step count": np.array(ours.step)}, {"step count": np.array(theirs.step)}
+    yield from compare(check, count, reference, EXACT, f"{when}, {{}}")
+    for part in ("first_moment", "second_moment", "weights"):
+        label = f"{when}, {part.replace('_', ' ')} {{}}"
+        yield from compare(check, getattr(ours, part), getattr(theirs, part), bound, label)
+
+
+def handover(pair: Pair, seed: int, before: int, after: int) -> Iterator[Divergence]:
+    """Train on one side, carry the whole state to the other, go on: both ways end where the uninterrupted run ends."""
+    batches = [theirs for _, theirs in itertools.islice(batch_pairs(pair, seed), before + after)]
+    whole = run_steps(TorchRun(pair, start(pair, seed)), batches)
+    for first, second, label in ((TorchRun, JaxRun, "PyTorch, then JAX"), (JaxRun, TorchRun, "JAX, then PyTorch")):
+        middle = run_steps(first(pair, start(pair, seed)), batches[:before])
+        end = run_steps(second(pair, middle), batches[before:])
+        yield from compare_states("handover", end, whole, TRAJECTORY_BOUND, label)
+
+
+def run_steps(run: JaxRun | TorchRun, batches: list[Batch]) -> AdamState:
+    """Train on these batches; the state after them."""
+    for batch in batches:
+        run.step(batch)
+    return run.state()
