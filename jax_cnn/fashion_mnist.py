@@ -121,7 +121,7 @@ def _verified_contents(data_dir: Path, say: Callable[[str], None], sources: Sequ
     """The published bytes of the four files, which then lie in the data folder too."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(
-            f"--data-dir {data_dir}: is not a folder; give the folder that holds the data, or shall hold it"
+            f"--data-dir {data_dir}: the data folder is a file; give a folder that holds the data, or shall"
         )
     raw = _raw_folder(data_dir)
     contents, problems = _read_files(raw, FILES)

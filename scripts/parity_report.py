@@ -74,16 +74,16 @@ def main() -> None:
     sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(suite.CHECKS)} all agree."
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     if curves:
-        report.plot_drift(
-            at,
-            curves,
-            "float64 stays together; float32 drifts as one ULP sends it",
-            config.out_dir / "drift.png",
-        )
+        title = "float64 stays together; float32 drifts as one ULP sends it"
+        report.plot_drift(at, curves, title, config.out_dir / "drift.png")
     result = provenance(PACKAGES) | {
-        "pair": pair.name, "fault": config.fault, "seed": config.seed, "first_divergence": str(first) if first else None,
-        "stages": report.as_json(rows), "drift": {"steps": at} | curves,
-    }  # fmt: skip
+        "pair": pair.name,
+        "fault": config.fault,
+        "seed": config.seed,
+        "first_divergence": str(first) if first else None,
+        "stages": report.as_json(rows),
+        "drift": {"steps": at} | curves,
+    }
     (config.out_dir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"Results are in {config.out_dir}", highlight=False, soft_wrap=True)
     if first:
