@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -496,6 +497,8 @@ def test_a_dead_mirror_fails_soon(
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
+        # urllib reads the proxies once in a process: forget what an earlier test's download has read, and then this.
+        monkeypatch.setattr(urllib.request, "_opener", None)
         if not silent:
             server.close()
         start = time.monotonic()
