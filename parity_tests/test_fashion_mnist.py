@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import tracemalloc
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
