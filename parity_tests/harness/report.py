@@ -116,7 +116,7 @@ def plot_drift(at: Sequence[int], curves: Mapping[str, Sequence[float]], title: 
     axes.fill_between(
         at, envelope, envelope.min() / 1e3, color="black", alpha=0.06, label="inside the one-ULP envelope"
     )
-    axes.set(title=title, xlabel="training steps", ylabel="largest distance of a weight (absolute)")
+    axes.set(title=title, xlabel="training steps", ylabel="distance of the weights (root mean square)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
