@@ -6,7 +6,7 @@ differs:
   into the form that its CPU kernels know in the entry computation alone: the step takes 271 ms;
 - the gradient of `lax.reduce_window` runs on one thread: 41 ms;
 - the gradient of a bias, a sum over all pixels, does too.
-The figures in the docstrings are what one training step of 64 images loses without the trick, of 9.4 ms with all of
+The figures in the docstrings are what one training step of 64 images loses without the trick, of 10 ms with all of
 them (2 cores with AVX-512, float32, jax 0.10.2, inside `lax.scan`).
 """
 
