@@ -56,7 +56,7 @@ def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
 def test_the_same_weights_and_batches_give_the_same_losses(
     data: FashionMNIST, data_dir: Path, torch_weights: TorchDict
 ) -> None:
-    """In float32 the two drift apart by rounding. Worst seen over 5 seeds: losses 0.0008, accuracy 1 of 600 images."""
+    """In float32 the two drift apart by rounding. Worst seen over 5 seeds: losses 0.0009, accuracy 1 of 650 images."""
     expected = scores(torch_trainer(data_dir, torch_weights))
     bounds = np.array([0.003, 0.003, 8 / LIMIT_TEST])
 

@@ -24,7 +24,7 @@ BATCH_SIZE = 64
 def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
     """What torch_ref's loader serves: torchvision's images through ToTensor, batch by batch."""
     dataset = load_dataset(data_dir, train=True, limit=limit)
-    order = epoch_order(seed, epoch, len(dataset))  # type: ignore[arg-type]
+    order = epoch_order(seed, epoch, len(dataset))  # type: ignore[arg-type]  # both of ours have a length
     for images, labels in load_batches(dataset, BATCH_SIZE, order.tolist()):
         yield Batch(images.numpy(), labels.numpy())
 

@@ -194,7 +194,7 @@ def drop_remainder(pair: Pair) -> Pair:
 
     def full_batches(seed: int, epoch: int) -> Iterator[Batch]:
         sizes: set[int] = set()
-        for batch in pair.jax_batches(seed, epoch):  # type: ignore[misc]
+        for batch in pair.jax_batches(seed, epoch):  # type: ignore[misc]  # not None where planted
             sizes.add(len(batch.labels))
             if len(sizes) == 1:
                 yield batch
@@ -206,7 +206,7 @@ def zero_biases(pair: Pair) -> Pair:
     """Start with biases at zero, as Flax does by default."""
 
     def init(key: jax.Array) -> Any:
-        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]
+        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]  # not None where planted
         return pair.to_tree({n: jnp.zeros_like(leaf) if n.endswith("bias") else leaf for n, leaf in leaves.items()})
 
     return replace(pair, jax_init=init)
@@ -216,7 +216,7 @@ def lecun_normal(pair: Pair) -> Pair:
     """Start as Flax does by default: LeCun normal and zero biases."""
 
     def init(key: jax.Array) -> Any:
-        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]
+        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]  # not None where planted
         draw = jax.nn.initializers.lecun_normal()
         keys = jax.random.split(key, len(leaves))
         return pair.to_tree(
