@@ -1,6 +1,8 @@
 """Every number of a run, written once. Both training commands build their command line from `TrainConfig`."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,8 +10,9 @@ from typing import Literal
 from jax_cnn.errors import UserError
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
-Precision = Literal["float32", "float64"]
+Precision = Literal["float32", "float64", "bfloat16"]
 
+CLUSTER = "cluster"
 TRAIN_SIZE = 60_000
 TEST_SIZE = 10_000
 LIMITS = {
@@ -18,6 +21,11 @@ LIMITS = {
     "seed": (0, 2**32 - 1),
     "limit_train": (1, TRAIN_SIZE),
     "limit_test": (1, TEST_SIZE),
+}
+JAX_LIMITS = {
+    "seeds": (1, 1_000),
+    "devices": (1, 1_000_000),
+    "num_processes": (1, 1_000_000),
 }
 
 
@@ -62,7 +70,7 @@ class TrainConfig:
     device: Device = "auto"
     """auto takes an accelerator if the framework sees one."""
     precision: Precision = "float32"
-    """Of weights, activations and gradients."""
+    """Of weights, activations and gradients. bfloat16 (JAX only) keeps weights and Adam's moments in float32."""
     init_weights: Path | None = None
     """Start from this safetensors file (PyTorch's names and layouts) instead of drawing weights."""
     limit_train: int | None = None
@@ -71,8 +79,53 @@ class TrainConfig:
     """Score the first N test images only."""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")
+        check_limits(self, LIMITS)
+
+    @property
+    def weights_dtype(self) -> Literal["float32", "float64"]:
+        """Of weights and moments, which mixed precision keeps wider than what it computes with."""
+        return "float64" if self.precision == "float64" else "float32"
+
+
+@dataclass(frozen=True)
+class JaxTrainConfig(TrainConfig):
+    """A training run with what only the JAX version offers: several networks, devices and processes at once."""
+
+    seeds: int = 1
+    """Train so many networks at once: with seed, seed + 1, and so on."""
+    devices: int | None = None
+    """Share each batch among so many devices of all processes; 1, or all where there are several processes."""
+    coordinator: str | None = None
+    """Where several processes meet: host:port of the first, or `cluster` (Slurm, Open MPI, TPU pod) to be told."""
+    num_processes: int | None = None
+    """How many processes meet there; `cluster` knows."""
+    process_id: int | None = None
+    """Which of them this one is, from 0; `cluster` knows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self, JAX_LIMITS)
+        place, numbers = self.coordinator, (self.num_processes, self.process_id)
+        if place in (None, CLUSTER):
+            if numbers != (None, None):
+                raise UserError("--num-processes and --process-id need --coordinator HOST:PORT, where processes meet")
+        elif not re.fullmatch(r".+:\d{1,5}", str(place)):
+            raise UserError(f"--coordinator must be HOST:PORT or {CLUSTER}, not {place}")
+        elif self.num_processes is None or self.process_id is None:
+            raise UserError(f"--coordinator {place} needs --num-processes and --process-id as well")
+        elif not 0 <= self.process_id < self.num_processes:
+            last = self.num_processes - 1
+            raise UserError(f"--process-id must be between 0 and {last} (--num-processes - 1), not {self.process_id}")
+
+
+def check_limits(config: TrainConfig, limits: Mapping[str, tuple[int, int]]) -> None:
+    """Hold a config's numbers to their limits.
+
+    Raises:
+        UserError: one is outside.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")

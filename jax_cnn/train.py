@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from jax_cnn.config import AdamConfig
 from jax_cnn.model import Params, apply
 
-EVALUATION_BATCH = 100  # 20 to 100 are equally fast on a CPU, 500 is slower: activations leave the cache
+PADDING = 255  # the label of an image that only fills up a batch of the evaluation
 
-Pixels = UInt8[Array, "size 28 28"]
-Labels = UInt8[Array, " size"]
+Pixels = UInt8[Array, "steps batch 28 28"]
+Labels = UInt8[Array, "steps batch"]
 LossFn = Callable[[Any, Any, Any], jax.Array]  # (params, images, labels) -> mean loss
 
 
@@ -60,9 +60,21 @@ def cross_entropy(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
 
 
+def compute_logits(params: Params, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
+    """Run the network in the dtype of the images, and return logits in the dtype of the weights.
+
+    With bfloat16 images and float32 weights this is mixed precision (Micikevicius et al., 2018, arXiv:1710.03740): the
+    weights that Adam keeps, their gradients and the loss stay float32. bfloat16 has float32's range, so that no loss
+    scaling is needed.
+    """
+    weights_dtype = jax.tree.leaves(params)[0].dtype
+    cast = jax.tree.map(lambda weight: weight.astype(images.dtype), params)
+    return apply(cast, images).astype(weights_dtype)
+
+
 def loss_fn(params: Params, images: Float[Array, "batch 28 28 1"], labels: UInt8[Array, " batch"]) -> Float[Array, ""]:
     """Mean cross-entropy over the batch."""
-    return cross_entropy(apply(params, images), labels).mean()
+    return cross_entropy(compute_logits(params, images), labels).mean()
 
 
 def train_step(
@@ -71,9 +83,15 @@ def train_step(
     labels: UInt8[Array, " batch"],
     optimizer: optax.GradientTransformation,
     loss_fn: LossFn = loss_fn,
+    axis: str | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One step of the optimizer; returns the new state and the batch's mean loss before it."""
+    """One step of the optimizer; returns the new state and the batch's mean loss before it.
+
+    Along a mesh's `axis`, each device holds an equal share of the batch: the mean of their means is the batch's.
+    """
     loss, grads = jax.value_and_grad(loss_fn)(state.params, images, labels)
+    if axis is not None:
+        loss, grads = lax.pmean((loss, grads), axis)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
@@ -82,34 +100,36 @@ def train_chunk(
     state: TrainState,
     pixels: Pixels,
     labels: Labels,
-    order: Int[Array, "steps batch"],
+    steps: Int[Array, ""],
     optimizer: optax.GradientTransformation,
+    dtype: jnp.dtype,
+    axis: str | None = None,
 ) -> tuple[TrainState, Float[Array, " steps"]]:
-    """As many steps as `order` has rows, each on the images that its row names; returns every step's mean loss.
+    """Train on the first `steps` batches, computing in `dtype`; returns the mean loss of each (zeros after them).
 
-    One call runs many steps, so that the data set stays on the device, no step waits for Python, and temporaries are
-    allocated once.
+    One call runs many steps, so that no step waits for Python and temporaries are allocated once. How many is known
+    only when it runs, so that a last, shorter chunk needs no program of its own.
     """
-    dtype = jax.tree.leaves(state.params)[0].dtype
 
-    def step(state: TrainState, batch: Int[Array, " batch"]) -> tuple[TrainState, Float[Array, ""]]:
-        return train_step(state, to_images(pixels[batch], dtype), labels[batch], optimizer)
+    def step(
+        index: Int[Array, ""], carry: tuple[TrainState, Float[Array, " steps"]]
+    ) -> tuple[TrainState, Float[Array, " steps"]]:
+        state, losses = carry
+        state, loss = train_step(state, to_images(pixels[index], dtype), labels[index], optimizer, axis=axis)
+        return state, losses.at[index].set(loss)
 
-    return lax.scan(step, state, order)
+    losses = jnp.zeros(len(pixels), jax.tree.leaves(state.params)[0].dtype)
+    return lax.fori_loop(0, steps, step, (state, losses))
 
 
-def evaluate(params: Params, pixels: Pixels, labels: Labels) -> Scores:
-    """Summed loss and number of correct predictions over all images, in batches of `EVALUATION_BATCH`."""
-    dtype = jax.tree.leaves(params)[0].dtype
+def evaluate(params: Params, pixels: Pixels, labels: Labels, dtype: jnp.dtype, axis: str | None = None) -> Scores:
+    """Summed loss and number of correct predictions over all images but those with the label `PADDING`."""
 
-    def score(pixels: Pixels, labels: Labels) -> Scores:
-        logits = apply(params, to_images(pixels, dtype))
-        return Scores(cross_entropy(logits, labels).sum(), (logits.argmax(axis=1) == labels).sum())
+    def score(pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Array, " batch"]) -> Scores:
+        logits = compute_logits(params, to_images(pixels, dtype))
+        losses = jnp.where(labels == PADDING, 0, cross_entropy(logits, jnp.where(labels == PADDING, 0, labels)))
+        return Scores(losses.sum(), (logits.argmax(axis=1) == labels).sum())
 
-    full = len(pixels) - len(pixels) % EVALUATION_BATCH
-    batches = (pixels[:full].reshape(-1, EVALUATION_BATCH, 28, 28), labels[:full].reshape(-1, EVALUATION_BATCH))
-    parts = lax.map(lambda batch: score(*batch), batches)
+    parts = lax.map(lambda batch: score(*batch), (pixels, labels))
     total: Scores = jax.tree.map(lambda part: part.sum(axis=0), parts)
-    if full < len(pixels):
-        total = jax.tree.map(jnp.add, total, score(pixels[full:], labels[full:]))
-    return total
+    return total if axis is None else lax.psum(total, axis)

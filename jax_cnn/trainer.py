@@ -1,31 +1,36 @@
-"""JAX's half of a run: puts state and data on a device, compiles the core once, and feeds it chunk by chunk."""
+"""JAX's half of a run: puts the state on the devices, compiles the core once, and feeds it chunk by chunk."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import itemgetter
+from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jax.stages import Compiled
+from jax.sharding import NamedSharding
+from jax.stages import Compiled, Lowered
+from jaxtyping import Float
 
 from jax_cnn import torch_layout
-from jax_cnn.batches import epoch_order, split_batches
 from jax_cnn.compiler import compiler_options
-from jax_cnn.config import Device, TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
-from jax_cnn.model import init_params
-from jax_cnn.train import evaluate, init_state, make_optimizer, train_chunk
+from jax_cnn.feed import Feed, send_test_set
+from jax_cnn.model import Params, init_params
+from jax_cnn.sharding import AXIS, REPLICATED, batch_spec, make_mesh
+from jax_cnn.train import Scores, TrainState, evaluate, init_state, make_optimizer, train_chunk
 
-CHUNK_STEPS = 64  # steps a call: about a second of work on two CPU cores, so that progress shows
-
-ChunkShape = tuple[int, int]  # steps, batch
+PerNetwork = Float[np.ndarray, " networks"]
 
 
 class JaxTrainer:
-    """A run in progress: the training state and the compiled programs that advance it."""
+    """A run in progress: the training state and the compiled programs that advance it.
+
+    It trains one network or several at once: every array of its state has a leading axis, of networks.
+    """
 
     framework = "jax"
     packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -34,31 +39,29 @@ class JaxTrainer:
         self,
         config: TrainConfig,
         data: FashionMNIST,
-        device: jax.Device,
+        devices: Sequence[jax.Device],
         initial: torch_layout.TorchDict | None = None,
+        networks: int = 1,
     ) -> None:
-        """Place the data set and the initial state on the device, and compile.
+        """Place the initial state and the test set on the devices, and compile.
 
         Args:
             config: of the run.
             data: the whole data set; the config's limits are applied here.
-            device: where to train.
-            initial: weights under PyTorch's names and layouts, or None to draw them from `config.seed`.
+            devices: where to train: each holds the state and gets its share of every batch.
+            initial: weights under PyTorch's names and layouts, or None to draw them from the seeds.
+            networks: how many to train, with the seeds `config.seed`, `config.seed + 1`, …
         """
         jax.config.update("jax_enable_x64", config.precision == "float64")
-        self._config = config
-        self._device = device
+        self.seeds = range(config.seed, config.seed + networks)
+        self._precision = jnp.dtype(config.precision)
+        self._mesh = make_mesh(devices)
+        train_set = data.train_images[: config.limit_train], data.train_labels[: config.limit_train]
+        test_set = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
+        self._feed = Feed(self._mesh, *train_set, self.seeds, config.batch_size)
+        self._test_set, self._test_size = send_test_set(self._mesh, *test_set), len(test_set[1])
         self._optimizer = make_optimizer(config.adam)
-        with jax.default_device(self._device):
-            drawn = init_params(jax.random.key(config.seed), jnp.dtype(config.precision))
-            params = drawn if initial is None else torch_layout.to_flax(initial)
-            self._state = jax.device_put(init_state(jax.tree.map(jnp.asarray, params), self._optimizer), self._device)
-        self._train_set = jax.device_put(
-            (data.train_images[: config.limit_train], data.train_labels[: config.limit_train]), self._device
-        )
-        self._test_set = jax.device_put(
-            (data.test_images[: config.limit_test], data.test_labels[: config.limit_test]), self._device
-        )
+        self._state = self._initial_state(initial, jnp.dtype(config.weights_dtype))
         started = time.perf_counter()
         self._programs, self._evaluate = self._compile()
         self.compile_seconds = time.perf_counter() - started
@@ -66,66 +69,118 @@ class JaxTrainer:
     @property
     def train_size(self) -> int:
         """Images in an epoch."""
-        return len(self._train_set[0])
+        return self._feed.size
 
     @property
     def device(self) -> str:
         """What the run computes on, for the record."""
-        kind, platform = self._device.device_kind, self._device.platform
-        return platform if kind == platform else f"{platform} ({kind})"
+        first = self._mesh.devices.flat[0]
+        name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
+        return name if self._mesh.size == 1 else f"{self._mesh.size} x {name}"
 
-    def train_epoch(self, epoch: int) -> Iterator[tuple[int, float]]:
-        """Train on every image once; after each chunk, yield how many images it held and their mean loss."""
-        for chunk in self._chunks(epoch):
-            order = jax.device_put(chunk.astype(np.int32), self._device)
-            self._state, losses = self._programs[chunk.shape](self._state, *self._train_set, order)
-            yield chunk.size, float(np.asarray(losses).mean())
+    def train_epoch(self, epoch: int) -> Iterator[tuple[int, PerNetwork]]:
+        """Train on every image once; after each chunk, yield how many images it held and each network's mean loss.
 
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy (0 … 1) over the whole test set."""
+        The next chunk is under way before a chunk's losses are read, so that no device waits for Python.
+        """
+        report: Callable[[], tuple[int, PerNetwork]] | None = None
+        for pixels, labels, steps in self._feed.chunks(epoch):
+            batch = labels.shape[-1]
+            self._state, losses = self._programs[batch](self._state, pixels, labels, np.int32(steps))
+            if report is not None:
+                yield report()
+            report = partial(read_losses, losses, steps, batch)
+        if report is not None:
+            yield report()
+
+    def evaluate(self) -> tuple[PerNetwork, PerNetwork]:
+        """Each network's mean loss and accuracy (0 … 1) over the whole test set."""
         scores = self._evaluate(self._state.params, *self._test_set)
-        size = len(self._test_set[0])
-        return float(scores.loss_sum) / size, int(scores.correct) / size
+        return np.asarray(scores.loss_sum) / self._test_size, np.asarray(scores.correct) / self._test_size
 
-    def weights(self) -> torch_layout.TorchDict:
-        """The current weights under PyTorch's names and layouts."""
-        return torch_layout.to_torch(jax.device_get(self._state.params))
+    def weights(self) -> list[torch_layout.TorchDict]:
+        """Each network's current weights under PyTorch's names and layouts."""
+        params = jax.tree.map(np.asarray, self._state.params)
+        return [torch_layout.to_torch(jax.tree.map(itemgetter(at), params)) for at in range(len(self.seeds))]
 
-    def _chunks(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's batches, several to a chunk; the smaller last batch is a chunk of one."""
-        order = epoch_order(self._config.seed, epoch, self.train_size)
-        full, rest = split_batches(order, self._config.batch_size)
-        chunks = [full[start : start + CHUNK_STEPS] for start in range(0, len(full), CHUNK_STEPS)]
-        return chunks + ([rest[None]] if rest.size else [])
+    def _initial_state(self, initial: torch_layout.TorchDict | None, dtype: Any) -> TrainState:
+        """One state of all networks, on every device."""
 
-    def _compile(self) -> tuple[dict[ChunkShape, Compiled], Compiled]:
-        """Compile one program for each shape of chunk and one for the evaluation, side by side.
+        def start(seed: int) -> TrainState:
+            params = init_params(jax.random.key(seed), dtype) if initial is None else torch_layout.to_flax(initial)
+            return init_state(jax.tree.map(partial(jnp.asarray, dtype=dtype), params), self._optimizer)
+
+        with jax.default_device(self._mesh.local_devices[0]):
+            state = jax.tree.map(lambda *leaves: np.stack(leaves), *map(start, self.seeds))
+        return jax.device_put(state, NamedSharding(self._mesh, REPLICATED))
+
+    def _compile(self) -> tuple[dict[int, Compiled], Compiled]:
+        """Compile a training program for each size of batch, and the evaluation, side by side.
 
         Compiling ahead keeps compile time out of the first epoch's time.
         """
-        train = jax.jit(partial(train_chunk, optimizer=self._optimizer), donate_argnums=0)
-        orders = {chunk.shape: jax.ShapeDtypeStruct(chunk.shape, jnp.int32) for chunk in self._chunks(0)}
-        lowered = [train.lower(self._state, *self._train_set, order) for order in orders.values()]
-        lowered.append(jax.jit(evaluate).lower(self._state.params, *self._test_set))
-        options = compiler_options(self._device.platform)
+        lowered = {shape[2]: self._lower_training(shape) for shape in self._feed.shapes}
+        options = compiler_options(self._mesh.devices.flat[0].platform)
         with ThreadPoolExecutor() as pool:
-            *programs, evaluation = pool.map(lambda program: program.compile(options), lowered)
-        return dict(zip(orders, programs, strict=True)), evaluation
+            *programs, evaluation = pool.map(
+                lambda program: program.compile(options), [*lowered.values(), self._lower_evaluation()]
+            )
+        return dict(zip(lowered, programs, strict=True)), evaluation
+
+    def _lower_training(self, shape: tuple[int, int, int]) -> Lowered:
+        """`train_chunk` for chunks [networks, room, batch] on the run's devices."""
+        chunk = partial(train_chunk, optimizer=self._optimizer, dtype=self._precision, axis=self._axis)
+        spec = batch_spec(self._mesh, shape[2])
+        program = jax.shard_map(
+            over_networks(chunk, (0, 0, 0, None)),
+            mesh=self._mesh,
+            in_specs=(REPLICATED, spec, spec, REPLICATED),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+        sharding = NamedSharding(self._mesh, spec)
+        pixels = jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=sharding)
+        labels = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
+        return jax.jit(program, donate_argnums=0).lower(self._state, pixels, labels, np.int32(0))
+
+    def _lower_evaluation(self) -> Lowered:
+        """`evaluate` on the run's devices: the one test set for all networks."""
+
+        def score(params: Params, pixels: jax.Array, labels: jax.Array) -> Scores:
+            return evaluate(params, pixels[0], labels[0], self._precision, self._axis)
+
+        program = jax.shard_map(
+            over_networks(score, (0, None, None)),
+            mesh=self._mesh,
+            in_specs=(REPLICATED, *(batch_spec(self._mesh, array.shape[2]) for array in self._test_set)),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+        return jax.jit(program).lower(self._state.params, *self._test_set)
+
+    @property
+    def _axis(self) -> str | None:
+        return AXIS if self._mesh.size > 1 else None
 
 
-def pick_device(name: Device) -> jax.Device:
-    """The first device of that kind; `auto` is JAX's own choice: TPU, then GPU, then CPU.
+def over_networks(program: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
+    """Map a program over its arguments' leading axis; where that is of length 1, run it as it is.
 
-    Raises:
-        UserError: JAX sees no such device.
+    A mapped convolution is a grouped one, and slow even when there is a single group.
     """
-    if name == "auto":
-        return jax.devices()[0]
-    try:
-        return jax.devices(name)[0]
-    except RuntimeError:
-        seen = ", ".join(sorted({device.platform for device in jax.devices()}))
-        raise UserError(
-            f"--device {name}: JAX sees no {name} here (it sees: {seen}); "
-            f"use --device auto, or install JAX for it (README, Other hardware)"
-        ) from None
+
+    def run(*args: Any) -> Any:
+        if len(jax.tree.leaves(args[0])[0]) > 1:
+            return jax.vmap(program, in_axes)(*args)
+        only = [
+            arg if axis is None else jax.tree.map(lambda leaf: leaf[0], arg)
+            for arg, axis in zip(args, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda leaf: leaf[None], program(*only))
+
+    return run
+
+
+def read_losses(losses: Float[jax.Array, "networks room"], steps: int, batch: int) -> tuple[int, PerNetwork]:
+    """Wait for a chunk; how many images it held, and each network's mean loss."""
+    return steps * batch, np.asarray(losses)[:, :steps].mean(axis=1)

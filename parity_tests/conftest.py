@@ -1,11 +1,18 @@
 """What every test may ask for."""
 
+import atexit
 import os
+import tempfile
 from pathlib import Path
 
 # Before torch loads: its threads then yield while they wait for each other. Spinning, they take four times as long on
 # two cores that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Before JAX loads: programs compiled by these tests are kept for the commands that they start, not in a person's cache.
+compiled_programs = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+atexit.register(compiled_programs.cleanup)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
 
 import jax
 import numpy as np

@@ -298,7 +298,7 @@ def test_jax_takes_its_first_step_within_ten_seconds_and_ends_at_once_when_inter
     with subprocess.Popen(
         command("jax", "--data-dir", data_dir),
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "none kept yet")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,7 +15,7 @@ from jax_cnn.config import AdamConfig, TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.model import apply
 from jax_cnn.torch_layout import TorchDict
-from jax_cnn.train import cross_entropy, evaluate, to_images
+from jax_cnn.train import cross_entropy, to_images
 from jax_cnn.trainer import JaxTrainer
 from torch_ref.trainer import TorchTrainer
 
@@ -26,7 +26,7 @@ LIMIT_TEST = 650  # not a multiple of the evaluation's batch
 def jax_trainer(data: FashionMNIST, initial: TorchDict, **changes: Any) -> JaxTrainer:
     """A run as train_jax.py makes it."""
     config = TrainConfig(limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST, **changes)
-    return JaxTrainer(config, data, jax.devices("cpu")[0], initial)
+    return JaxTrainer(config, data, jax.devices("cpu")[:1], initial)
 
 
 def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
@@ -48,9 +48,9 @@ def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
 
 def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
     """Train one epoch; its mean training loss, then the test loss and the accuracy after it."""
-    reports = list(trainer.train_epoch(0))
-    assert sum(count for count, _ in reports) == LIMIT_TRAIN
-    return np.array([sum(count * loss for count, loss in reports) / LIMIT_TRAIN, *trainer.evaluate()])
+    counts, losses = zip(*((count, float(np.squeeze(loss))) for count, loss in trainer.train_epoch(0)), strict=True)
+    assert sum(counts) == LIMIT_TRAIN
+    return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *map(np.squeeze, trainer.evaluate())])
 
 
 def test_the_same_weights_and_batches_give_the_same_losses(
@@ -77,9 +77,10 @@ def test_a_network_scores_the_same_in_both_frameworks(
 
 def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weights: TorchDict) -> None:
     """650 images are six batches of 100 and one of 50: a mean over batches would weigh the last 50 too much."""
+    trainer = jax_trainer(data, torch_weights)
     params = jax.tree.map(jnp.asarray, torch_layout.to_flax(torch_weights))
-    pixels, labels = jnp.asarray(data.test_images[:650]), jnp.asarray(data.test_labels[:650])
+    pixels, labels = jnp.asarray(data.test_images[:LIMIT_TEST]), jnp.asarray(data.test_labels[:LIMIT_TEST])
     logits = apply(params, to_images(pixels, jnp.dtype(jnp.float32)))
-    whole = evaluate(params, pixels, labels)
-    assert float(whole.loss_sum) == pytest.approx(float(cross_entropy(logits, labels).sum()), rel=1e-6)
-    assert int(whole.correct) == int((logits.argmax(axis=1) == labels).sum())
+    (loss,), (accuracy,) = trainer.evaluate()
+    assert loss == pytest.approx(float(cross_entropy(logits, labels).mean()), rel=1e-6)
+    assert accuracy == int((logits.argmax(axis=1) == labels).sum()) / LIMIT_TEST

@@ -5,26 +5,37 @@ from pathlib import Path
 from rich.console import Console
 
 from jax_cnn import fashion_mnist
-from jax_cnn.config import TrainConfig
+from jax_cnn.config import JaxTrainConfig
 from jax_cnn.shell import command_line
-from jax_cnn.shell.fit import fit
+from jax_cnn.shell.fit import fit, follow
 from jax_cnn.shell.run_folder import check_out_dir
 from jax_cnn.weights import load_weights
 
 
 def main() -> None:
     """Read the command line, get the data, train."""
-    config = command_line.parse(TrainConfig(out_dir=Path("runs/jax")), __doc__)
-    initial = load_weights(config.init_weights, config.precision) if config.init_weights else None
+    config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
+    initial = load_weights(config.init_weights, config.weights_dtype) if config.init_weights else None
     check_out_dir(config.out_dir)
 
-    from jax_cnn.trainer import JaxTrainer, pick_device  # only now: a slip should not wait for JAX to load
+    import jax  # only now: a slip should not wait for JAX to load
 
-    device = pick_device(config.device)
-    console = Console()
+    from jax_cnn.compiler import keep_compiled_programs
+    from jax_cnn.sharding import join_processes, pick_devices
+    from jax_cnn.trainer import JaxTrainer
+
+    keep_compiled_programs()
+    join_processes(config)
+    devices = pick_devices(config)
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
     data = fashion_mnist.load(config.data_dir, console.print)
-    console.print(f"jax: compiling for {device.platform}")
-    fit(config, JaxTrainer(config, data, device, initial), console)
+    console.print(f"jax: compiling for {devices[0].platform}")
+    trainer = JaxTrainer(config, data, devices, initial, networks=config.seeds)
+    if first:
+        fit(config, trainer, console, trainer.seeds if config.seeds > 1 else None)
+    else:
+        follow(config, trainer)
 
 
 if __name__ == "__main__":

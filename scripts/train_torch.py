@@ -17,7 +17,11 @@ from jax_cnn.weights import load_weights
 def main() -> None:
     """Read the command line, get the data, train."""
     config = command_line.parse(TrainConfig(out_dir=Path("runs/torch")), __doc__)
-    initial = load_weights(config.init_weights, config.precision) if config.init_weights else None
+    if config.precision == "bfloat16":
+        raise UserError(
+            "--precision bfloat16 is the JAX version's: use train_jax.py, or --precision float32 or float64"
+        )
+    initial = load_weights(config.init_weights, config.weights_dtype) if config.init_weights else None
     check_out_dir(config.out_dir)
 
     import torch  # only now: a slip should not wait for PyTorch to load

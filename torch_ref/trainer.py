@@ -83,9 +83,9 @@ class TorchTrainer:
         """Mean loss and accuracy (0 … 1) over the whole test set."""
         return evaluate(self._model, self._test_batches, self._device)
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """The current weights by name."""
-        return {name: tensor.detach().cpu().numpy() for name, tensor in self._model.state_dict().items()}
+    def weights(self) -> list[dict[str, np.ndarray]]:
+        """The current weights by name, of the one network that it trains."""
+        return [{name: tensor.detach().cpu().numpy() for name, tensor in self._model.state_dict().items()}]
 
 
 def pick_device(name: str) -> torch.device:

@@ -80,3 +80,13 @@ def epoch_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['images_per_second']:,.0f}",
         )
     return table
+
+
+def network_table(seeds: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Networks that trained at once, one to a row, after their last epoch."""
+    table = Table(caption=f"{len(seeds)} networks at once: {rows[0]['train_seconds']:.1f} s of training per epoch")
+    for heading in ("seed", "train loss", "test loss", "test accuracy"):
+        table.add_column(heading, justify="right")
+    for seed, row in zip(seeds, rows, strict=True):
+        table.add_row(str(seed), f"{row['train_loss']:.4f}", f"{row['test_loss']:.4f}", f"{row['test_accuracy']:.2%}")
+    return table

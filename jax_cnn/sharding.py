@@ -1,0 +1,127 @@
+"""One device, many devices, many processes: which there are, and which part of a batch each of them gets.
+
+Training is data-parallel: every device holds the whole state and an equal share of each batch, and in each step the
+gradients are averaged over all devices. Many processes meet through JAX's own runtime, `jax.distributed`.
+"""
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_cnn.config import CLUSTER, Device, JaxTrainConfig
+from jax_cnn.errors import UserError
+
+AXIS = "devices"  # the mesh's only axis
+JOIN_TIMEOUT = 30  # seconds to wait for the other processes
+
+REPLICATED = PartitionSpec()
+Share = tuple[slice, ...]
+
+
+def join_processes(config: JaxTrainConfig) -> None:
+    """Meet the run's other processes, if it has any. Before anything else that JAX does.
+
+    Whoever is alone after `JOIN_TIMEOUT` ends here, with exit status 2.
+
+    Raises:
+        UserError: no cluster is there to ask, or the meeting fails at once.
+    """
+    if config.coordinator is None:
+        return
+    watch = threading.Timer(JOIN_TIMEOUT, give_up, [config.coordinator])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            coordinator_address=None if config.coordinator == CLUSTER else config.coordinator,
+            num_processes=config.num_processes,
+            process_id=config.process_id,
+        )
+    except (RuntimeError, ValueError) as error:
+        known = "no cluster's environment tells where the processes meet; give HOST:PORT, --num-processes, --process-id"
+        reason = known if config.coordinator == CLUSTER else str(error).partition("\n")[0]
+        raise UserError(f"--coordinator {config.coordinator}: {reason}") from None
+    finally:
+        watch.cancel()
+
+
+def give_up(coordinator: str) -> None:
+    """End the process. JAX's own time-out aborts it, with a stack trace: nothing that could be caught."""
+    print(
+        f"error: --coordinator {coordinator}: the processes did not meet within {JOIN_TIMEOUT} s; check that all of "
+        "them were started, and that each can reach the first at this address",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def pick_devices(config: JaxTrainConfig) -> list[jax.Device]:
+    """The run's devices. `auto` is JAX's own choice: TPU, then GPU, then CPU.
+
+    A CPU counts as one device; asked for several, JAX splits it, so that a laptop can rehearse a run on many.
+
+    Raises:
+        UserError: JAX sees no such device, or not so many, or cannot share a batch among them.
+    """
+    processes = config.num_processes or 1
+    if config.devices and config.device in ("auto", "cpu"):
+        if config.devices % processes:
+            raise UserError(f"--devices {config.devices} cannot be shared among {processes} processes")
+        jax.config.update("jax_num_cpu_devices", config.devices // processes)
+    seen = devices_of(config.device)
+    count = config.devices or (len(seen) if jax.process_count() > 1 else 1)
+    if count > len(seen):
+        raise UserError(f"--devices {count}: JAX sees {len(seen)} of kind {seen[0].platform} here; ask for fewer")
+    if config.batch_size % count:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be shared among {count} devices; "
+            f"--batch-size {math.ceil(config.batch_size / count) * count} can"
+        )
+    if count < len(seen) and jax.process_count() > 1:
+        raise UserError(f"--devices {count}: a run of several processes takes all of their {len(seen)} devices")
+    return seen[:count]
+
+
+def devices_of(kind: Device) -> list[jax.Device]:
+    """All devices of that kind, of all processes.
+
+    Raises:
+        UserError: JAX sees none.
+    """
+    if kind == "auto":
+        return jax.devices()
+    try:
+        return jax.devices(kind)
+    except RuntimeError:
+        seen = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise UserError(
+            f"--device {kind}: JAX sees no {kind} here (it sees: {seen}); "
+            f"use --device auto, or install JAX for it (README, Other hardware)"
+        ) from None
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """The devices in a row."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def batch_spec(mesh: Mesh, batch: int) -> PartitionSpec:
+    """How batches [networks, steps, batch, …] are shared: evenly, or whole to every device where that is impossible."""
+    return REPLICATED if batch % mesh.size else PartitionSpec(None, None, AXIS)
+
+
+def place_batches(mesh: Mesh, shape: tuple[int, ...], read: Callable[[Share], np.ndarray]) -> jax.Array:
+    """Put batches [networks, steps, batch, …] on the devices; `read` is asked for this process's shares only."""
+
+    def read_share(share: Share | None) -> np.ndarray:
+        assert share is not None
+        return read(share)
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, batch_spec(mesh, shape[2])), read_share)
