@@ -77,9 +77,15 @@ class TrainConfig:
     """Train on the first N images only."""
     limit_test: int | None = None
     """Score the first N test images only."""
+    resume: bool = False
+    """Go on from the newest checkpoint in out-dir, exactly where it stopped."""
+    checkpoint_seconds: float = 30.0
+    """Save the whole state so often, and at the end of every epoch."""
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
+        if not self.checkpoint_seconds >= 0:
+            raise UserError(f"--checkpoint-seconds must be 0 or more, not {self.checkpoint_seconds}; try 30")
 
     @property
     def weights_dtype(self) -> Literal["float32", "float64"]:
@@ -105,6 +111,8 @@ class JaxTrainConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_limits(self, JAX_LIMITS)
+        if self.resume and self.seeds > 1:
+            raise UserError("--resume goes with --seeds 1 only: no checkpoints are kept of several networks at once")
         place, numbers = self.coordinator, (self.num_processes, self.process_id)
         if place in (None, CLUSTER):
             if numbers != (None, None):

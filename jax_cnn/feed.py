@@ -52,13 +52,14 @@ class Feed:
         shapes = [(min(full, CHUNK_STEPS), self._batch_size), (1, rest)]
         return [(len(self._seeds), room, batch) for room, batch in shapes if room and batch]
 
-    def chunks(self, epoch: int) -> Iterator[Chunk]:
-        """An epoch's batches; the smaller last batch is a chunk of its own."""
+    def chunks(self, epoch: int, start: int = 0) -> Iterator[Chunk]:
+        """An epoch's batches from step `start` on; the smaller last batch is a chunk of its own."""
         orders = [split_batches(epoch_order(seed, epoch, self.size), self._batch_size) for seed in self._seeds]
         full, rest = (np.stack(part) for part in zip(*orders, strict=True))
-        pieces = [full[:, start : start + CHUNK_STEPS] for start in range(0, full.shape[1], CHUNK_STEPS)]
-        for order in [*pieces, rest[:, None]] if rest.size else pieces:
-            yield self._send(order)
+        for at in range(start, full.shape[1], CHUNK_STEPS):
+            yield self._send(full[:, at : at + CHUNK_STEPS])
+        if rest.size and start <= full.shape[1]:
+            yield self._send(rest[:, None])
 
     def _send(self, order: Int[np.ndarray, "networks steps batch"]) -> Chunk:
         """Gather a chunk's images. Room that a shorter chunk leaves is filled with some image, which nobody reads."""

@@ -9,21 +9,25 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.stages import Compiled, Lowered
 from jaxtyping import Float
 
 from jax_cnn import torch_layout
+from jax_cnn.checkpoint import AdamState
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.feed import Feed, send_test_set
 from jax_cnn.model import Params, init_params
 from jax_cnn.sharding import AXIS, REPLICATED, batch_spec, make_mesh
+from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import Scores, TrainState, evaluate, init_state, make_optimizer, train_chunk
 
 PerNetwork = Float[np.ndarray, " networks"]
+PerStep = Float[np.ndarray, "networks steps"]
 
 
 class JaxTrainer:
@@ -40,7 +44,7 @@ class JaxTrainer:
         config: TrainConfig,
         data: FashionMNIST,
         devices: Sequence[jax.Device],
-        initial: torch_layout.TorchDict | None = None,
+        initial: TorchDict | None = None,
         networks: int = 1,
     ) -> None:
         """Place the initial state and the test set on the devices, and compile.
@@ -78,32 +82,50 @@ class JaxTrainer:
         name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
         return name if self._mesh.size == 1 else f"{self._mesh.size} x {name}"
 
-    def train_epoch(self, epoch: int) -> Iterator[tuple[int, PerNetwork]]:
-        """Train on every image once; after each chunk, yield how many images it held and each network's mean loss.
+    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, PerStep]]:
+        """Train on every image once, from step `start` on; after each chunk, yield its number of images and losses.
 
-        The next chunk is under way before a chunk's losses are read, so that no device waits for Python.
+        The next chunk is on its way to the devices while they compute this one.
         """
-        report: Callable[[], tuple[int, PerNetwork]] | None = None
-        for pixels, labels, steps in self._feed.chunks(epoch):
+        chunks = self._feed.chunks(epoch, start)
+        chunk = next(chunks, None)
+        while chunk is not None:
+            pixels, labels, steps = chunk
             batch = labels.shape[-1]
             self._state, losses = self._programs[batch](self._state, pixels, labels, np.int32(steps))
-            if report is not None:
-                yield report()
-            report = partial(read_losses, losses, steps, batch)
-        if report is not None:
-            yield report()
+            chunk = next(chunks, None)
+            yield steps * batch, np.asarray(losses)[:, :steps]
 
     def evaluate(self) -> tuple[PerNetwork, PerNetwork]:
         """Each network's mean loss and accuracy (0 … 1) over the whole test set."""
         scores = self._evaluate(self._state.params, *self._test_set)
         return np.asarray(scores.loss_sum) / self._test_size, np.asarray(scores.correct) / self._test_size
 
-    def weights(self) -> list[torch_layout.TorchDict]:
+    def weights(self) -> list[TorchDict]:
         """Each network's current weights under PyTorch's names and layouts."""
         params = jax.tree.map(np.asarray, self._state.params)
         return [torch_layout.to_torch(jax.tree.map(itemgetter(at), params)) for at in range(len(self.seeds))]
 
-    def _initial_state(self, initial: torch_layout.TorchDict | None, dtype: Any) -> TrainState:
+    def state(self) -> AdamState:
+        """The whole state of the first network, copied: the next step overwrites the original."""
+        params, opt_state = self._state
+        first = partial(jax.tree.map, lambda leaf: np.array(leaf[0]))
+        mu, nu, count = (first(optax.tree_utils.tree_get(opt_state, name)) for name in ("mu", "nu", "count"))
+        to_torch = torch_layout.to_torch
+        return AdamState(to_torch(first(params)), to_torch(mu), to_torch(nu), int(count))
+
+    def restore(self, weights: TorchDict, first_moment: TorchDict, second_moment: TorchDict, step: int) -> None:
+        """Go on from such a state."""
+        params, mu, nu = (
+            jax.tree.map(lambda leaf, old: leaf[None].astype(old.dtype), torch_layout.to_flax(part), self._state.params)
+            for part in (weights, first_moment, second_moment)
+        )
+        opt_state = optax.tree_utils.tree_set(
+            jax.tree.map(np.asarray, self._state.opt_state), mu=mu, nu=nu, count=np.array([step], np.int32)
+        )
+        self._state = jax.device_put(TrainState(params, opt_state), NamedSharding(self._mesh, REPLICATED))
+
+    def _initial_state(self, initial: TorchDict | None, dtype: Any) -> TrainState:
         """One state of all networks, on every device."""
 
         def start(seed: int) -> TrainState:
@@ -179,8 +201,3 @@ def over_networks(program: Callable[..., Any], in_axes: tuple[int | None, ...]) 
         return jax.tree.map(lambda leaf: leaf[None], program(*only))
 
     return run
-
-
-def read_losses(losses: Float[jax.Array, "networks room"], steps: int, batch: int) -> tuple[int, PerNetwork]:
-    """Wait for a chunk; how many images it held, and each network's mean loss."""
-    return steps * batch, np.asarray(losses)[:, :steps].mean(axis=1)

@@ -1,6 +1,5 @@
 """Weights on disk: safetensors under PyTorch's names and layouts. Either framework loads them, and nothing executes."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,21 +8,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jax_cnn.errors import UserError
+from jax_cnn.files import write_atomically
 from jax_cnn.torch_layout import TorchDict, check_shapes
 
 
 def save_weights(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the file whole or not at all: under a temporary name, flushed to disk, then renamed.
+    """Write the file whole or not at all.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(save(dict(tensors)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, save(dict(tensors)))
 
 
 def load_weights(path: Path, dtype: str) -> TorchDict:

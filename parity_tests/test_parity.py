@@ -12,6 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jax_cnn import ops
+from jax_cnn.checkpoint import AdamState
 from jax_cnn.fashion_mnist import FashionMNIST
 from parity_tests.harness import checks, trajectory, truth
 from parity_tests.harness.capture import exact_arithmetic
@@ -19,7 +20,6 @@ from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair, Tap, channels_first
 from parity_tests.harness.pairs import BATCH_SIZE, feed_forward, simple_cnn
 from parity_tests.harness.suite import CHECKS
-from parity_tests.harness.trajectory import AdamState
 
 SHORT = 3 * BATCH_SIZE + 8  # three full batches and a remainder
 LOCKSTEP_STEPS = 200

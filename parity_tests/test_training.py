@@ -48,7 +48,7 @@ def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
 
 def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
     """Train one epoch; its mean training loss, then the test loss and the accuracy after it."""
-    counts, losses = zip(*((count, float(np.squeeze(loss))) for count, loss in trainer.train_epoch(0)), strict=True)
+    counts, losses = zip(*((count, np.mean(loss)) for count, loss in trainer.train_epoch(0)), strict=True)
     assert sum(counts) == LIMIT_TRAIN
     return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *map(np.squeeze, trainer.evaluate())])
 

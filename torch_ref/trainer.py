@@ -10,6 +10,9 @@ from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import SimpleCNN
 from torch_ref.train import evaluate, train_one_epoch
 
+Arrays = dict[str, np.ndarray]
+State = tuple[Arrays, Arrays, Arrays, int]
+
 
 class TorchTrainer:
     """A run in progress: the model, the optimizer and the loaders, as a course's script holds them in globals."""
@@ -73,9 +76,9 @@ class TorchTrainer:
         """What the run computes on, for the record."""
         return f"gpu ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else "cpu"
 
-    def train_epoch(self, epoch: int) -> Iterator[tuple[int, float]]:
-        """Train on every image once; after each step, yield how many images it held and their mean loss."""
-        order = self._epoch_order(epoch, self.train_size)
+    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, float]]:
+        """Train on every image once, from step `start` on; after each, yield how many images it held and their loss."""
+        order = self._epoch_order(epoch, self.train_size)[start * self._batch_size :]
         batches = load_batches(self._train_set, self._batch_size, order)
         return train_one_epoch(self._model, batches, self._optimizer, self._device)
 
@@ -86,6 +89,36 @@ class TorchTrainer:
     def weights(self) -> list[dict[str, np.ndarray]]:
         """The current weights by name, of the one network that it trains."""
         return [{name: tensor.detach().cpu().numpy() for name, tensor in self._model.state_dict().items()}]
+
+    def state(self) -> State:
+        """The weights, both of Adam's moments, and its step count, copied: the next step overwrites the original."""
+        named = dict(self._model.named_parameters())
+        kept = {name: self._optimizer.state[parameter] for name, parameter in named.items()}
+        step = int(next(iter(kept.values())).get("step", 0))
+
+        def moment(key: str) -> dict[str, np.ndarray]:
+            zeros = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+            return {name: kept[name].get(key, zeros[name]).numpy(force=True).copy() for name in named}
+
+        weights = {name: parameter.numpy(force=True).copy() for name, parameter in named.items()}
+        return weights, moment("exp_avg"), moment("exp_avg_sq"), step
+
+    def restore(
+        self,
+        weights: Mapping[str, np.ndarray],
+        first_moment: Mapping[str, np.ndarray],
+        second_moment: Mapping[str, np.ndarray],
+        step: int,
+    ) -> None:
+        """Go on from such a state."""
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(torch.from_numpy(weights[name]))
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": torch.from_numpy(first_moment[name]).to(parameter, copy=True),
+                    "exp_avg_sq": torch.from_numpy(second_moment[name]).to(parameter, copy=True),
+                }
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from jax_cnn.errors import UserError
+from jax_cnn.shell.interrupts import Interrupted
 
 Config = TypeVar("Config")
 
@@ -60,12 +61,15 @@ def first_sentence(box: str) -> str:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command: exit status 0 when it is done, 2 with one line on stderr for a slip, 130 after Ctrl-C."""
+    """Run a command: status 0 when it is done, 2 with one line on stderr for a slip, 128 + n after signal n."""
     try:
         main()
     except UserError as slip:
         print(f"error: {slip}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,8 @@
-"""The loop over epochs that both frameworks run in: train, score, record, show."""
+"""The loop over epochs that both frameworks run in: train, score, record, show; stop and go on."""
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
 
+from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
 from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
+from jax_cnn.shell.checkpoints import CheckpointWriter
 from jax_cnn.shell.display import Display, epoch_table, network_table
+from jax_cnn.shell.interrupts import Interrupted, postponed_interrupts
 from jax_cnn.shell.provenance import provenance
-from jax_cnn.shell.run_folder import FILES, RunFolder
+from jax_cnn.shell.resume import checkpoint_to_resume, how_to_resume, run_record
+from jax_cnn.shell.run_folder import FILES, RunFolder, writing
 
 Row = dict[str, Any]  # a line of metrics.jsonl
 
@@ -40,14 +44,26 @@ class Trainer(Protocol):
     def device(self) -> str:
         """What the run computes on, for the record."""
 
-    def train_epoch(self, epoch: int) -> Iterator[tuple[int, ArrayLike]]:
-        """Train on every image once, yielding image counts and each network's mean loss as they come."""
+    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, ArrayLike]]:
+        """Train on every image once, from step `start` on; yields image counts and losses [networks, steps]."""
 
     def evaluate(self) -> tuple[ArrayLike, ArrayLike]:
         """Each network's mean loss and accuracy (0 … 1) over the whole test set."""
 
     def weights(self) -> list[dict[str, np.ndarray]]:
         """Each network's current weights under PyTorch's names and layouts."""
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray], int]:
+        """The first network's weights, both moments, and the step count."""
+
+    def restore(
+        self,
+        weights: dict[str, np.ndarray],
+        first_moment: dict[str, np.ndarray],
+        second_moment: dict[str, np.ndarray],
+        step: int,
+    ) -> None:
+        """Go on from there."""
 
 
 def fit(config: TrainConfig, trainer: Trainer, console: Console, seeds: Sequence[int] | None = None) -> None:
@@ -60,30 +76,25 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, seeds: Sequence
         seeds: of the networks, if they are several: each has a folder in `config.out_dir`, as if it ran alone.
 
     Raises:
-        UserError: `config.out_dir` cannot be written, or a loss is no longer a number.
+        UserError: `config.out_dir` cannot be written, holds no checkpoint to resume, or a loss is no longer a number.
+        Interrupted: by Ctrl-C or SIGTERM; all that was done is saved.
     """
     display = Display(console, config.epochs, trainer.train_size)
-    folders = open_folders(config, trainer, display, seeds)
-    display.say(f"{trainer.framework} on {trainer.device}: {trainer.train_size:,} images an epoch")
-    epochs: list[list[Row]] = []
-    try:
-        with display:
-            for epoch in range(config.epochs):
-                rows = run_epoch(trainer, epoch, display)
-                for row in rows:
-                    check_finite(row, config)
-                for folder, row, weights in zip(folders, rows, trainer.weights(), strict=True):
-                    folder.add_epoch(row)
-                    folder.write_weights(weights)
-                epochs.append(rows)
-                display.say(f"epoch {epoch + 1}/{config.epochs}: test accuracy {describe_accuracies(rows)}")
-    except KeyboardInterrupt:
-        display.say(f"{len(epochs)} finished epochs and the weights after them are in {config.out_dir}")
-        raise
-    for folder, history in zip(folders, zip(*epochs, strict=True), strict=True):
-        accuracy = history[-1]["test_accuracy"]
-        folder.write_curves(history, f"{trainer.framework}: test accuracy {accuracy:.1%} after {len(history)} epochs")
-    console.print(epoch_table([rows[0] for rows in epochs]) if seeds is None else network_table(seeds, epochs[-1]))
+    record = {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(folder) for folder in open_folders(config, display, record, seeds)]
+        run = Run(config, trainer, display, folders, run_record(config, record))
+        if config.resume:
+            run.resume()
+        display.say(f"{trainer.framework} on {trainer.device}: {trainer.train_size:,} images an epoch")
+        with display, postponed_interrupts() as signal_received:
+            run.train(signal_received)
+        for folder, rows in zip(folders, run.histories, strict=True):
+            accuracy = rows[-1]["test_accuracy"]
+            folder.write_curves(rows, f"{trainer.framework}: test accuracy {accuracy:.1%} after {len(rows)} epochs")
+    console.print(
+        epoch_table(run.histories[0]) if seeds is None else network_table(seeds, [rows[-1] for rows in run.histories])
+    )
     display.say(f"Results are in {', '.join(str(folder.path) for folder in folders)}: {', '.join(FILES)}")
 
 
@@ -96,56 +107,151 @@ def follow(config: TrainConfig, trainer: Trainer) -> None:
 
 
 def open_folders(
-    config: TrainConfig, trainer: Trainer, display: Display, seeds: Sequence[int] | None
-) -> list[RunFolder]:
+    config: TrainConfig, display: Display, record: dict[str, Any], seeds: Sequence[int] | None
+) -> Iterator[RunFolder]:
     """A folder for each network, with what was asked for written down in it."""
     if seeds is None:
         configs = [config]
     else:
         configs = [replace(config, seed=seed, out_dir=config.out_dir / f"seed-{seed}") for seed in seeds]
-    record = {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
-    folders = [RunFolder(each.out_dir, display.say) for each in configs]
-    for folder, each in zip(folders, configs, strict=True):
-        folder.write_config(each, record)
-    return folders
+    for each in configs:
+        folder = RunFolder(each.out_dir, display.say, config.resume)
+        if not config.resume:
+            folder.write_config(each, record)
+        yield folder
 
 
-def run_epoch(trainer: Trainer, epoch: int, display: Display) -> list[Row]:
-    """Train and score one epoch; returns each network's line of metrics.jsonl."""
-    started = time.perf_counter()
-    images, loss_sum = 0, np.zeros(1)
-    for count, loss in trainer.train_epoch(epoch):
-        images += count
-        loss_sum = loss_sum + np.asarray(loss) * count
-        display.report(epoch, images, float(loss_sum.mean()) / images, images / (time.perf_counter() - started))
-    trained = time.perf_counter()
-    test_losses, test_accuracies = (np.atleast_1d(figures) for figures in trainer.evaluate())
-    evaluated = time.perf_counter()
-    return [
-        {
-            "epoch": epoch + 1,
-            "train_loss": float(train_loss) / images,
-            "test_loss": float(test_loss),
-            "test_accuracy": float(test_accuracy),
-            "train_seconds": trained - started,
-            "eval_seconds": evaluated - trained,
-            "compile_seconds": trainer.compile_seconds if epoch == 0 else 0.0,
-            "images_per_second": images / (trained - started),
-        }
-        for train_loss, test_loss, test_accuracy in zip(loss_sum, test_losses, test_accuracies, strict=True)
-    ]
+class Run:
+    """A run's place in its epochs, and what it has found so far."""
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        trainer: Trainer,
+        display: Display,
+        folders: Sequence[RunFolder],
+        record: dict[str, Any],
+    ) -> None:
+        """Start at the beginning. Of several networks no checkpoints are kept."""
+        self.histories: list[list[Row]] = [[] for _ in folders]
+        self._config = config
+        self._trainer = trainer
+        self._display = display
+        self._folders = folders
+        self._record = record
+        self._checkpoints = CheckpointWriter(config.out_dir, config.checkpoint_seconds) if len(folders) == 1 else None
+        self._steps, self._loss_sums, self._seconds = 0, np.zeros(len(folders)), 0.0
 
-def check_finite(row: Row, config: TrainConfig) -> None:
-    """Stop a training that has lost its way.
+    def resume(self) -> None:
+        """Go on where the run in the folder stopped."""
+        found = checkpoint_to_resume(self._config, self._record, self._display.say)
+        progress = found.progress
+        self._trainer.restore(*found.state)
+        self.histories = [list(progress.rows)]
+        self._steps, self._seconds = progress.steps, progress.seconds
+        self._loss_sums = np.array([progress.loss_sum])
+        self._folders[0].write_metrics(progress.rows)
+        if progress.rows:
+            self._folders[0].write_weights(found.state.weights)  # the epoch's, if that was cut off
+        self._display.say(f"going on after step {found.state.step:,}")
 
-    Raises:
-        UserError: the loss is NaN or infinite.
-    """
-    if not math.isfinite(row["train_loss"]):
-        raise UserError(
-            f"the training loss became {row['train_loss']} in epoch {row['epoch']} with --learning-rate "
-            f"{config.adam.learning_rate:g}: try a smaller one"
+    def train(self, signal_received: Callable[[], int | None]) -> None:
+        """Run the epochs that are left."""
+        while len(self.histories[0]) < self._config.epochs:
+            self._train_epoch(signal_received)
+            self._finish_epoch()
+            self._save()
+            self._stop_if(signal_received())
+        if self._checkpoints is not None:
+            with writing(self._config.out_dir):
+                self._checkpoints.wait()
+
+    def _train_epoch(self, signal_received: Callable[[], int | None]) -> None:
+        """Train what is left of the epoch."""
+        size = self._trainer.train_size
+        started = time.perf_counter()
+        before, images_before = self._seconds, min(self._steps * self._config.batch_size, size)
+        images = images_before
+        for count, losses in self._trainer.train_epoch(len(self.histories[0]), self._steps):
+            losses = np.reshape(np.asarray(losses, np.float64), (len(self._folders), -1))
+            self._check_finite(losses)
+            images += count
+            self._steps += losses.shape[1]
+            self._loss_sums = self._loss_sums + losses.mean(axis=1) * count
+            elapsed = time.perf_counter() - started
+            self._seconds = before + elapsed
+            mean_loss = float(self._loss_sums.mean()) / images
+            self._display.report(len(self.histories[0]), images, mean_loss, (images - images_before) / elapsed)
+            if self._checkpoints is not None and self._checkpoints.due and images < size:
+                self._save()
+            self._stop_if(signal_received())
+
+    def _finish_epoch(self) -> None:
+        """Score, and write each network's line of metrics.jsonl and its weights."""
+        started = time.perf_counter()
+        test_losses, test_accuracies = (np.atleast_1d(figures) for figures in self._trainer.evaluate())
+        evaluated = time.perf_counter()
+        epoch, size = len(self.histories[0]), self._trainer.train_size
+        for at, (folder, weights) in enumerate(zip(self._folders, self._trainer.weights(), strict=True)):
+            row = {
+                "epoch": epoch + 1,
+                "train_loss": float(self._loss_sums[at]) / size,
+                "test_loss": float(test_losses[at]),
+                "test_accuracy": float(test_accuracies[at]),
+                "train_seconds": self._seconds,
+                "eval_seconds": evaluated - started,
+                "compile_seconds": self._trainer.compile_seconds if epoch == 0 else 0.0,
+                "images_per_second": size / self._seconds,
+            }
+            self.histories[at].append(row)
+            folder.write_metrics(self.histories[at])
+            folder.write_weights(weights)
+        self._steps, self._loss_sums, self._seconds = 0, np.zeros(len(self._folders)), 0.0
+        accuracies = describe_accuracies([rows[-1] for rows in self.histories])
+        self._display.say(f"epoch {epoch + 1}/{self._config.epochs}: test accuracy {accuracies}")
+
+    def _save(self) -> None:
+        """Have the whole state written while training goes on.
+
+        Raises:
+            UserError: the folder cannot be written, or a weight is no longer a number.
+        """
+        if self._checkpoints is None:
+            return
+        state = AdamState(*self._trainer.state())
+        for name, weight in state.weights.items():
+            if not np.isfinite(weight).all():
+                raise self._lost(f"the weights {name} became NaN or infinite by step {state.step:,}")
+        rows = self.histories[0]
+        progress = Progress(len(rows), self._steps, float(self._loss_sums[0]), self._seconds, list(rows))
+        with writing(self._config.out_dir):
+            self._checkpoints.write(Checkpoint(state, progress, self._record))
+
+    def _stop_if(self, number: int | None) -> None:
+        """Save and stop, if a signal has asked for it."""
+        if number is None:
+            return
+        if self._checkpoints is None:
+            raise Interrupted(
+                number, f"stopped; {len(self.histories[0])} finished epochs are in {self._config.out_dir}"
+            )
+        self._save()
+        with writing(self._config.out_dir):
+            self._checkpoints.wait()
+        raise Interrupted(number, f"stopped, and saved. To go on: {how_to_resume()}")
+
+    def _check_finite(self, losses: np.ndarray) -> None:
+        """Stop a training that has lost its way, before anything of it is saved."""
+        lost = np.argwhere(~np.isfinite(losses.T))
+        if len(lost):
+            steps_per_epoch = -(-self._trainer.train_size // self._config.batch_size)
+            step = len(self.histories[0]) * steps_per_epoch + self._steps + int(lost[0, 0]) + 1
+            raise self._lost(f"the training loss became {losses.T[tuple(lost[0])]} at step {step:,}")
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"{what}, with --learning-rate {self._config.adam.learning_rate:g}: try a smaller one; "
+            f"what was saved before is in {self._config.out_dir}"
         )
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
+from jax_cnn.files import write_atomically
 from jax_cnn.weights import save_weights
 
 CONFIG = "config.json"
@@ -20,38 +23,44 @@ METRICS = "metrics.jsonl"
 WEIGHTS = "weights.safetensors"
 CURVES = "curves.png"
 FILES = (CONFIG, METRICS, WEIGHTS, CURVES)
+CHECKPOINTS = "checkpoint-*.safetensors"
+LOCK = ".lock"
 
 
 class RunFolder:
-    """Where one run writes; made when the run has all it needs to start."""
+    """Where one run writes, and nobody else meanwhile; made when the run has all it needs to start."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Make the folder; results of an earlier run in it go to `earlier-1`, `earlier-2`, … inside it.
+    def __init__(self, path: Path, say: Callable[[str], None], resume: bool = False) -> None:
+        """Take the folder. Unless the run in it is to go on, its files go to `earlier-1`, `earlier-2`, … inside it.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder cannot be made or written, or another process writes there.
         """
         self.path = path
         check_out_dir(path)
-        present = [name for name in FILES if (path / name).exists()]
-        if present:
-            aside = next(free for n in itertools.count(1) if not (free := path / f"earlier-{n}").exists())
-            with writing(path):
-                aside.mkdir()
-                for name in present:
-                    (path / name).rename(aside / name)
-            say(f"{path} held an earlier run: it is now in {aside}")
+        self._lock = FileLock(path / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--out-dir {path}: another run is writing there; wait, or choose another folder") from None
+        present = [] if resume else [*(path / name for name in FILES), *path.glob(CHECKPOINTS)]
+        self._move_aside([file for file in present if file.exists()], say)
+
+    def __enter__(self) -> Self:
+        """Hold the folder until the block ends."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Let others write there."""
+        self._lock.release()
 
     def write_config(self, config: TrainConfig, provenance: dict[str, Any]) -> None:
         """Write config.json: what was asked for, by which command, on which machine, with which versions."""
-        record = {"config": asdict(config)} | provenance
-        with writing(self.path):
-            (self.path / CONFIG).write_text(json.dumps(record, indent=2, default=str) + "\n")
+        self._write(CONFIG, json.dumps({"config": asdict(config)} | provenance, indent=2, default=str))
 
-    def add_epoch(self, row: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with writing(self.path), (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl, a line to an epoch; all of it each time, so that no line is ever cut or repeated."""
+        self._write(METRICS, "\n".join(json.dumps(row, allow_nan=False) for row in rows))
 
     def write_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write weights.safetensors."""
@@ -64,6 +73,20 @@ class RunFolder:
 
         with writing(self.path):
             plot_curves(rows, title, self.path / CURVES)
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(self.path):
+            write_atomically(self.path / name, f"{text}\n".encode())
+
+    def _move_aside(self, files: Sequence[Path], say: Callable[[str], None]) -> None:
+        if not files:
+            return
+        aside = next(free for n in itertools.count(1) if not (free := self.path / f"earlier-{n}").exists())
+        with writing(self.path):
+            aside.mkdir()
+            for file in files:
+                file.rename(aside / file.name)
+        say(f"{self.path} held an earlier run: it is now in {aside}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from jax import numpy as jnp
 
 from jax_cnn import train
+from jax_cnn.checkpoint import AdamState
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.harness.capture import dtype_of, exact_arithmetic
 from parity_tests.harness.compare import EXACT, Bound, Divergence, compare
@@ -24,15 +25,6 @@ TRAJECTORY_BOUND = Bound(
 OPTIMIZER_BOUND = Bound(1e-13, "float64 rounding; worst seen over 20 seeds 1.8e-15", relative=False)
 OPTIMIZER_STEPS = 5
 GRADIENT_SCALES = (1e-10, 1e-8, 1e-4, 1.0)  # around Adam's eps, where its place matters, and far from it
-
-
-class AdamState(NamedTuple):
-    """The whole state of a training run, in PyTorch's names and layouts; moments of the trainable tensors only."""
-
-    weights: TorchDict
-    first_moment: TorchDict
-    second_moment: TorchDict
-    step: int
 
 
 def start(pair: Pair, seed: int, dtype: str = "float64") -> AdamState:

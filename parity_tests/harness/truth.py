@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
+from jax_cnn.checkpoint import AdamState
 from jax_cnn.config import AdamConfig
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
-from parity_tests.harness.trajectory import AdamState, JaxRun, TorchRun, batch_pairs, start
+from parity_tests.harness.trajectory import JaxRun, TorchRun, batch_pairs, start
 
 FACTOR = 4.0  # JAX may be this many times as far from the truth as PyTorch is
 HALF_ULP = 2.0**-24  # nobody can be asked to be closer to the truth than float32 is
