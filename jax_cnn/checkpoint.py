@@ -107,7 +107,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from None
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:  # also a dtype that NumPy lacks
         raise Unusable(f"not a readable safetensors file ({error})") from None
     text = metadata.get("checkpoint")
     if text is None:

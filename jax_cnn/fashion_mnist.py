@@ -106,7 +106,7 @@ def decode_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
     Raises:
         ValueError: it is not an IDX file of unsigned bytes, or its length does not match its shape.
     """
-    if content[:3] != b"\0\0\x08":  # 8 is the code for uint8
+    if content[:3] != b"\0\0\x08" or len(content) < 4:  # 8 is the code for uint8
         raise ValueError(f"not an IDX file of unsigned bytes: it begins with {content[:4].hex(' ')}")
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:start], ">u4").astype(int)
