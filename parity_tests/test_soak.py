@@ -1,0 +1,37 @@
+"""The endurance test, for an hour; and that it would notice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.harness.soak import Tally
+
+ROOT = Path(__file__).parents[1]
+
+
+def sound() -> Tally:
+    """What an hour without a fault leaves behind."""
+    steady = {"jax": [500, 510, 495, 505, 500, 503], "torch": [800, 790, 805, 800, 795, 801]}
+    files = {"jax": [9] * 6, "torch": [12] * 6}
+    return Tally(rounds=6, kills=24, damaged=5, other_results=0, peak_bytes=steady, open_files=files)
+
+
+def test_a_sound_hour_passes_and_each_fault_is_named() -> None:
+    assert sound().verdict() == []
+    assert Tally().verdict() == ["no round was finished"]
+    leaking, forgetting, other = sound(), sound(), sound()
+    leaking.peak_bytes["torch"] = [800, 850, 900, 950, 1000, 1050]
+    forgetting.open_files["jax"] = [9, 10, 11, 12, 13, 14]
+    other.other_results = 1
+    assert leaking.verdict() == ["torch's memory grew from 825.0 to 1025.0"]
+    assert forgetting.verdict() == ["jax's open files grew from 9.5 to 13.5"]
+    assert other.verdict() == ["1 rounds ended with other weights"]
+
+
+@pytest.mark.slow
+def test_an_hour_of_kills_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--data-dir", str(data_dir), "--out-dir", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
