@@ -80,7 +80,7 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, seeds: Sequence
         Interrupted: by Ctrl-C or SIGTERM; all that was done is saved.
     """
     display = Display(console, config.epochs, trainer.train_size)
-    record = {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
+    record = run_origin(trainer)
     with ExitStack() as stack:
         folders = [stack.enter_context(folder) for folder in open_folders(config, display, record, seeds)]
         run = Run(config, trainer, display, folders, run_record(config, record))
@@ -99,11 +99,26 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, seeds: Sequence
 
 
 def follow(config: TrainConfig, trainer: Trainer) -> None:
-    """Do what every process of a run but its first does: compute its share, and write nothing."""
-    for epoch in range(config.epochs):
-        for _ in trainer.train_epoch(epoch):
+    """Do what every process of a run but its first does: compute its share, and write nothing.
+
+    Raises:
+        UserError: the run is to be resumed, and this process finds no checkpoint of it in `config.out_dir`.
+    """
+    epoch, start = 0, 0
+    if config.resume:
+        record = run_record(config, run_origin(trainer))
+        found = checkpoint_to_resume(config, record, lambda line: None)
+        trainer.restore(*found.state)
+        epoch, start = found.progress.epoch, found.progress.steps
+    for later in range(epoch, config.epochs):
+        for _ in trainer.train_epoch(later, start if later == epoch else 0):
             pass
         trainer.evaluate()
+
+
+def run_origin(trainer: Trainer) -> dict[str, Any]:
+    """What computes the run, where, and with which versions."""
+    return {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
 
 
 def open_folders(

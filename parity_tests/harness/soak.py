@@ -23,18 +23,8 @@ from jax_cnn.shell.provenance import provenance
 from jax_cnn.shell.run_folder import WEIGHTS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SMALL = (
-    "--epochs",
-    "4",
-    "--limit-train",
-    "4256",
-    "--limit-test",
-    "200",
-    "--device",
-    "cpu",
-    "--checkpoint-seconds",
-    "0.2",
-)
+SMALL = ("--epochs", "4", "--limit-train", "4256", "--limit-test", "200", "--device", "cpu")
+OFTEN = ("--checkpoint-seconds", "0.2")
 GROWTH = 1.1  # that the last runs' memory may be of the first runs'; it varies by a few percent from run to run
 
 
