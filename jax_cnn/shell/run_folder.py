@@ -43,8 +43,8 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"--out-dir {path}: another run is writing there; wait, or choose another folder") from None
-        present = [] if resume else [*(path / name for name in FILES), *path.glob(CHECKPOINTS)]
-        self._move_aside([file for file in present if file.exists()], say)
+        if not resume:
+            set_aside(path, [*FILES, *(file.name for file in path.glob(CHECKPOINTS))], say)
 
     def __enter__(self) -> Self:
         """Hold the folder until the block ends."""
@@ -78,15 +78,21 @@ class RunFolder:
         with writing(self.path):
             write_atomically(self.path / name, f"{text}\n".encode())
 
-    def _move_aside(self, files: Sequence[Path], say: Callable[[str], None]) -> None:
-        if not files:
-            return
-        aside = next(free for n in itertools.count(1) if not (free := self.path / f"earlier-{n}").exists())
-        with writing(self.path):
+
+def set_aside(path: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Move those of the files that are in the folder to `earlier-1`, `earlier-2`, … inside it, and say so.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    present = [name for name in names if (path / name).exists()]
+    if present:
+        aside = next(free for n in itertools.count(1) if not (free := path / f"earlier-{n}").exists())
+        with writing(path):
             aside.mkdir()
-            for file in files:
-                file.rename(aside / file.name)
-        say(f"{self.path} held an earlier run: it is now in {aside}")
+            for name in present:
+                (path / name).rename(aside / name)
+        say(f"{path} held an earlier run: it is now in {aside}")
 
 
 @contextmanager
