@@ -1,6 +1,7 @@
 """The two frameworks do the same thing: in float64 to rounding, in float32 as well as PyTorch itself does."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def test_two_hundred_float64_steps_on_real_batches_stay_together(data_dir: Path)
 
 def test_a_state_is_handed_over_in_mid_training(data_dir: Path) -> None:
     hold(trajectory.handover(simple_cnn(data_dir, 20 * BATCH_SIZE), 0, before=10, after=10))
+
+
+def test_a_state_that_was_read_does_not_train_on(mlp: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's tensors, and NumPy's views of them, change with the next step: what is compared has to be a copy."""
+    batch = mlp.synthetic_batch(0, 8)
+
+    def changes_after_reading(side: type[trajectory.JaxRun] | type[trajectory.TorchRun]) -> bool:
+        run = side(mlp, trajectory.start(mlp, 0))
+        run.step(batch)
+        read = run.state()
+        kept = deepcopy(read)
+        run.step(batch)
+        return any(not np.array_equal(read.weights[name], kept.weights[name]) for name in kept.weights)
+
+    assert not changes_after_reading(trajectory.JaxRun)
+    assert not changes_after_reading(trajectory.TorchRun)
+    monkeypatch.setattr(trajectory, "to_numpy", lambda tensors, _: {name: t.numpy() for name, t in tensors.items()})
+    assert changes_after_reading(trajectory.TorchRun)  # the check can fail
 
 
 @pytest.mark.slow
