@@ -22,7 +22,16 @@ from jaxtyping import install_import_hook
 
 # Shapes in signatures are checked at run time, in the tests only: training does not pay for it.
 with install_import_hook("jax_cnn", "beartype.beartype"):
-    from jax_cnn import batches, fashion_mnist, model, ops, train  # noqa: F401  imported here so that the hook sees them
+    from jax_cnn import (  # noqa: F401  imported here so that the hook sees them
+        batches,
+        fashion_mnist,
+        likeness,
+        model,
+        ops,
+        pictures,
+        preparation,
+        train,
+    )
     from jax_cnn.fashion_mnist import FashionMNIST
     from jax_cnn.torch_layout import TorchDict
 from torch_ref.model import SimpleCNN

@@ -5,6 +5,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 import resource
 import struct
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import save
 
-from jax_cnn import fashion_mnist
+from jax_cnn import fashion_mnist, pictures
 from jax_cnn.checkpoint import Checkpoint, Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
+from jax_cnn.preparation import prepare
 from jax_cnn.torch_layout import SIMPLE_CNN
 from jax_cnn.weights import load_weights
 from parity_tests.harness.study_runs import Run, is_finished
@@ -231,6 +234,32 @@ def test_a_finished_runs_files(run: Run, scale: int) -> None:
 
     texts = damaged(json.dumps(record).encode() * 2, json.dumps([record]).encode() * 2)
     hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000 * scale)
+
+
+def picture(mode: str, kind: str, **options: Any) -> bytes:
+    """A small sound file."""
+    content = io.BytesIO()
+    Image.linear_gradient("L").resize((20, 30)).convert(mode).save(content, kind, **options)
+    return content.getvalue()
+
+
+@scales
+def test_pictures(file: Callable[[bytes], Path], scale: int) -> None:
+    """Whatever comes out goes into the network: 28x28 bytes."""
+
+    def read(content: bytes) -> None:
+        try:
+            prepared = prepare(pictures.read(file(content)), "auto")
+        except UserError as error:
+            text = str(error)
+        else:
+            assert prepared.pixels.shape == (28, 28)
+            assert prepared.pixels.dtype == np.uint8
+            text = prepared.how
+        assert "\n" not in text
+
+    sound = (picture("L", "PNG"), picture("P", "PNG", transparency=0), picture("RGB", "JPEG"), picture("L", "GIF"))
+    hammer(read, damaged(*sound, picture("CMYK", "JPEG"), picture("RGBA", "WEBP"), b""), 1500 * scale)
 
 
 def test_the_checks_can_fail(file: Callable[[bytes], Path]) -> None:

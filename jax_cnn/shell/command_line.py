@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -61,9 +62,15 @@ def first_sentence(box: str) -> str:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command: status 0 when it is done, 2 with one line on stderr for a slip, 128 + n after signal n."""
+    """Run a command: status 0 when it is done, 2 with one line on stderr for a slip, 128 + n after signal n.
+
+    Quiet with 141 when nobody reads its output any more (`| head`), as a shell counts the death by SIGPIPE.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
     try:
         main()
+        sys.stdout.flush()
     except UserError as slip:
         print(f"error: {slip}", file=sys.stderr)
         sys.exit(2)
@@ -73,4 +80,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
+        sys.exit(141)
     sys.exit(0)

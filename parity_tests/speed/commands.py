@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -79,7 +80,9 @@ def run(framework: str, config: BenchmarkConfig, out_dir: Path, show: Show) -> J
     if process.returncode:
         raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {last}")
     return {
-        "command": shlex.join(["python", *command[1:]]),
+        "command": shlex.join(
+            ["python", f"scripts/train_{framework}.py", *flags(replace(training, out_dir=Path("RUN"))), *more]
+        ),
         "seconds": seconds,
         "first_report_seconds": first_seconds,
         "first_report_images": first_images,
