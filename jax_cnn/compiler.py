@@ -33,11 +33,17 @@ def accepted(name: str) -> bool:
 def keep_compiled_programs() -> None:
     """Let JAX keep compiled programs between runs, in the user's cache folder; a second run then starts faster.
 
-    JAX finds a program again by its code, its options, the version of XLA and the devices, for a CPU with the
-    instructions that it knows: a home folder may be shared by different machines. Whoever sets
+    JAX finds a program again by its code, its options, the versions of jaxlib and XLA, and the devices; of a CPU, its
+    name and every instruction that it knows, so that machines of different kinds may share a home folder. Whoever sets
     JAX_COMPILATION_CACHE_DIR chooses another folder. Where nothing can be kept or read, all is compiled as before.
+
+    A jaxlib before 0.10.2 loads what it kept on a CPU with AVX-512 under protest, in many lines on stderr
+    (jax-ml/jax#38445): there nothing is kept.
     """
+    folder = user_cache_path("jax-cnn-parity") / "programs"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache_path("jax-cnn-parity") / "programs"))
+        if jax.__version_info__ < (0, 10, 2) or not folder.is_absolute():  # "~": a user without a home
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

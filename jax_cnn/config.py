@@ -11,6 +11,7 @@ from jax_cnn.errors import UserError
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Precision = Literal["float32", "float64", "bfloat16"]
+TpuPrecision = Literal["float32", "bfloat16"]  # a TPU computes no float64
 
 CLUSTER = "cluster"
 TRAIN_SIZE = 60_000

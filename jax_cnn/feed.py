@@ -47,10 +47,8 @@ class Feed:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """The shapes of chunks, [networks, room, batch]: of full batches, and of the remainder if there is one."""
-        full, rest = divmod(self.size, self._batch_size)
-        shapes = [(min(full, CHUNK_STEPS), self._batch_size), (1, rest)]
-        return [(len(self._seeds), room, batch) for room, batch in shapes if room and batch]
+        """The shapes of chunks, [networks, room, batch]."""
+        return chunk_shapes(len(self._seeds), self.size, self._batch_size)
 
     def chunks(self, epoch: int, start: int = 0) -> Iterator[Chunk]:
         """An epoch's batches from step `start` on; the smaller last batch is a chunk of its own."""
@@ -72,6 +70,13 @@ class Feed:
 
         pixels, labels = self._arrays
         return Chunk(place(pixels), place(labels), steps)
+
+
+def chunk_shapes(networks: int, size: int, batch_size: int) -> list[tuple[int, int, int]]:
+    """The shapes of chunks, [networks, room, batch]: of full batches, and of the remainder if there is one."""
+    full, rest = divmod(size, batch_size)
+    shapes = [(min(full, CHUNK_STEPS), batch_size), (1, rest)]
+    return [(networks, room, batch) for room, batch in shapes if room and batch]
 
 
 def send_test_set(mesh: Mesh, pixels: HostPixels, labels: HostLabels) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_cnn.config import CLUSTER, Device, JaxTrainConfig
 from jax_cnn.errors import UserError
@@ -20,6 +20,7 @@ from jax_cnn.errors import UserError
 AXIS = "devices"  # the mesh's only axis
 JOIN_TIMEOUT = 30  # seconds to wait for the other processes
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 REPLICATED = PartitionSpec()
 Share = tuple[slice, ...]
 
@@ -112,7 +113,7 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (AXIS,))
 
 
-def batch_spec(mesh: Mesh, batch: int) -> PartitionSpec:
+def batch_spec(mesh: AnyMesh, batch: int) -> PartitionSpec:
     """How batches [networks, steps, batch, …] are shared: evenly, or whole to every device where that is impossible."""
     return REPLICATED if batch % mesh.size else PartitionSpec(None, None, AXIS)
 

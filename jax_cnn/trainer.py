@@ -1,7 +1,7 @@
 """JAX's half of a run: puts the state on the devices, compiles the core once, and feeds it chunk by chunk."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
@@ -12,19 +12,19 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 from jaxtyping import Float
 
-from jax_cnn import torch_layout
+from jax_cnn import programs, torch_layout
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.feed import Feed, send_test_set
-from jax_cnn.model import Params, init_params
-from jax_cnn.sharding import AXIS, REPLICATED, batch_spec, make_mesh
+from jax_cnn.model import init_params
+from jax_cnn.sharding import REPLICATED, make_mesh
 from jax_cnn.torch_layout import TorchDict
-from jax_cnn.train import Scores, TrainState, evaluate, init_state, make_optimizer, train_chunk
+from jax_cnn.train import TrainState, init_state, make_optimizer
 
 PerNetwork = Float[np.ndarray, " networks"]
 PerStep = Float[np.ndarray, "networks steps"]
@@ -141,63 +141,13 @@ class JaxTrainer:
 
         Compiling ahead keeps compile time out of the first epoch's time.
         """
-        lowered = {shape[2]: self._lower_training(shape) for shape in self._feed.shapes}
+        training = {
+            shape[2]: programs.training(self._mesh, self._state, shape, self._optimizer, self._precision)
+            for shape in self._feed.shapes
+        }
+        evaluation = programs.evaluation(self._mesh, self._state.params, self._test_set, self._precision)
+        lowered = [program.lower() for program in (*training.values(), evaluation)]
         options = compiler_options(self._mesh.devices.flat[0].platform)
         with ThreadPoolExecutor() as pool:
-            *programs, evaluation = pool.map(
-                lambda program: program.compile(options), [*lowered.values(), self._lower_evaluation()]
-            )
-        return dict(zip(lowered, programs, strict=True)), evaluation
-
-    def _lower_training(self, shape: tuple[int, int, int]) -> Lowered:
-        """`train_chunk` for chunks [networks, room, batch] on the run's devices."""
-        chunk = partial(train_chunk, optimizer=self._optimizer, dtype=self._precision, axis=self._axis)
-        spec = batch_spec(self._mesh, shape[2])
-        program = jax.shard_map(
-            over_networks(chunk, (0, 0, 0, None)),
-            mesh=self._mesh,
-            in_specs=(REPLICATED, spec, spec, REPLICATED),
-            out_specs=REPLICATED,
-            check_vma=False,
-        )
-        sharding = NamedSharding(self._mesh, spec)
-        pixels = jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=sharding)
-        labels = jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding)
-        return jax.jit(program, donate_argnums=0).lower(self._state, pixels, labels, np.int32(0))
-
-    def _lower_evaluation(self) -> Lowered:
-        """`evaluate` on the run's devices: the one test set for all networks."""
-
-        def score(params: Params, pixels: jax.Array, labels: jax.Array) -> Scores:
-            return evaluate(params, pixels[0], labels[0], self._precision, self._axis)
-
-        program = jax.shard_map(
-            over_networks(score, (0, None, None)),
-            mesh=self._mesh,
-            in_specs=(REPLICATED, *(batch_spec(self._mesh, array.shape[2]) for array in self._test_set)),
-            out_specs=REPLICATED,
-            check_vma=False,
-        )
-        return jax.jit(program).lower(self._state.params, *self._test_set)
-
-    @property
-    def _axis(self) -> str | None:
-        return AXIS if self._mesh.size > 1 else None
-
-
-def over_networks(program: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    """Map a program over its arguments' leading axis; where that is of length 1, run it as it is.
-
-    A mapped convolution is a grouped one, and slow even when there is a single group.
-    """
-
-    def run(*args: Any) -> Any:
-        if len(jax.tree.leaves(args[0])[0]) > 1:
-            return jax.vmap(program, in_axes)(*args)
-        only = [
-            arg if axis is None else jax.tree.map(lambda leaf: leaf[0], arg)
-            for arg, axis in zip(args, in_axes, strict=True)
-        ]
-        return jax.tree.map(lambda leaf: leaf[None], program(*only))
-
-    return run
+            *trained, evaluated = pool.map(lambda program: program.compile(options), lowered)
+        return dict(zip(training, trained, strict=True)), evaluated

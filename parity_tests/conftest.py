@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 compiled_programs = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
 atexit.register(compiled_programs.cleanup)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and so would be the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import numpy as np

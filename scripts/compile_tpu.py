@@ -1,0 +1,93 @@
+"""Compile the training program for TPUs that are not here, and show what their compiler says of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from jax_cnn.config import TRAIN_SIZE, TpuPrecision
+from jax_cnn.errors import UserError
+from jax_cnn.shell import command_line
+from jax_cnn.shell.provenance import provenance
+from jax_cnn.shell.run_folder import check_out_dir, writing
+
+if TYPE_CHECKING:
+    from jax_cnn.aot import Compilation
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+RESULTS = "compilations.json"
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """For which chips to compile."""
+
+    topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v5e:16x16")
+    """Generation and rows x columns of chips, which share each batch."""
+    batch_per_chip: int = 64
+    """Images in a chip's share of a batch."""
+    precisions: tuple[TpuPrecision, ...] = ("float32", "bfloat16")
+    """To compute in; weights and Adam's moments are float32 in both."""
+    out_dir: Path = Path("runs/tpu")
+    """Where compilations.json is written."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_per_chip <= TRAIN_SIZE:
+            raise UserError(f"--batch-per-chip must be between 1 and {TRAIN_SIZE:,}, not {self.batch_per_chip}")
+
+
+def main() -> None:
+    """Read the command line, compile, show."""
+    config = command_line.parse(CompileConfig(), __doc__)
+    check_out_dir(config.out_dir)
+    console = Console()
+
+    from jax_cnn import aot  # only now: a slip should not wait for JAX to load
+
+    sizes = {topology: len(aot.find_chips(topology)) for topology in config.topologies}
+    compilations = []
+    for precision in config.precisions:
+        for topology, chips in sizes.items():
+            console.print(f"compiling for {topology} in {precision}", highlight=False)
+            compilations.append(aot.compile_training(topology, chips * config.batch_per_chip, precision))
+    console.print(compilation_table(compilations))
+    result = provenance(PACKAGES) | {"compilations": [asdict(each) for each in compilations]}
+    with writing(config.out_dir):
+        (config.out_dir / RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"Compiled, not run. Results are in {config.out_dir}", highlight=False, soft_wrap=True)
+
+
+def compilation_table(compilations: "Sequence[Compilation]") -> Table:
+    """One compilation to a row."""
+    caption = (
+        "Of one chip: MFLOP and exchange of a step; MB of arguments, of outputs in\n"
+        "places of their own, of temporaries and code. s: seconds to compile"
+    )
+    table = Table(box=SIMPLE, padding=0, caption=caption)
+    for heading in ("TPU", "precision"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("batch", "MFLOP", "in", "out", "temp", "code"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("exchange")
+    table.add_column("s", justify="right", no_wrap=True)
+    for each in compilations:
+        memory = (each.arguments, each.outputs, each.temporaries, each.code)
+        table.add_row(
+            each.topology,
+            each.precision,
+            f"{each.batch_size:,}",
+            f"{each.flops / 1e6:,.0f}",
+            *(f"{size / 1e6:.1f}" for size in memory),
+            ", ".join(f"{one.operation} {one.bytes / 1e6:.1f} MB" for one in each.collectives) or "none",
+            f"{each.compile_seconds:.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    command_line.run(main)
