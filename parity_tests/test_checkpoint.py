@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -199,10 +198,9 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_the_last_good_checkpoint(fin
     """A limit on the size of files stands in for the disk: a checkpoint does not fit, metrics and weights do."""
     before = list(checkpoint_files(finished))
     limit = 8_000_000
-    done = finish(
-        command("jax", *SMALL, "--epochs", 3, "--data-dir", data_dir, "--out-dir", finished, "--resume"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    limited = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    line = command("jax", *SMALL, "--epochs", 3, "--data-dir", data_dir, "--out-dir", finished, "--resume")
+    done = finish([sys.executable, "-c", f"{limited}; os.execv(sys.argv[1], sys.argv[1:])", *line])
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"error: --out-dir {finished}: cannot write there (File too large); choose another folder\n"
     assert list(checkpoint_files(finished)) == before

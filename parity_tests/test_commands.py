@@ -32,6 +32,7 @@ from torch_ref.model import SimpleCNN
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("jax", "torch")
 FILES = ("config.json", "metrics.jsonl", "weights.safetensors", "curves.png")
+CHECKPOINTS = tuple(f"checkpoint-{step:09}.safetensors" for step in (4, 8))  # after each epoch of four steps
 SMALL = ("--limit-train", "200", "--limit-test", "100", "--epochs", "2", "--seed", "3", "--device", "cpu")
 TIMEOUT = 120.0  # seconds for a small run, on a machine that is busy with other things
 
@@ -136,8 +137,7 @@ def read_metrics(results: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_its_files_and_nothing_else(trained: Train, script: str) -> None:
     """No half file, no temporary one: the four files, a checkpoint of each epoch, and the lock."""
     run = trained(script)
-    checkpoints = [f"checkpoint-{step:09}.safetensors" for step in (4, 8)]
-    assert sorted(path.name for path in run.results.iterdir()) == sorted([*FILES, *checkpoints, ".lock"])
+    assert sorted(path.name for path in run.results.iterdir()) == sorted([*FILES, *CHECKPOINTS, ".lock"])
     assert list(run.cwd.iterdir()) == [run.cwd / "runs"]
 
 
@@ -201,7 +201,9 @@ def test_a_second_run_into_the_same_folder_loses_nothing(trained: Train, trained
     first, second = trained(script), trained_again(script)
     aside = second.results / "earlier-1"
     assert tree(aside) == {name: content for name, content in tree(first.results).items() if name != ".lock"}
-    assert sorted(path.name for path in second.results.iterdir()) == sorted([*FILES, "earlier-1"])
+    assert sorted(path.name for path in second.results.iterdir()) == sorted(
+        [*FILES, *CHECKPOINTS, ".lock", "earlier-1"]
+    )
     (notice,) = [line for line in second.output.splitlines() if "earlier-1" in line]
     assert f"{aside.relative_to(second.cwd)}" in notice
 
