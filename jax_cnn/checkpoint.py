@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.files import write_atomically
-from jax_cnn.torch_layout import TorchDict, check_shapes
+from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of, recognise
 
 FORMAT = "1"
 MOMENTS = ("first_moment", "second_moment")
-MAX_BYTES = 2**28  # a file of SimpleCNN in float64 has 39 MB; what is larger than this is not read
+MAX_BYTES = 2**28  # the largest network (--hidden 8192) in float64 has 156 MB; what is larger than this is not read
 
 
 class AdamState(NamedTuple):
@@ -151,8 +151,9 @@ def unflatten(tensors: Mapping[str, np.ndarray], step: int) -> AdamState:
         head, _, tail = full_name.partition(".")
         part, name = (head, tail) if head in MOMENTS else ("weights", full_name)
         parts[part][name] = array
+    layout = layout_of(recognise(parts["weights"]))
     for named in parts.values():
-        check_shapes(named)
+        check_shapes(named, layout)
     dtypes = {array.dtype for array in tensors.values()}
     if len(dtypes) != 1 or not np.issubdtype(min(dtypes, key=str), np.floating):
         raise ValueError(f"tensors of {', '.join(sorted(map(str, dtypes)))}")

@@ -5,21 +5,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jax_cnn.errors import UserError
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Precision = Literal["float32", "float64", "bfloat16"]
 TpuPrecision = Literal["float32", "bfloat16"]  # a TPU computes no float64
+Model = Literal["linear", "mlp", "cnn"]
+Dialect = Literal["linen", "nnx", "plain"]
 
 CLUSTER = "cluster"
+HIDDEN = 512  # units of the mlp's hidden layer
 TRAIN_SIZE = 60_000
 TEST_SIZE = 10_000
 LIMITS = {
     "epochs": (1, 10_000),
     "batch_size": (1, TRAIN_SIZE),
     "seed": (0, 2**32 - 1),
+    "hidden": (1, 8192),
     "limit_train": (1, TRAIN_SIZE),
     "limit_test": (1, TEST_SIZE),
 }
@@ -53,10 +57,29 @@ class AdamConfig:
             raise UserError(f"--eps must be a positive number, not {self.eps}; try 1e-8")
 
 
+class Network(NamedTuple):
+    """Which network, in either framework."""
+
+    model: Model = "cnn"
+    hidden: int = HIDDEN
+    """Of the mlp alone."""
+
+    def __str__(self) -> str:
+        """The flags that ask for it."""
+        return f"--model {self.model}" + (f" --hidden {self.hidden}" if self.model == "mlp" else "")
+
+
+CNN = Network()
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run of SimpleCNN on FashionMNIST, in either framework."""
+    """One training run on FashionMNIST, in either framework."""
 
+    model: Model = "cnn"
+    """linear is softmax regression, mlp has one hidden layer, cnn is SimpleCNN."""
+    hidden: int = HIDDEN
+    """Units of the mlp's hidden layer; 2050 give it as many parameters as the cnn has."""
     epochs: int = 5
     """Passes over the training set."""
     batch_size: int = 64
@@ -85,8 +108,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
+        if self.hidden != HIDDEN and self.model != "mlp":
+            raise UserError(f"--hidden {self.hidden} is the mlp's: add --model mlp, or leave it out")
         if not self.checkpoint_seconds >= 0:
             raise UserError(f"--checkpoint-seconds must be 0 or more, not {self.checkpoint_seconds}; try 30")
+
+    @property
+    def network(self) -> Network:
+        """Which network it trains."""
+        return Network(self.model, self.hidden)
 
     @property
     def weights_dtype(self) -> Literal["float32", "float64"]:
@@ -96,8 +126,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class JaxTrainConfig(TrainConfig):
-    """A training run with what only the JAX version offers: several networks, devices and processes at once."""
+    """A training run with what only the JAX version offers: dialects, and several networks, devices and processes."""
 
+    dialect: Dialect = "linen"
+    """How the network is written: in Flax Linen, in Flax NNX, or as plain functions. The results are the same."""
     seeds: int = 1
     """Train so many networks at once: with seed, seed + 1, and so on."""
     devices: int | None = None

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.stages import Lowered, Wrapped
 
-from jax_cnn.model import Params
+from jax_cnn.model import Apply, Params, apply
 from jax_cnn.sharding import AXIS, REPLICATED, AnyMesh, batch_spec
 from jax_cnn.train import Scores, TrainState, evaluate, train_chunk
 
@@ -36,6 +36,7 @@ def training(
     shape: tuple[int, int, int],
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype,
+    network: Apply = apply,
 ) -> Program:
     """`train_chunk`, of which each device gets its share of every batch.
 
@@ -45,8 +46,9 @@ def training(
         shape: of a chunk, [networks, room, batch].
         optimizer: that made the state.
         dtype: to compute in.
+        network: to train.
     """
-    chunk = partial(train_chunk, optimizer=optimizer, dtype=dtype, axis=mean_axis(mesh))
+    chunk = partial(train_chunk, optimizer=optimizer, dtype=dtype, axis=mean_axis(mesh), network=network)
     spec = batch_spec(mesh, shape[2])
     shared = jax.shard_map(
         over_networks(chunk, (0, 0, 0, None)),
@@ -61,11 +63,17 @@ def training(
     return Program(jax.jit(shared, donate_argnums=0), (state, pixels, labels, np.int32(0)))
 
 
-def evaluation(mesh: AnyMesh, params: Params, test_set: tuple[jax.Array, jax.Array], dtype: jnp.dtype) -> Program:
+def evaluation(
+    mesh: AnyMesh,
+    params: Params,
+    test_set: tuple[jax.Array, jax.Array],
+    dtype: jnp.dtype,
+    network: Apply = apply,
+) -> Program:
     """`evaluate` on the run's devices: the one test set, [1, batches, batch, …], for all networks [networks, …]."""
 
     def score(params: Params, pixels: jax.Array, labels: jax.Array) -> Scores:
-        return evaluate(params, pixels[0], labels[0], dtype, mean_axis(mesh))
+        return evaluate(params, pixels[0], labels[0], dtype, mean_axis(mesh), network)
 
     shared = jax.shard_map(
         over_networks(score, (0, None, None)),

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_cnn.config import HIDDEN, Model, Network
+
 TorchDict = dict[str, np.ndarray]
 Tree = dict[str, Any]  # nested dictionaries of arrays
 
@@ -73,12 +75,39 @@ def dense_after_flatten(name: str, chw: tuple[int, int, int], outputs: int) -> L
     }
 
 
+SOFTMAX_REGRESSION: Layout = dense("fc", 784, 10)
+
+
+def feed_forward(hidden: int = HIDDEN) -> Layout:
+    """Map the mlp. Its flatten has one channel, which leaves nothing to reorder."""
+    return {**dense("fc1", 784, hidden), **dense("fc2", hidden, 10)}
+
+
 SIMPLE_CNN: Layout = {
     **conv("conv1", 1, 32),
     **conv("conv2", 32, 64),
     **dense_after_flatten("fc1", (64, 7, 7), 512),
     **dense("fc2", 512, 10),
 }
+
+
+def layout_of(network: Network) -> Layout:
+    """The layout of this network."""
+    layouts = {"linear": SOFTMAX_REGRESSION, "mlp": feed_forward(network.hidden), "cnn": SIMPLE_CNN}
+    return layouts[network.model]
+
+
+def recognise(tensors: Mapping[str, np.ndarray]) -> Network:
+    """The network that these torch-named arrays are of, or are most likely meant for: the cnn where nothing tells."""
+
+    def likeness(model: Model) -> float:
+        names = layout_of(Network(model)).keys()
+        return len(names & tensors.keys()) / len(names | tensors.keys())
+
+    models: tuple[Model, ...] = ("cnn", "mlp", "linear")  # of equals, max takes the first
+    model = max(models, key=likeness)
+    width = tensors["fc1.weight"].shape[:1] if model == "mlp" and "fc1.weight" in tensors else ()
+    return Network(model, width[0] if any(width) else HIDDEN)
 
 
 def to_flax(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> Tree:

@@ -1,6 +1,7 @@
 """The training core: pure functions from state to state. No I/O, no printing, no clock."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from jax_cnn.config import AdamConfig
-from jax_cnn.model import Params, apply
+from jax_cnn.model import Apply, Params, apply
 
 PADDING = 255  # the label of an image that only fills up a batch of the evaluation
 
@@ -60,7 +61,9 @@ def cross_entropy(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
 
 
-def compute_logits(params: Params, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
+def compute_logits(
+    params: Params, images: Float[Array, "batch 28 28 1"], network: Apply = apply
+) -> Float[Array, "batch 10"]:
     """Run the network in the dtype of the images, and return logits in the dtype of the weights.
 
     With bfloat16 images and float32 weights this is mixed precision (Micikevicius et al., 2018, arXiv:1710.03740): the
@@ -69,12 +72,17 @@ def compute_logits(params: Params, images: Float[Array, "batch 28 28 1"]) -> Flo
     """
     weights_dtype = jax.tree.leaves(params)[0].dtype
     cast = jax.tree.map(lambda weight: weight.astype(images.dtype), params)
-    return apply(cast, images).astype(weights_dtype)
+    return network(cast, images).astype(weights_dtype)
 
 
-def loss_fn(params: Params, images: Float[Array, "batch 28 28 1"], labels: UInt8[Array, " batch"]) -> Float[Array, ""]:
+def loss_fn(
+    params: Params,
+    images: Float[Array, "batch 28 28 1"],
+    labels: UInt8[Array, " batch"],
+    network: Apply = apply,
+) -> Float[Array, ""]:
     """Mean cross-entropy over the batch."""
-    return cross_entropy(compute_logits(params, images), labels).mean()
+    return cross_entropy(compute_logits(params, images, network), labels).mean()
 
 
 def train_step(
@@ -104,6 +112,7 @@ def train_chunk(
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype,
     axis: str | None = None,
+    network: Apply = apply,
 ) -> tuple[TrainState, Float[Array, " steps"]]:
     """Train on the first `steps` batches, computing in `dtype`; returns the mean loss of each (zeros after them).
 
@@ -115,18 +124,26 @@ def train_chunk(
         index: Int[Array, ""], carry: tuple[TrainState, Float[Array, " steps"]]
     ) -> tuple[TrainState, Float[Array, " steps"]]:
         state, losses = carry
-        state, loss = train_step(state, to_images(pixels[index], dtype), labels[index], optimizer, axis=axis)
+        images = to_images(pixels[index], dtype)
+        state, loss = train_step(state, images, labels[index], optimizer, partial(loss_fn, network=network), axis)
         return state, losses.at[index].set(loss)
 
     losses = jnp.zeros(len(pixels), jax.tree.leaves(state.params)[0].dtype)
     return lax.fori_loop(0, steps, step, (state, losses))
 
 
-def evaluate(params: Params, pixels: Pixels, labels: Labels, dtype: jnp.dtype, axis: str | None = None) -> Scores:
+def evaluate(
+    params: Params,
+    pixels: Pixels,
+    labels: Labels,
+    dtype: jnp.dtype,
+    axis: str | None = None,
+    network: Apply = apply,
+) -> Scores:
     """Summed loss and number of correct predictions over all images but those with the label `PADDING`."""
 
     def score(pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Array, " batch"]) -> Scores:
-        logits = compute_logits(params, to_images(pixels, dtype))
+        logits = compute_logits(params, to_images(pixels, dtype), network)
         losses = jnp.where(labels == PADDING, 0, cross_entropy(logits, jnp.where(labels == PADDING, 0, labels)))
         return Scores(losses.sum(), (logits.argmax(axis=1) == labels).sum())
 

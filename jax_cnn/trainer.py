@@ -18,10 +18,10 @@ from jaxtyping import Float
 from jax_cnn import programs, torch_layout
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.compiler import compiler_options
-from jax_cnn.config import TrainConfig
+from jax_cnn.config import Dialect, TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.feed import Feed, send_test_set
-from jax_cnn.model import init_params
+from jax_cnn.model import init_params, network
 from jax_cnn.sharding import REPLICATED, make_mesh
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import TrainState, init_state, make_optimizer
@@ -46,6 +46,7 @@ class JaxTrainer:
         devices: Sequence[jax.Device],
         initial: TorchDict | None = None,
         networks: int = 1,
+        dialect: Dialect = "linen",
     ) -> None:
         """Place the initial state and the test set on the devices, and compile.
 
@@ -55,9 +56,16 @@ class JaxTrainer:
             devices: where to train: each holds the state and gets its share of every batch.
             initial: weights under PyTorch's names and layouts, or None to draw them from the seeds.
             networks: how many to train, with the seeds `config.seed`, `config.seed + 1`, …
+            dialect: that the network is written in.
         """
         jax.config.update("jax_enable_x64", config.precision == "float64")
         self.seeds = range(config.seed, config.seed + networks)
+        self._kind = config.network
+        self._network = network(config.model, dialect, config.hidden)
+        layout = torch_layout.layout_of(config.network)
+        self._to_flax, self._to_torch = (
+            partial(way, layout=layout) for way in (torch_layout.to_flax, torch_layout.to_torch)
+        )
         self._precision = jnp.dtype(config.precision)
         self._mesh = make_mesh(devices)
         train_set = data.train_images[: config.limit_train], data.train_labels[: config.limit_train]
@@ -104,20 +112,19 @@ class JaxTrainer:
     def weights(self) -> list[TorchDict]:
         """Each network's current weights under PyTorch's names and layouts."""
         params = jax.tree.map(np.asarray, self._state.params)
-        return [torch_layout.to_torch(jax.tree.map(itemgetter(at), params)) for at in range(len(self.seeds))]
+        return [self._to_torch(jax.tree.map(itemgetter(at), params)) for at in range(len(self.seeds))]
 
     def state(self) -> AdamState:
         """The whole state of the first network, copied: the next step overwrites the original."""
         params, opt_state = self._state
         first = partial(jax.tree.map, lambda leaf: np.array(leaf[0]))
         mu, nu, count = (first(optax.tree_utils.tree_get(opt_state, name)) for name in ("mu", "nu", "count"))
-        to_torch = torch_layout.to_torch
-        return AdamState(to_torch(first(params)), to_torch(mu), to_torch(nu), int(count))
+        return AdamState(self._to_torch(first(params)), self._to_torch(mu), self._to_torch(nu), int(count))
 
     def restore(self, weights: TorchDict, first_moment: TorchDict, second_moment: TorchDict, step: int) -> None:
         """Go on from such a state."""
         params, mu, nu = (
-            jax.tree.map(lambda leaf, old: leaf[None].astype(old.dtype), torch_layout.to_flax(part), self._state.params)
+            jax.tree.map(lambda leaf, old: leaf[None].astype(old.dtype), self._to_flax(part), self._state.params)
             for part in (weights, first_moment, second_moment)
         )
         opt_state = optax.tree_utils.tree_set(
@@ -129,7 +136,9 @@ class JaxTrainer:
         """One state of all networks, on every device."""
 
         def start(seed: int) -> TrainState:
-            params = init_params(jax.random.key(seed), dtype) if initial is None else torch_layout.to_flax(initial)
+            params = (
+                init_params(jax.random.key(seed), dtype, *self._kind) if initial is None else self._to_flax(initial)
+            )
             return init_state(jax.tree.map(partial(jnp.asarray, dtype=dtype), params), self._optimizer)
 
         with jax.default_device(self._mesh.local_devices[0]):
@@ -142,10 +151,10 @@ class JaxTrainer:
         Compiling ahead keeps compile time out of the first epoch's time.
         """
         training = {
-            shape[2]: programs.training(self._mesh, self._state, shape, self._optimizer, self._precision)
+            shape[2]: programs.training(self._mesh, self._state, shape, self._optimizer, self._precision, self._network)
             for shape in self._feed.shapes
         }
-        evaluation = programs.evaluation(self._mesh, self._state.params, self._test_set, self._precision)
+        evaluation = programs.evaluation(self._mesh, self._state.params, self._test_set, self._precision, self._network)
         lowered = [program.lower() for program in (*training.values(), evaluation)]
         options = compiler_options(self._mesh.devices.flat[0].platform)
         with ThreadPoolExecutor() as pool:

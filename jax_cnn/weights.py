@@ -7,9 +7,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from jax_cnn.config import CNN, Network
 from jax_cnn.errors import UserError
 from jax_cnn.files import write_atomically
-from jax_cnn.torch_layout import TorchDict, check_shapes
+from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of, recognise
 
 
 def save_weights(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -21,12 +22,17 @@ def save_weights(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     write_atomically(path, save(dict(tensors)))
 
 
-def load_weights(path: Path, dtype: str) -> TorchDict:
-    """Read SimpleCNN's weights as arrays of this dtype.
+def load_weights(path: Path, dtype: str, network: Network | None = CNN) -> TorchDict:
+    """Read a network's weights.
+
+    Args:
+        path: of the file.
+        dtype: of the arrays to make of it.
+        network: whose weights they have to be; None takes any network's (`torch_layout.recognise` tells whose).
 
     Raises:
-        UserError: the file is missing or not safetensors, or a tensor is missing, unknown, misshapen, not of a floating
-            dtype, or not finite.
+        UserError: the file is missing or not safetensors, or of another network, or a tensor is missing, unknown,
+            misshapen, not of a floating dtype, or not finite.
     """
 
     def wrong(what: str) -> UserError:
@@ -34,7 +40,10 @@ def load_weights(path: Path, dtype: str) -> TorchDict:
 
     try:
         tensors = load(path.read_bytes())
-        check_shapes(tensors)
+        found = recognise(tensors)
+        if network not in (None, found) and fits(tensors, found):
+            raise wrong(f"it is of {found}, not of {network}")
+        check_shapes(tensors, layout_of(network or found))
     except OSError as error:
         raise wrong(error.strerror or str(error)) from None
     except SafetensorError as error:
@@ -52,3 +61,12 @@ def load_weights(path: Path, dtype: str) -> TorchDict:
         if not np.isfinite(array).all():
             raise wrong(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
     return converted
+
+
+def fits(tensors: Mapping[str, np.ndarray], network: Network) -> bool:
+    """Whether these are all of this network's tensors, and no others."""
+    try:
+        check_shapes(tensors, layout_of(network))
+    except ValueError:
+        return False
+    return True

@@ -28,6 +28,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("jax_cnn", "beartype.beartype"):
     from jax_cnn import (  # noqa: F401  imported here so that the hook sees them
         batches,
+        dialects,
         fashion_mnist,
         likeness,
         model,
@@ -36,6 +37,7 @@ with install_import_hook("jax_cnn", "beartype.beartype"):
         preparation,
         train,
     )
+    from jax_cnn.dialects import linen, nnx, plain  # noqa: F401
     from jax_cnn.fashion_mnist import FashionMNIST
     from jax_cnn.torch_layout import TorchDict
 from torch_ref.model import SimpleCNN

@@ -19,7 +19,7 @@ from jax_cnn.fashion_mnist import CLASS_NAMES
 from jax_cnn.preparation import Invert, Prepared, prepare
 from jax_cnn.shell import command_line
 from jax_cnn.shell.run_folder import WEIGHTS
-from jax_cnn.torch_layout import TorchDict, to_flax
+from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
 from jax_cnn.weights import load_weights
 
 BATCH = 100  # pictures that go through the network at once
@@ -47,7 +47,7 @@ def main() -> None:
     if not config.images:
         raise UserError("there is no picture to look at: give one or more files (--help lists every flag)")
     file = weights_file(config)
-    weights = load_weights(file, "float32")
+    weights = load_weights(file, "float32", None)
     prepared = prepare_all(config)
     if prepared:
         pixels = np.stack([picture.pixels for _, picture in prepared])
@@ -91,10 +91,12 @@ def jax_probabilities(weights: TorchDict, pixels: UInt8[np.ndarray, "size 28 28"
 
     jax.config.update("jax_platforms", "cpu")
 
-    from jax_cnn.model import apply
+    from jax_cnn.model import network
     from jax_cnn.train import to_images
 
-    params = jax.tree.map(jax.numpy.asarray, to_flax(weights))
+    kind = recognise(weights)
+    apply = network(kind.model, hidden=kind.hidden)
+    params = jax.tree.map(jax.numpy.asarray, to_flax(weights, layout_of(kind)))
     predict = jax.jit(lambda batch: jax.nn.softmax(apply(params, to_images(batch, jax.numpy.float32))))
     return np.concatenate([predict(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
 
@@ -103,9 +105,9 @@ def torch_probabilities(weights: TorchDict, pixels: UInt8[np.ndarray, "size 28 2
     """Compute softmax probabilities with PyTorch, on the CPU."""
     import torch
 
-    from torch_ref.model import SimpleCNN
+    from torch_ref.model import make_model
 
-    model = SimpleCNN()
+    model = make_model(*recognise(weights))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     images = torch.from_numpy(pixels)[:, None].float() / 255
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Train SimpleCNN on FashionMNIST with JAX."""
+"""Train SimpleCNN, or a network without convolution, on FashionMNIST with JAX."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jax_cnn.weights import load_weights
 def main() -> None:
     """Read the command line, get the data, train."""
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
-    initial = load_weights(config.init_weights, config.weights_dtype) if config.init_weights else None
+    initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
 
     import jax  # only now: a slip should not wait for JAX to load
@@ -31,7 +31,7 @@ def main() -> None:
     console = Console(quiet=not first)
     data = fashion_mnist.load(config.data_dir, console.print)
     console.print(f"jax: compiling for {devices[0].platform}")
-    trainer = JaxTrainer(config, data, devices, initial, networks=config.seeds)
+    trainer = JaxTrainer(config, data, devices, initial, networks=config.seeds, dialect=config.dialect)
     if first:
         fit(config, trainer, console, trainer.seeds if config.seeds > 1 else None)
     else:

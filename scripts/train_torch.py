@@ -1,4 +1,4 @@
-"""Train SimpleCNN on FashionMNIST with PyTorch."""
+"""Train SimpleCNN, or a network without convolution, on FashionMNIST with PyTorch."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def main() -> None:
         raise UserError(
             "--precision bfloat16 is the JAX version's: use train_jax.py, or --precision float32 or float64"
         )
-    initial = load_weights(config.init_weights, config.weights_dtype) if config.init_weights else None
+    initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
 
     import torch  # only now: a slip should not wait for PyTorch to load
@@ -43,6 +43,8 @@ def main() -> None:
         eps=config.adam.eps,
         seed=config.seed,
         device=device,
+        model=config.model,
+        hidden=config.hidden,
         dtype=getattr(torch, config.precision),
         initial=initial,
         limit_train=config.limit_train,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from torch_ref.data import load_batches, load_dataset
-from torch_ref.model import SimpleCNN
+from torch_ref.model import make_model
 from torch_ref.train import evaluate, train_one_epoch
 
 Arrays = dict[str, np.ndarray]
@@ -32,6 +32,8 @@ class TorchTrainer:
         eps: float,
         seed: int,
         device: torch.device,
+        model: str = "cnn",
+        hidden: int = 512,
         dtype: torch.dtype = torch.float32,
         initial: Mapping[str, np.ndarray] | None = None,
         limit_train: int | None = None,
@@ -48,6 +50,8 @@ class TorchTrainer:
             eps: added outside the square root.
             seed: of the initial weights.
             device: where to train.
+            model: linear, mlp or cnn.
+            hidden: width of the mlp's hidden layer.
             dtype: float32 or float64; becomes torch's default, which ToTensor and the layers follow.
             initial: weights by name, or None to draw PyTorch's own.
             limit_train: train on the first so many images only.
@@ -55,7 +59,7 @@ class TorchTrainer:
         """
         torch.set_default_dtype(dtype)
         torch.manual_seed(seed)
-        self._model = SimpleCNN()
+        self._model = make_model(model, hidden)
         if initial is not None:
             self._model.load_state_dict({name: torch.from_numpy(array) for name, array in initial.items()})
         self._device = device

@@ -13,7 +13,10 @@ from jax_cnn.errors import UserError
 from jax_cnn.shell.checkpoints import newest_checkpoint
 
 # What changes no weight's bits, or not the weights of the epochs that are done. All else has to be as it was.
-FREE = {"epochs", "data_dir", "out_dir", "resume", "checkpoint_seconds", "coordinator", "num_processes", "process_id"}
+FREE = {
+    *("epochs", "data_dir", "out_dir", "resume", "checkpoint_seconds"),
+    *("dialect", "coordinator", "num_processes", "process_id"),
+}
 ROUNDING = {"device", "devices"}  # what may change a weight's last bits
 
 
