@@ -159,16 +159,15 @@ STAGE_BOUND = 1e-6
 
 def test_the_stages_one_after_the_other_are_the_network(jax_weights: Params, images: np.ndarray) -> None:
     """Forward and backward."""
-    assert [stage.start for stage in stages.STAGES[1:]] == [stage.end for stage in stages.STAGES[:-1]]
 
     def chained(params: Params, value: jax.Array, grad: jax.Array) -> tuple[jax.Array, Params]:
-        inputs, grads = [], dict[str, Any]()
+        inputs, grads = [], {layer: dict[str, jax.Array]() for layer in params}
         for stage in stages.STAGES:
             inputs.append(value)
-            value = stages.between(stage, params.get(stage.layer or "", {}), value)
+            value = stage.forward(stages.weights_of(stage, params), value)
         for stage, given in zip(reversed(stages.STAGES), reversed(inputs), strict=True):
-            weights_grad, *rest = stages.backward(stage, params.get(stage.layer or "", {}), given, grad)
-            grads |= {stage.layer: weights_grad} if stage.layer else {}
+            weights_grad, *rest = stages.backward(stage, stages.weights_of(stage, params), given, grad)
+            grads[stage.layer] |= weights_grad
             grad = rest[0] if rest else grad
         return value, grads
 

@@ -52,7 +52,39 @@ def test_max_pool_sends_the_gradient_to_the_first_maximum(levels: int) -> None:
     assert np.array_equal(gradients(ops.max_pool2x2, images)[0], gradients(xla_max_pool, images)[0])
 
 
+def stage_by_stage(features: jax.Array, bias: jax.Array) -> jax.Array:
+    """What the merged operation stands for."""
+    return ops.max_pool2x2(jax.nn.relu(ops.add_bias(features, bias)))
+
+
+def rounded_together(shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of which many are equal only after a bias of 1 is added: their last bits do not fit beside it."""
+    rng = np.random.default_rng(0)
+    return (rng.integers(-2, 3, shape) + rng.integers(5, size=shape) * 2.0**-25).astype(np.float32)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000, None], ids=["all ties", "many ties", "few ties", "ties by rounding"])
+def test_bias_relu_and_pool_in_one_are_the_three_bit_by_bit(levels: int | None) -> None:
+    rng, shape = np.random.default_rng(0), (4, 14, 10, 8)
+    features = jnp.asarray(rounded_together(shape) if levels is None else rng.integers(levels, size=shape) - levels / 2)
+    bias = jnp.asarray(np.ones(8) if levels is None else rng.normal(size=8), jnp.float32)
+    features = features.astype(jnp.float32)
+    assert np.array_equal(ops.bias_relu_max_pool2x2(features, bias), stage_by_stage(features, bias))
+    ours, theirs = gradients(ops.bias_relu_max_pool2x2, features, bias), gradients(stage_by_stage, features, bias)
+    assert np.array_equal(ours[0], theirs[0])
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-5)  # summed in another order
+
+
+def test_ties_by_rounding_need_the_bias_before_the_first_maximum_is_sought() -> None:
+    """The test above would see a gradient that goes to the maximum of the features without their bias."""
+    features = jnp.asarray(rounded_together((4, 14, 10, 8)))
+    with_bias, without = (np.asarray(ops._first_maximum(values)) for values in (features + 1, features))
+    assert (with_bias != without).mean() > 0.01
+
+
 def test_nan_passes_through_the_pool() -> None:
     images = jnp.zeros((1, 2, 2, 1))
     for row, column in np.ndindex(2, 2):
-        assert np.isnan(ops.max_pool2x2(images.at[0, row, column, 0].set(jnp.nan))).all()
+        with_nan = images.at[0, row, column, 0].set(jnp.nan)
+        assert np.isnan(ops.max_pool2x2(with_nan)).all()
+        assert np.isnan(ops.bias_relu_max_pool2x2(with_nan, jnp.zeros(1))).all()

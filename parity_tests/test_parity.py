@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jax_cnn import ops
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.fashion_mnist import FashionMNIST
+from jax_cnn.model import no_tap
 from parity_tests.harness import checks, trajectory, truth
 from parity_tests.harness.capture import exact_arithmetic
 from parity_tests.harness.compare import Divergence
@@ -103,7 +104,7 @@ def jax_predictions(pair: Pair, state: AdamState, images: np.ndarray) -> np.ndar
     """The likeliest class of each image, in float64."""
     with exact_arithmetic("float64"):
         tree = pair.to_tree(pair.to_leaves(state.weights))
-        classify = jax.jit(lambda part: pair.apply(tree, part, lambda _, value: value).argmax(axis=1))
+        classify = jax.jit(lambda part: pair.apply(tree, part, no_tap).argmax(axis=1))
         parts = [jnp.asarray(pair.input_layout.to_jax(part)) for part in np.split(images, 40)]
         return np.concatenate([np.asarray(classify(part)) for part in parts])
 

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
+from jax_cnn import ops
+
 Params = dict[str, dict[str, jax.Array]]
 Tap = Callable[[str, jax.Array], jax.Array]
 
@@ -17,6 +19,24 @@ def no_tap(stage: str, value: jax.Array) -> jax.Array:
     """Let every stage's output pass. A tap that records, replaces or perturbs it looks inside the network."""
     del stage
     return value
+
+
+def bias_relu_pool(features: jax.Array, bias: jax.Array, tap: Tap, number: int) -> jax.Array:
+    """Three stages: add the bias to a convolution [batch, height, width, features], rectify, halve height and width.
+
+    Where nobody looks in between they are one operation, which is faster, and gives the same numbers bit by bit.
+
+    Args:
+        features: of the convolution, without its bias.
+        bias: [features].
+        tap: sees the stages conv, relu and pool of this number.
+        number: 1 or 2.
+    """
+    if tap is no_tap:
+        return ops.bias_relu_max_pool2x2(features, bias)
+    conv = tap(f"conv{number}", ops.add_bias(features, bias))
+    relu = tap(f"relu{number}", jax.nn.relu(conv))
+    return tap(f"pool{number}", ops.max_pool2x2(relu))
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
 
 
 class SoftmaxRegression(nn.Module):
@@ -33,19 +33,19 @@ class FeedForward(nn.Module):
         return tap("fc2", nn.Dense(10, name="fc2")(relu))
 
 
-class Conv3x3(nn.Module):
-    """3x3 convolution with stride 1, zero padding 1 and a bias, built on `ops`."""
+class ConvReluPool(nn.Module):
+    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
 
     features: int
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width features"]:
-        """Convolve; the spatial size stays."""
+        self, images: Float[Array, "batch height width channels"], tap: Tap, number: int
+    ) -> Float[Array, "batch height/2 width/2 features"]:
+        """Halve the spatial size; `tap` sees the three stages of that number."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return ops.add_bias(ops.conv3x3(images, kernel), bias)
+        return bias_relu_pool(ops.conv3x3(images, kernel), bias, tap, number)
 
 
 class SimpleCNN(nn.Module):
@@ -54,13 +54,8 @@ class SimpleCNN(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
         """Compute the logits; `tap(stage, value)` is called with every stage's output and may replace it."""
-        conv1 = tap("conv1", Conv3x3(32, name="conv1")(images))
-        relu1 = tap("relu1", nn.relu(conv1))
-        pool1 = tap("pool1", ops.max_pool2x2(relu1))  # 28 -> 14
-
-        conv2 = tap("conv2", Conv3x3(64, name="conv2")(pool1))
-        relu2 = tap("relu2", nn.relu(conv2))
-        pool2 = tap("pool2", ops.max_pool2x2(relu2))  # 14 -> 7
+        pool1 = ConvReluPool(32, name="conv1")(images, tap, 1)  # 28 -> 14
+        pool2 = ConvReluPool(64, name="conv2")(pool1, tap, 2)  # 14 -> 7
 
         flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: torch flattens channels first
         fc1 = tap("fc1", nn.Dense(512, name="fc1")(flatten))

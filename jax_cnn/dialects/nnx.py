@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
 
 
 class SoftmaxRegression(nnx.Module):
@@ -43,8 +43,8 @@ class FeedForward(nnx.Module):
         return tap("fc2", self.fc2(relu))
 
 
-class Conv3x3(nnx.Module):
-    """3x3 convolution with stride 1, zero padding 1 and a bias, built on `ops`."""
+class ConvReluPool(nnx.Module):
+    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
 
     def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs) -> None:
         draw = nnx.initializers.lecun_normal()
@@ -52,30 +52,25 @@ class Conv3x3(nnx.Module):
         self.bias = nnx.Param(jax.numpy.zeros(features))
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width features"]:
-        """Convolve; the spatial size stays."""
-        return ops.add_bias(ops.conv3x3(images, self.kernel[...]), self.bias[...])
+        self, images: Float[Array, "batch height width channels"], tap: Tap, number: int
+    ) -> Float[Array, "batch height/2 width/2 features"]:
+        """Halve the spatial size; `tap` sees the three stages of that number."""
+        return bias_relu_pool(ops.conv3x3(images, self.kernel[...]), self.bias[...], tap, number)
 
 
 class SimpleCNN(nnx.Module):
     """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.conv1 = Conv3x3(1, 32, rngs=rngs)
-        self.conv2 = Conv3x3(32, 64, rngs=rngs)
+        self.conv1 = ConvReluPool(1, 32, rngs=rngs)
+        self.conv2 = ConvReluPool(32, 64, rngs=rngs)
         self.fc1 = nnx.Linear(7 * 7 * 64, 512, rngs=rngs)
         self.fc2 = nnx.Linear(512, 10, rngs=rngs)
 
     def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
         """Compute the logits; `tap(stage, value)` is called with every stage's output and may replace it."""
-        conv1 = tap("conv1", self.conv1(images))
-        relu1 = tap("relu1", nnx.relu(conv1))
-        pool1 = tap("pool1", ops.max_pool2x2(relu1))  # 28 -> 14
-
-        conv2 = tap("conv2", self.conv2(pool1))
-        relu2 = tap("relu2", nnx.relu(conv2))
-        pool2 = tap("pool2", ops.max_pool2x2(relu2))  # 14 -> 7
+        pool1 = self.conv1(images, tap, 1)  # 28 -> 14
+        pool2 = self.conv2(pool1, tap, 2)  # 14 -> 7
 
         flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: torch flattens channels first
         fc1 = tap("fc1", self.fc1(flatten))

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
 
 Layer = dict[str, jax.Array]
 
@@ -15,11 +15,11 @@ def dense(layer: Layer, inputs: Float[Array, "batch inputs"]) -> Float[Array, "b
     return inputs @ layer["kernel"] + layer["bias"]
 
 
-def conv3x3(
-    layer: Layer, images: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch height width features"]:
-    """3x3 convolution with stride 1, zero padding 1 and a bias; the spatial size stays."""
-    return ops.add_bias(ops.conv3x3(images, layer["kernel"]), layer["bias"])
+def conv_relu_pool(
+    layer: Layer, images: Float[Array, "batch height width channels"], tap: Tap, number: int
+) -> Float[Array, "batch height/2 width/2 features"]:
+    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool; `tap` sees the stages of that number."""
+    return bias_relu_pool(ops.conv3x3(images, layer["kernel"]), layer["bias"], tap, number)
 
 
 def softmax_regression(
@@ -40,13 +40,8 @@ def feed_forward(params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap
 
 def simple_cnn(params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
     """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
-    conv1 = tap("conv1", conv3x3(params["conv1"], images))
-    relu1 = tap("relu1", jax.nn.relu(conv1))
-    pool1 = tap("pool1", ops.max_pool2x2(relu1))  # 28 -> 14
-
-    conv2 = tap("conv2", conv3x3(params["conv2"], pool1))
-    relu2 = tap("relu2", jax.nn.relu(conv2))
-    pool2 = tap("pool2", ops.max_pool2x2(relu2))  # 14 -> 7
+    pool1 = conv_relu_pool(params["conv1"], images, tap, 1)  # 28 -> 14
+    pool2 = conv_relu_pool(params["conv2"], pool1, tap, 2)  # 14 -> 7
 
     flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: torch flattens channels first
     fc1 = tap("fc1", dense(params["fc1"], flatten))

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from jax_cnn import train
 from jax_cnn.checkpoint import AdamState
+from jax_cnn.model import no_tap
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.harness.capture import dtype_of, exact_arithmetic
 from parity_tests.harness.compare import EXACT, Bound, Divergence, compare
@@ -125,7 +126,7 @@ class JaxRun:
         )
 
     def _loss(self, params: Mapping[str, jax.Array], inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = self._pair.apply(self._pair.to_tree({**self._frozen, **params}), inputs, lambda _, value: value)
+        logits = self._pair.apply(self._pair.to_tree({**self._frozen, **params}), inputs, no_tap)
         return self._pair.jax_loss(logits, labels)
 
     def _apply_gradients(self, state: train.TrainState, grads: Any) -> train.TrainState:

@@ -1,6 +1,7 @@
 """Where the time of a JAX step goes: every stage of it alone, in a compiled loop, at the shapes of the real step.
 
-A stage is what the network computes between two of its taps, so it is the project's own code that is timed. The loop
+A stage is what the step computes with one layer's weights, from the project's own operations; bias and ReLU stand with
+the pool, as one operation does all three. A test holds the stages, one after the other, to the network. The loop
 must not be cleverer than the step: each turn writes one number of its result into each of its inputs, so that nothing
 can be computed once for all turns, and carries the whole result, so that nothing can be left out.
 """
@@ -17,11 +18,11 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from jax_cnn import fashion_mnist
+from jax_cnn import fashion_mnist, ops
 from jax_cnn.batches import epoch_order
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import AdamConfig
-from jax_cnn.model import Params, apply, init_params
+from jax_cnn.model import Params, init_params
 from jax_cnn.train import cross_entropy, init_state, make_optimizer, to_images
 from parity_tests.speed.contenders import Task
 from parity_tests.speed.jax_work import make_trainer
@@ -30,23 +31,45 @@ from parity_tests.speed.spread import turns
 WHOLE = "whole step"
 
 
+Layer = dict[str, Array]
+
+
 class Stage(NamedTuple):
-    """A piece of the network: from one tap to another, with the layer whose weights it uses, if any."""
+    """A piece of the network: what it computes from its layer's weights and the stage before it."""
 
     name: str
-    start: str
-    end: str
-    layer: str | None = None
+    layer: str
+    weights: tuple[str, ...]
+    forward: Callable[[Layer, Array], Array]
 
 
-IMAGES = "images"
+def conv(layer: Layer, value: Array) -> Array:
+    """Convolve, without the bias."""
+    return ops.conv3x3(value, layer["kernel"])
+
+
+def pool(layer: Layer, value: Array) -> Array:
+    """Add the bias, rectify and pool."""
+    return ops.bias_relu_max_pool2x2(value, layer["bias"])
+
+
+def fc1(layer: Layer, value: Array) -> Array:
+    """Flatten, and multiply."""
+    return value.reshape(len(value), -1) @ layer["kernel"] + layer["bias"]
+
+
+def fc2(layer: Layer, value: Array) -> Array:
+    """Rectify, and multiply."""
+    return jax.nn.relu(value) @ layer["kernel"] + layer["bias"]
+
+
 STAGES = (
-    Stage("conv1", IMAGES, "conv1", "conv1"),
-    Stage("relu1, pool1", "conv1", "pool1"),
-    Stage("conv2", "pool1", "conv2", "conv2"),
-    Stage("relu2, pool2", "conv2", "pool2"),
-    Stage("flatten, fc1", "pool2", "fc1", "fc1"),
-    Stage("relu3, fc2", "fc1", "fc2", "fc2"),
+    Stage("conv1", "conv1", ("kernel",), conv),
+    Stage("bias, relu, pool 1", "conv1", ("bias",), pool),
+    Stage("conv2", "conv2", ("kernel",), conv),
+    Stage("bias, relu, pool 2", "conv2", ("bias",), pool),
+    Stage("flatten, fc1", "fc1", ("kernel", "bias"), fc1),
+    Stage("relu3, fc2", "fc2", ("kernel", "bias"), fc2),
 )
 
 
@@ -57,21 +80,9 @@ class Loop(NamedTuple):
     first: Any
 
 
-def between(stage: Stage, weights: Any, value: Array) -> Array:
-    """The network from the stage's start, whose output is `value`, to its end.
-
-    All before the start and behind the end is computed by nobody once this is compiled, for nothing reads it.
-    """
-    seen: dict[str, Array] = {}
-
-    def tap(name: str, output: Array) -> Array:
-        seen[name] = value if name == stage.start else output
-        return seen[name]
-
-    params: Params = jax.tree.map(jnp.zeros_like, jax.eval_shape(init_params, jax.random.key(0)))
-    images = value if stage.start == IMAGES else jnp.zeros((len(value), 28, 28, 1), value.dtype)
-    apply(params if stage.layer is None else params | {stage.layer: weights}, images, tap)
-    return seen[stage.end]
+def weights_of(stage: Stage, params: Params) -> Layer:
+    """Those weights of its layer that the stage uses."""
+    return {name: params[stage.layer][name] for name in stage.weights}
 
 
 def nudged(tree: Any, results: Any) -> Any:
@@ -100,30 +111,25 @@ def loops(params: Params, pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Arr
     """Everything that a training step does, as "stage, pass", in its order."""
     images = to_images(pixels, jnp.dtype("float32"))
     found = {"scaling, forward": pixel_loop(pixels)}
-    outputs = jax.jit(activations)(params, images)
+    value = images
     for stage in STAGES:
-        weights, value = params.get(stage.layer or "", {}), outputs[stage.start]
-        found[f"{stage.name}, forward"] = repeated(partial(between, stage), weights, value)
-        found[f"{stage.name}, backward"] = repeated(partial(backward, stage), weights, value, outputs[stage.end])
-    found["loss, forward"] = repeated(lambda logits: cross_entropy(logits, labels).mean(), outputs["fc2"])
+        weights = weights_of(stage, params)
+        output = jax.jit(stage.forward)(weights, value)
+        found[f"{stage.name}, forward"] = repeated(stage.forward, weights, value)
+        found[f"{stage.name}, backward"] = repeated(partial(backward, stage), weights, value, output)
+        value = output
+    found["loss, forward"] = repeated(lambda logits: cross_entropy(logits, labels).mean(), value)
     loss_gradient = jax.grad(lambda logits: cross_entropy(logits, labels).mean())
-    found["loss, backward"] = repeated(loss_gradient, outputs["fc2"])
+    found["loss, backward"] = repeated(loss_gradient, value)
     found["Adam, update"] = adam_loop(params)
     return found
 
 
-def activations(params: Params, images: Float[Array, "batch 28 28 1"]) -> dict[str, Array]:
-    """What every tap sees, and the images."""
-    outputs = {IMAGES: images}
-    apply(params, images, lambda name, output: outputs.setdefault(name, output))
-    return outputs
-
-
-def backward(stage: Stage, weights: Any, value: Array, grad: Array) -> Any:
+def backward(stage: Stage, weights: Layer, value: Array, grad: Array) -> Any:
     """The gradient by the stage's weights and by its input; nothing trains on the gradient by the images."""
-    if stage.start == IMAGES:
-        return jax.vjp(lambda weights: between(stage, weights, value), weights)[1](grad)
-    return jax.vjp(partial(between, stage), weights, value)[1](grad)
+    if stage == STAGES[0]:
+        return jax.vjp(lambda weights: stage.forward(weights, value), weights)[1](grad)
+    return jax.vjp(stage.forward, weights, value)[1](grad)
 
 
 def pixel_loop(pixels: UInt8[Array, "batch 28 28"]) -> Loop:
