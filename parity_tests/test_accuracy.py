@@ -180,7 +180,9 @@ def pretend_to_train(run: Run) -> None:
     config = run.config
     rng = np.random.default_rng((config.seed, run.framework == "jax", run.setting == "full"))
     folder = RunFolder(config.out_dir, print)
-    folder.write_config(config, {"framework": run.framework, "device": "cpu (cpu)"} | provenance(("numpy",)))
+    folder.write_config(
+        study_runs.as_asked(run), {"framework": run.framework, "device": "cpu (cpu)"} | provenance(("numpy",))
+    )
     folder.write_weights({name: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for name, leaf in SIMPLE_CNN.items()})
     scorer = study.score_jax if run.framework == "jax" else study.score_torch
     correct = scorer(config.out_dir / WEIGHTS, config.data_dir, config.limit_test)

@@ -14,13 +14,14 @@ from jax import numpy as jnp
 
 from jax_cnn import ops
 from jax_cnn.checkpoint import AdamState
+from jax_cnn.config import Dialect, Model, Network
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.model import no_tap
 from parity_tests.harness import checks, trajectory, truth
 from parity_tests.harness.capture import exact_arithmetic
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair, Tap, channels_first
-from parity_tests.harness.pairs import BATCH_SIZE, feed_forward, simple_cnn
+from parity_tests.harness.pairs import BATCH_SIZE, feed_forward, product_pair, simple_cnn
 from parity_tests.harness.suite import CHECKS
 
 SHORT = 3 * BATCH_SIZE + 8  # three full batches and a remainder
@@ -46,10 +47,22 @@ def hold(divergences: Iterator[Divergence]) -> None:
     assert not found, "\n".join(map(str, found))
 
 
+@pytest.fixture(scope="module", params=["linen", "nnx", "plain"])
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    """How JAX's side is written."""
+    name: Dialect = request.param
+    return name
+
+
+@pytest.fixture(scope="module", params=["cnn", "mlp", "linear"])
+def pair(request: pytest.FixtureRequest, dialect: Dialect, data_dir: Path) -> Pair:
+    """Each of the networks in each of the dialects, on a few real batches."""
+    return product_pair(Network(request.param), dialect, data_dir, SHORT)
+
+
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", ["cnn", "mlp"])
-def test_the_pair_passes(name: str, check: str, request: pytest.FixtureRequest) -> None:
-    hold(CHECKS[check](request.getfixturevalue(name), 0))
+def test_the_pair_passes(pair: Pair, check: str) -> None:
+    hold(CHECKS[check](pair, 0))
 
 
 def test_two_hundred_float64_steps_on_real_batches_stay_together(data_dir: Path) -> None:
@@ -116,9 +129,10 @@ def torch_predictions(pair: Pair, state: AdamState, images: np.ndarray) -> np.nd
         return np.concatenate([module(torch.from_numpy(part)).argmax(1).numpy() for part in np.split(images, 40)])
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp"])
-def test_float32_is_as_near_the_truth_as_pytorchs(name: str, request: pytest.FixtureRequest) -> None:
-    hold(truth.precision(request.getfixturevalue(name), range(4)))
+@pytest.mark.parametrize("model", ["cnn", "mlp", "linear"])
+def test_float32_is_as_near_the_truth_as_pytorchs(model: Model, data_dir: Path) -> None:
+    """In one dialect: the others give the same bits (`test_dialects.py`)."""
+    hold(truth.precision(product_pair(Network(model), "linen", data_dir, SHORT), range(4)))
 
 
 def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart(cnn: Pair) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from jax_cnn import fashion_mnist
+from jax_cnn.config import Dialect
 from jax_cnn.errors import UserError
 from jax_cnn.shell import command_line
 from jax_cnn.shell.provenance import provenance
@@ -24,7 +25,9 @@ class ReportConfig:
     """What to compare."""
 
     pair: str = "simple_cnn"
-    """simple_cnn, feed_forward, or a port of your own as module:name (a Pair, or a function that returns one)."""
+    """simple_cnn, feed_forward, softmax_regression, or your own as module:name (a Pair, or what returns one)."""
+    dialect: Dialect = "linen"
+    """In which the first three are written."""
     fault: str = "none"
     """Plant this fault first, to see what it looks like; `list` tells which there are."""
     seed: int = 0
@@ -92,17 +95,20 @@ def main() -> None:
 
 def load_pair(config: ReportConfig, console: Console) -> Any:
     """One of the project's pairs, or one that the user has declared."""
+    from parity_tests.harness import pairs
     from parity_tests.harness.pair import Pair
-    from parity_tests.harness.pairs import feed_forward, simple_cnn
 
-    if config.pair == "simple_cnn":
+    ours = {
+        "simple_cnn": pairs.simple_cnn,
+        "feed_forward": pairs.feed_forward,
+        "softmax_regression": pairs.softmax_regression,
+    }
+    if config.pair in ours:
         fashion_mnist.prepare(config.data_dir, console.print)
-        return simple_cnn(config.data_dir, 40 * 64 + 32)
-    if config.pair == "feed_forward":
-        return feed_forward()
+        return ours[config.pair](config.data_dir, 40 * 64 + 32, config.dialect)
     module, colon, name = config.pair.partition(":")
     if not colon:
-        raise UserError(f"--pair {config.pair}: give simple_cnn, feed_forward, or your own as module:name")
+        raise UserError(f"--pair {config.pair}: give {', '.join(ours)}, or your own as module:name")
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)

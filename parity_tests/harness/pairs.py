@@ -1,24 +1,23 @@
-"""The pairs that come with the project: the network, and the feed-forward network that a course compares it with."""
+"""The pairs that come with the project: SimpleCNN, and the two networks that a course compares it with."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-from torch import nn
 
 from jax_cnn import fashion_mnist, model, torch_layout
 from jax_cnn.batches import epoch_order, split_batches
+from jax_cnn.config import CNN, Dialect, Model, Network
 from jax_cnn.train import to_images
-from parity_tests.harness.pair import Batch, Pair, Tap, channels_first, flattened
+from parity_tests.harness.pair import Batch, Pair, channels_first, flattened
 from torch_ref.data import load_batches, load_dataset
-from torch_ref.model import SimpleCNN
+from torch_ref.model import make_model
 
 BATCH_SIZE = 64
+NAMES: dict[Model, str] = {"linear": "SoftmaxRegression", "mlp": "FeedForward", "cnn": "SimpleCNN"}
 
 
 def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
@@ -40,39 +39,33 @@ def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> It
         yield Batch(channels_first(images), labels[indices].astype(np.int64))
 
 
-def simple_cnn(data_dir: Path | None = None, limit: int | None = None) -> Pair:
-    """SimpleCNN; with a data folder, on the first `limit` training images of FashionMNIST."""
+def product_pair(
+    network: Network, dialect: Dialect = "linen", data_dir: Path | None = None, limit: int | None = None
+) -> Pair:
+    """One of the project's networks; with a data folder, on the first `limit` training images of FashionMNIST."""
     return Pair(
-        name="SimpleCNN",
-        module=SimpleCNN,
-        apply=model.apply,
-        layout=torch_layout.SIMPLE_CNN,
+        name=f"{NAMES[network.model]} in {dialect}",
+        module=partial(make_model, *network),
+        apply=model.network(network.model, dialect, network.hidden),
+        layout=torch_layout.layout_of(network),
         input_shape=(1, 28, 28),
-        stage_layouts={"flatten": flattened((64, 7, 7))},
-        jax_init=model.init_params,
+        stage_layouts={"flatten": flattened((64, 7, 7))} if network == CNN else {},
+        jax_init=partial(model.init_params, model=network.model, hidden=network.hidden),
         torch_batches=partial(torch_pipeline, data_dir, limit) if data_dir else None,
         jax_batches=partial(jax_pipeline, data_dir, limit) if data_dir else None,
     )
 
 
-def feed_forward() -> Pair:
-    """Flatten, Linear 784 -> 512, ReLU, Linear 512 -> 10. Also the example of how a pair is declared."""
+def simple_cnn(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """SimpleCNN."""
+    return product_pair(CNN, dialect, data_dir, limit)
 
-    def module() -> nn.Module:
-        return nn.Sequential(
-            OrderedDict(flatten=nn.Flatten(), fc1=nn.Linear(784, 512), relu1=nn.ReLU(), fc2=nn.Linear(512, 10))
-        )
 
-    def apply(params: Any, images: jax.Array, tap: Tap) -> jax.Array:
-        flatten = tap("flatten", images.reshape(len(images), -1))
-        fc1 = tap("fc1", flatten @ params["fc1"]["kernel"] + params["fc1"]["bias"])
-        relu1 = tap("relu1", jax.nn.relu(fc1))
-        return tap("fc2", relu1 @ params["fc2"]["kernel"] + params["fc2"]["bias"])
+def feed_forward(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """Flatten, Linear 784 -> 512, ReLU, Linear 512 -> 10."""
+    return product_pair(Network("mlp"), dialect, data_dir, limit)
 
-    return Pair(
-        name="FeedForward",
-        module=module,
-        apply=apply,
-        layout={**torch_layout.dense("fc1", 784, 512), **torch_layout.dense("fc2", 512, 10)},
-        input_shape=(1, 28, 28),
-    )
+
+def softmax_regression(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """Flatten, Linear 784 -> 10."""
+    return product_pair(Network("linear"), dialect, data_dir, limit)

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jax_cnn.config import LIMITS, TrainConfig
+from jax_cnn.config import HIDDEN, LIMITS, JaxTrainConfig, TrainConfig
 from jax_cnn.errors import UserError
 from jax_cnn.shell.provenance import provenance
 from jax_cnn.shell.run_folder import CONFIG, METRICS, WEIGHTS
 
 Framework = Literal["jax", "torch"]
-Setting = Literal["full", "short"]
+Setting = str  # of the accuracy study: full or short
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Torch's threads yield while they wait for each other. Spinning, they take four times as long on two cores that others
@@ -111,9 +111,15 @@ def is_finished(run: Run) -> bool:
     return (
         (folder / WEIGHTS).exists()
         and len(metrics) == run.config.epochs
-        and without_places(record.get("config", {})) == without_places(as_json(run.config))
+        and without_places(record.get("config", {})) == without_places(as_json(as_asked(run)))
         and {name: record.get(name) for name in wanted} == wanted
     )
+
+
+def as_asked(run: Run) -> TrainConfig:
+    """The configuration that the framework's command makes of `flags`: JAX's has more, at their defaults."""
+    kinds: dict[Framework, type[TrainConfig]] = {"jax": JaxTrainConfig, "torch": TrainConfig}
+    return kinds[run.framework](**vars(run.config))
 
 
 def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = ()) -> None:
@@ -148,6 +154,8 @@ def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = 
 def flags(config: TrainConfig) -> list[str]:
     """The command line of a run; what is not said stays at the command's default, and config.json tells it."""
     said = {
+        "--model": config.model,
+        "--hidden": config.hidden if config.hidden != HIDDEN else None,
         "--epochs": config.epochs,
         "--seed": config.seed,
         "--data-dir": config.data_dir,
