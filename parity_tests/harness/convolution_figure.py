@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.table import Table
 
 from jax_cnn.files import write_atomically
@@ -21,29 +22,39 @@ LINES = {
 }
 
 
-def accuracy_table(result: Json) -> Table:
-    """Every entry, with both frameworks' epochs and accuracies."""
-    seeds = len(result["entries"][0]["jax"]["seeds"])
-    table = Table(
-        title="Test accuracy in %",
-        caption=f"Mean ± standard deviation over {seeds} seeds; shifted: JAX's and PyTorch's networks together",
-    )
-    table.add_column("network")
-    for heading in ("parameters", "epochs", "JAX", "PyTorch", "1 px shift", "2 px shift"):
-        table.add_column(heading, justify="right")
-    for entry in result["entries"]:
-        both = (
-            [100 * value for value in entry["jax"]["shifted"]["0"]],
-            [100 * value for value in entry["torch"]["shifted"]["0"]],
-        )
-        table.add_row(
+HEADINGS = ("network", "parameters", "epochs", "JAX", "PyTorch", "by 1 px", "by 2 px")
+
+
+def rows(result: Json) -> list[tuple[str, ...]]:
+    """Every entry under HEADINGS: both frameworks' epochs, their accuracies, and those of both on shifted images."""
+    return [
+        (
             entry["name"],
             f"{entry['parameters']:,}",
             " / ".join(str(entry[framework]["epochs"]) for framework in FRAMEWORKS),
-            *map(spread, both),
-            *(spread(accuracies(result, entry["name"], distance)) for distance in SHIFTS[1:]),
+            *(spread([100 * value for value in entry[framework]["shifted"]["0"]]) for framework in FRAMEWORKS),
+            *(f"{statistics.fmean(accuracies(result, entry['name'], distance)):.1f}" for distance in SHIFTS[1:]),
         )
+        for entry in result["entries"]
+    ]
+
+
+def accuracy_table(result: Json) -> Table:
+    """The rows for a terminal of 80 columns."""
+    seeds = len(result["entries"][0]["jax"]["seeds"])
+    caption = f"Test accuracy in %: mean ± standard deviation over {seeds} seeds; of both, on shifted images"
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for name, *figures in rows(result):
+        table.add_row(name.replace(", ", ",\n  "), *figures)
     return table
+
+
+def markdown(result: Json) -> list[str]:
+    """The same for a page."""
+    body = rows(result)
+    return [f"| {' | '.join(cells)} |" for cells in (HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *body)]
 
 
 def draw(result: Json, path: Path) -> None:
