@@ -26,17 +26,22 @@ HEADINGS = ("network", "parameters", "epochs", "JAX", "PyTorch", "by 1 px", "by 
 
 
 def rows(result: Json) -> list[tuple[str, ...]]:
-    """Every entry under HEADINGS: both frameworks' epochs, their accuracies, and those of both on shifted images."""
+    """Every entry under HEADINGS: epochs (JAX / PyTorch), accuracies of each, and those of both on shifted images."""
     return [
         (
             entry["name"],
             f"{entry['parameters']:,}",
-            " / ".join(str(entry[framework]["epochs"]) for framework in FRAMEWORKS),
+            epochs(entry),
             *(spread([100 * value for value in entry[framework]["shifted"]["0"]]) for framework in FRAMEWORKS),
             *(f"{statistics.fmean(accuracies(result, entry['name'], distance)):.1f}" for distance in SHIFTS[1:]),
         )
         for entry in result["entries"]
     ]
+
+
+def epochs(entry: Json) -> str:
+    """How many, of JAX / of PyTorch where they differ."""
+    return " / ".join(dict.fromkeys(str(entry[framework]["epochs"]) for framework in FRAMEWORKS))
 
 
 def accuracy_table(result: Json) -> Table:
@@ -89,13 +94,12 @@ def draw_accuracies(result: Json, axes: Axes) -> None:
                 label=label if place == 0 else None,
             )
     labels = [
-        f"{entry['name'].replace(', ', chr(10))}\n{entry['parameters']:,} parameters\n"
-        f"{' / '.join(str(entry[framework]['epochs']) for framework in FRAMEWORKS)} epochs"
+        f"{entry['name'].replace(', ', chr(10))}\n{entry['parameters']:,} parameters\n{epochs(entry)} epochs"
         for entry in entries
     ]
     axes.set_yticks(range(len(entries)), labels, fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(title="A dot is a network, trained from its own seed", xlabel="test accuracy, %")
+    axes.set(title="A dot is a network, trained from its own seed (epochs: JAX / PyTorch)", xlabel="test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -114,7 +118,9 @@ def draw_shifts(result: Json, axes: Axes) -> None:
             capsize=3,
             label=name,
         )
-    axes.set(title="Test images shifted, mean of 8 directions", xlabel="shift, pixels", ylabel="test accuracy, %")
+    axes.set(
+        title="On shifted images (8 directions): mean ± deviation", xlabel="shift, pixels", ylabel="test accuracy, %"
+    )
     axes.set_xticks(SHIFTS)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
