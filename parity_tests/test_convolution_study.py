@@ -1,4 +1,4 @@
-"""The study of what convolution buys: its machinery, and the committed results, held to their own numbers."""
+"""The study of what convolution buys: its terms, its trainings, and its judgement."""
 
 import json
 import subprocess
@@ -33,7 +33,6 @@ from parity_tests.harness.convolution_runs import (
 from parity_tests.harness.study_runs import Run
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "convolution" / "convolution.json"
 PACE: Pace = {framework: {"linear": 1.0, "mlp": 2.0, "cnn": 3.1} for framework in FRAMEWORKS}
 
 
@@ -168,34 +167,3 @@ def test_the_whole_study_runs_and_repeats_nothing(data_dir: Path, tmp_path: Path
     again = study_command(*flags, "--data-dir", data_dir, cwd=tmp_path)
     assert "24 runs: 24 are there, 0 to do" in again.stdout
     assert again.stdout.splitlines()[-10:] == first.stdout.splitlines()[-10:]
-
-
-# --- The committed study ---
-
-
-@pytest.fixture(scope="module")
-def results() -> convolution.Json:
-    """The results file."""
-    loaded: convolution.Json = json.loads(RESULTS.read_text())
-    return loaded
-
-
-def test_the_committed_study_is_whole_and_of_the_defaults(results: convolution.Json) -> None:
-    assert results["limits"] == {"train": None, "test": None}
-    assert "convolution_study.py" in results["provenance"]["command"]
-    study = ConvolutionConfig()
-    for entry, described in zip(ENTRIES, results["entries"], strict=True):
-        assert (described["name"], described["network"]) == (entry.name, str(entry.network))
-        assert described["parameters"] == convolution.parameters(entry.network)
-        for framework in FRAMEWORKS:
-            runs = described[framework]
-            assert runs["epochs"] == epochs_of(entry, study, results["pace"][framework])
-            assert runs["seeds"] == list(range(len(runs["seeds"])))
-            assert len(runs["seeds"]) >= 3
-            assert all(len(values) == len(runs["seeds"]) for values in runs["shifted"].values())
-
-
-def test_the_page_says_what_the_study_found(results: convolution.Json) -> None:
-    page = (ROOT / "docs" / "convolution.md").read_text()
-    for line in (*convolution_figure.markdown(results), *convolution.sentences(results)):
-        assert line in page, f"docs/convolution.md lacks: {line}"

@@ -106,7 +106,7 @@ def torch_classifier(weights: TorchDict, network: Network) -> Classifier:
 
     @torch.no_grad()
     def classify(pixels: Pixels) -> Int[np.ndarray, " size"]:
-        parts = (torch.from_numpy(part)[:, None].float() / 255 for part in parts_of(pixels))
+        parts = (torch.tensor(part)[:, None].float() / 255 for part in parts_of(pixels))
         return np.concatenate([model(part).argmax(dim=1).numpy() for part in parts])
 
     return classify
@@ -132,7 +132,9 @@ def conclude(study: ConvolutionConfig, pace: Pace) -> Json:
         "provenance": provenance(PACKAGES),
         "environment": ENVIRONMENT,
         "trained": {"first": started[0], "last": started[-1]},
-        "pace": {framework: {name: round(s, 3) for name, s in paces.items()} for framework, paces in pace.items()},
+        "pace": {
+            framework: {name: round(seconds, 6) for name, seconds in paces.items()} for framework, paces in pace.items()
+        },
         "limits": {"train": study.limit_train, "test": study.limit_test},
         "entries": [describe_entry(entry, [run for run in runs if run.setting == entry.name]) for entry in ENTRIES],
     }
