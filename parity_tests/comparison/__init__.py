@@ -1,0 +1,1 @@
+"""The comparison page: both frameworks train from the same weights, and one page shows what came of it."""
