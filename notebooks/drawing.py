@@ -55,7 +55,7 @@ def pictures(
     names: Sequence[str],
     columns: int = 5,
     *,
-    signed: bool = False,
+    signed: str = "",
     size: float = 1.7,
 ) -> Figure:
     """Images [row, column] in a grid, each under its name.
@@ -65,25 +65,24 @@ def pictures(
         images: anything that NumPy reads.
         names: one for each.
         columns: of the grid.
-        signed: violet for negative and orange for positive values, white for 0, on one scale for all; otherwise grey.
+        signed: what the values are, if they have a sign: violet for negative and orange for positive ones, white for 0,
+            on one scale for all. Otherwise the images are grey.
         size: of one image, in inches.
     """
     arrays = [np.asarray(image) for image in images]
     rows = -(-len(arrays) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.3) + 0.4), squeeze=False)
+    height = size + 0.15 * max(name.count("\n") for name in names)
+    figure, grid = plt.subplots(rows, columns, figsize=(columns * size, rows * height + 0.5), squeeze=False)
     largest = max(float(np.abs(array).max()) for array in arrays)
     style = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest} if signed else {"cmap": "gray_r"}
-    shown = None
-    for axes in grid.flat:
+    for axes in grid.flat[len(arrays) :]:
         axes.set_axis_off()
     for axes, array, name in zip(grid.flat, arrays, names, strict=False):
-        axes.set_axis_on()
-        shown = axes.imshow(array, **style)
-        axes.set_title(name)
-        _pixel_axes(axes, array.shape)
-    grid[-1, 0].set(xlabel="column", ylabel="row")
-    if signed and shown is not None:
-        figure.colorbar(shown, ax=grid, label="value", shrink=0.8)
+        axes.imshow(array, **style)
+        axes.set(title=name, xticks=[], yticks=[])
+    _pixel_axes(grid[-1, 0], arrays[(rows - 1) * columns].shape)
+    if signed:
+        figure.colorbar(grid[0, 0].images[0], ax=grid, label=signed, shrink=0.8)
     figure.suptitle(title)
     return figure
 
@@ -95,7 +94,7 @@ def one_window(image: Any, kernel: Any, row: int, column: int) -> Figure:
     figure, (whole, *steps) = plt.subplots(1, 4, figsize=(10, 2.9))
     whole.imshow(image, cmap="gray_r")
     whole.add_patch(Rectangle((column - 1.5, row - 1.5), 3, 3, fill=False, edgecolor=VERMILION, linewidth=2))
-    whole.set(title="the image and a window", xlabel="column", ylabel="row")
+    whole.set(title="the image and a window")
     _pixel_axes(whole, image.shape)
     names = "the window", "× the kernel", f"= products; their sum is {(window * kernel).sum():.2f}"
     for axes, values, name in zip(steps, (window, kernel, window * kernel), names, strict=True):
@@ -153,6 +152,7 @@ def bars(
         drawn = axes.bar(places, values, width * 0.95, label=label, color=color, hatch=("", "//", "..")[index])
         axes.bar_label(drawn, fmt="%.0f", padding=1, fontsize="small")
     axes.set(title=title, xticks=range(len(groups)), xticklabels=groups, ylabel=y, **axes_settings)
+    axes.margins(y=0.1)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(series), frameon=False)
     return axes
 
@@ -169,7 +169,7 @@ def dots(
         x: label, with the unit.
         axes_settings: for `Axes.set`.
     """
-    _, axes = plt.subplots(figsize=(7.5, 0.55 * len(rows) + 1.3))
+    _, axes = plt.subplots(figsize=(7.5, 0.4 * len(rows) + 1.5))
     for place, values in enumerate(rows.values()):
         if min(values) > 0:  # on a logarithmic scale there is no other end to draw to
             axes.plot(values, [place] * len(values), color="0.6", zorder=1)
@@ -178,7 +178,7 @@ def dots(
         axes.scatter(values, range(len(rows)), s=60, color=color, marker="os^D"[index], label=label, zorder=2)
     axes.set(title=title, xlabel=x, yticks=range(len(rows)), yticklabels=rows, **axes_settings)
     axes.invert_yaxis()
-    axes.margins(y=0.2)
+    axes.margins(y=0.6 / len(rows))
     axes.grid(alpha=0.3, axis="x")
     axes.legend()
     return axes
@@ -205,4 +205,4 @@ def paths(title: str, height: Callable[[Any], Any], walks: Mapping[str, tuple[np
 
 def _pixel_axes(axes: Axes, shape: tuple[int, ...]) -> None:
     """Number the first and the last pixel."""
-    axes.set(xticks=[0, shape[1] - 1], yticks=[0, shape[0] - 1])
+    axes.set(xticks=[0, shape[1] - 1], yticks=[0, shape[0] - 1], xlabel="column", ylabel="row")
