@@ -13,21 +13,27 @@ ROOT = Path(__file__).parents[1]
 
 def sound() -> Tally:
     """What an hour without a fault leaves behind."""
-    steady = {"jax": [500, 510, 495, 505, 500, 503], "torch": [800, 790, 805, 800, 795, 801]}
+    memory = {"jax": [500, 510, 495, 505, 500, 503], "torch": [800, 790, 805, 800, 795, 801]}
     files = {"jax": [9] * 6, "torch": [12] * 6}
-    return Tally(rounds=6, kills=24, damaged=5, other_results=0, peak_bytes=steady, open_files=files)
+    return Tally(6, 24, 5, 0, memory, files, dict(memory), dict(files))  # dictionaries of their own, to be spoiled
 
 
 def test_a_sound_hour_passes_and_each_fault_is_named() -> None:
     assert sound().verdict() == []
     assert Tally().verdict() == ["no round was finished"]
-    leaking, forgetting, other = sound(), sound(), sound()
+    leaking, forgetting, slowly, other = sound(), sound(), sound(), sound()
     leaking.peak_bytes["torch"] = [800, 850, 900, 950, 1000, 1050]
     forgetting.open_files["jax"] = [9, 10, 11, 12, 13, 14]
+    slowly.endless_bytes["jax"] = [500, 520, 540, 560, 580, 600]
+    slowly.endless_files["torch"] = [12, 12, 12, 13, 14, 15]
     other.other_results = 1
     assert leaking.verdict() == ["torch's memory grew from 825.0 to 1025.0"]
     assert forgetting.verdict() == ["jax's open files grew from 9.5 to 13.5"]
-    assert other.verdict() == ["1 rounds ended with other weights"]
+    assert slowly.verdict() == [
+        "jax's memory in its endless run grew from 510.0 to 590.0",
+        "torch's open files in its endless run grew from 12.0 to 14.5",
+    ]
+    assert other.verdict() == ["1 runs ended with other weights or another prediction"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Train, kill, damage and resume for an hour, and hold every result to that of an undisturbed run.
+"""Train, kill, damage, resume and predict for an hour, and hold every result to that of an undisturbed run.
 
-Exit status 1: a run ended with other weights, or memory or open files grew.
+Exit status 1: a run ended with another result, or memory or open files grew.
 """
 
 import sys

@@ -1,31 +1,40 @@
-"""Endurance: train, kill, damage, resume, again and again, and hold every result to that of an undisturbed run."""
+"""Endurance: train, kill, damage, resume, predict, again and again, and hold every result to an undisturbed run's.
+
+Beside it one training of each framework lives from the first round to the last, saving all the time: what leaks in a
+process shows in these two.
+"""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from jax_cnn import fashion_mnist
 from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
 from jax_cnn.files import write_atomically
 from jax_cnn.shell.checkpoints import checkpoint_files
 from jax_cnn.shell.provenance import provenance
-from jax_cnn.shell.run_folder import WEIGHTS
+from jax_cnn.shell.run_folder import WEIGHTS, set_aside
+from parity_tests.harness.watched import Ended, Marathon, Process, finish, kill, marathon, start
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-SMALL = ("--epochs", "4", "--limit-train", "4256", "--limit-test", "200", "--device", "cpu")
-OFTEN = ("--checkpoint-seconds", "0.2")
-GROWTH = 1.1  # that the last runs' memory may be of the first runs'; it varies by a few percent from run to run
+FRAMEWORKS = ("jax", "torch")
+SMALL = ("--epochs", 4, "--limit-train", 4256, "--limit-test", 200, "--device", "cpu", "--checkpoint-seconds", 0.2)
+ENDLESS = ("--epochs", 10_000, "--limit-train", 640, "--limit-test", 100, "--device", "cpu", "--checkpoint-seconds", 0)
+STEPS = 4 * 67
+SLICE = 10.0  # seconds of a round that each of the endless trainings gets
+PICTURE, REPORT = "picture.png", "report.json"
+GROWTH = 1.1  # that the last third's memory may be of the first third's; it varies by a few percent from run to run
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,31 @@ class SoakConfig:
     minutes: float = 60.0
     """Stop after the first round that ends later than this."""
     out_dir: Path = Path("runs/soak")
-    """Where the runs are, and report.json. What an earlier soak left there is moved aside by the runs themselves."""
+    """Where report.json is written, and the runs are meanwhile. An earlier report is moved aside."""
     data_dir: Path = TrainConfig.data_dir
     """Where the data set is, or is put."""
     seed: int = 0
     """Of when the kills come and which bytes are damaged."""
 
 
-class Ended(NamedTuple):
-    """A command that has ended well."""
+class Place(NamedTuple):
+    """Folders."""
 
-    output: str
-    peak_bytes: int
-    open_files: int
+    runs: Path
+    data: Path
+
+
+class Expected(NamedTuple):
+    """What a run that nobody disturbs ends with, and how long it takes."""
+
+    weights: str
+    prediction: str
+    seconds: float
+
+
+def by_framework() -> dict[str, list[int]]:
+    """A list for each."""
+    return {framework: [] for framework in FRAMEWORKS}
 
 
 @dataclass
@@ -55,20 +76,34 @@ class Tally:
     """What happened."""
 
     rounds: int = 0
+    """In each of which a run of each framework is killed, resumed, finished and asked for a prediction."""
     kills: int = 0
     damaged: int = 0
     """Checkpoints in which a bit was turned, and which the next run named and passed over."""
     other_results: int = 0
-    """Rounds that did not end with the undisturbed run's weights, bit by bit."""
-    peak_bytes: dict[str, list[int]] = field(default_factory=lambda: {"jax": [], "torch": []})
-    open_files: dict[str, list[int]] = field(default_factory=lambda: {"jax": [], "torch": []})
+    """Runs that did not end with the undisturbed run's weights, bit by bit, and its prediction."""
+    peak_bytes: dict[str, list[int]] = field(default_factory=by_framework)
+    """Of the finished runs, one to a round."""
+    open_files: dict[str, list[int]] = field(default_factory=by_framework)
+    """Likewise, at most."""
+    endless_bytes: dict[str, list[int]] = field(default_factory=by_framework)
+    """Of the process that lives through all rounds, after each."""
+    endless_files: dict[str, list[int]] = field(default_factory=by_framework)
+    """Likewise."""
+    endless_steps: dict[str, int] = field(default_factory=dict)
+    """That it has trained when it was stopped; after each chunk of JAX's and each step of PyTorch's it saves."""
 
     def verdict(self) -> list[str]:
         """What is wrong, if anything."""
         wrong = [] if self.rounds else ["no round was finished"]
         if self.other_results:
-            wrong.append(f"{self.other_results} rounds ended with other weights")
-        for name, measured in (("memory", self.peak_bytes), ("open files", self.open_files)):
+            wrong.append(f"{self.other_results} runs ended with other weights or another prediction")
+        for name, measured in (
+            ("memory", self.peak_bytes),
+            ("open files", self.open_files),
+            ("memory in its endless run", self.endless_bytes),
+            ("open files in its endless run", self.endless_files),
+        ):
             for framework, values in measured.items():
                 third = max(len(values) // 3, 1)
                 if values and median(values[-third:]) > GROWTH * median(values[:third]):
@@ -88,17 +123,29 @@ def soak(config: SoakConfig, say: Callable[[str], None]) -> Tally:
     Raises:
         UserError: a command failed that nobody had disturbed.
     """
-    chance, tally, ends = np.random.default_rng(config.seed), Tally(), time.monotonic() + 60 * config.minutes
-    expected = {framework: undisturbed(config, framework) for framework in ("jax", "torch")}
-    while time.monotonic() < ends:
-        for framework in ("jax", "torch"):
-            folder = config.out_dir / framework
-            disturb(config, framework, folder, chance, tally)
-            tally.other_results += digest(folder) != expected[framework]
-        tally.rounds += 1
-        say(f"round {tally.rounds}: {describe(tally)}")
-    report = provenance(("jax", "torch")) | {"minutes": config.minutes} | vars(tally)
-    write_atomically(config.out_dir / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
+    record = provenance(("jax", "jaxlib", "torch", "numpy"))
+    chance, tally, started = np.random.default_rng(config.seed), Tally(), time.monotonic()
+    place = Place(Path(tempfile.mkdtemp(prefix="runs-", dir=config.out_dir)), config.data_dir)
+    draw_picture(place)
+    expected = {framework: undisturbed(place, framework) for framework in FRAMEWORKS}
+    with ExitStack() as stack:
+        endless = {framework: stack.enter_context(endless_run(place, framework)) for framework in FRAMEWORKS}
+        while time.monotonic() - started < 60 * config.minutes:
+            for framework in FRAMEWORKS:
+                disturb(place, framework, expected[framework], chance, tally)
+                held = endless[framework].work(SLICE)
+                tally.endless_bytes[framework].append(held.bytes)
+                tally.endless_files[framework].append(held.open_files)
+            tally.rounds += 1
+            say(f"round {tally.rounds}: {describe(tally)}")
+        for framework, process in endless.items():
+            tally.endless_steps[framework] = end(place, framework, process)
+    minutes = round((time.monotonic() - started) / 60, 1)
+    report: dict[str, Any] = record | {"minutes": minutes, "wrong": tally.verdict()} | vars(tally)
+    set_aside(config.out_dir, [REPORT], say)
+    write_atomically(config.out_dir / REPORT, f"{json.dumps(report)}\n".encode())
+    if not tally.other_results:
+        shutil.rmtree(place.runs)
     return tally
 
 
@@ -110,81 +157,91 @@ def describe(tally: Tally) -> str:
     )
 
 
-def undisturbed(config: SoakConfig, framework: str) -> str:
-    """The weights of a run that nobody disturbs."""
-    folder = config.out_dir / f"{framework}-undisturbed"
-    finish(start(config, framework, folder))
-    return digest(folder)
+def undisturbed(place: Place, framework: str) -> Expected:
+    """A run that nobody disturbs."""
+    folder = place.runs / f"{framework}-undisturbed"
+    ended = train(place, framework, folder)
+    return Expected(digest(folder), predict(place, framework, folder), ended.seconds)
 
 
-def disturb(config: SoakConfig, framework: str, folder: Path, chance: np.random.Generator, tally: Tally) -> None:
+def disturb(place: Place, framework: str, expected: Expected, chance: np.random.Generator, tally: Tally) -> None:
     """One run, killed twice at any moment, now and then with its newest checkpoint damaged, then finished."""
+    folder = place.runs / f"{framework}-{tally.rounds}"
     resume: tuple[str, ...] = ()
     for _ in range(2):
-        tally.kills += kill(start(config, framework, folder, *resume), chance.uniform(1, 8))
+        process = start(f"train_{framework}", *flags(place, folder, SMALL), *resume)
+        tally.kills += kill_somewhere(process, folder, expected.seconds, chance)
         if list(checkpoint_files(folder)):
             resume = ("--resume",)
     files = list(checkpoint_files(folder))
     if len(files) == 2 and chance.random() < 0.5:
         damage(files[0][1], chance)
-    ended = finish(start(config, framework, folder, *resume))
+    ended = train(place, framework, folder, *resume)
     tally.damaged += ended.output.count("passing over")
     tally.peak_bytes[framework].append(ended.peak_bytes)
     tally.open_files[framework].append(ended.open_files)
+    if (digest(folder), predict(place, framework, folder)) == expected[:2]:
+        shutil.rmtree(folder)  # an hour's would fill the disk; one with another result stays, to be looked at
+    else:
+        tally.other_results += 1
 
 
-def start(config: SoakConfig, framework: str, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """Start a training command."""
-    line = [sys.executable, str(SCRIPTS / f"train_{framework}.py"), *SMALL, *OFTEN, *flags]
-    line += ["--data-dir", str(config.data_dir), "--out-dir", str(folder)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def kill_somewhere(process: Process, folder: Path, seconds: float, chance: np.random.Generator) -> bool:
+    """Kill a run a while after it has saved a step of those that are left, or, in a quarter of cases, as it starts."""
+    saved = newest_step(folder)
+    if chance.random() < 0.25:
+        return kill(process, lambda: True, chance.uniform(0, seconds / 2))
+    target = chance.uniform(saved, STEPS)
+    return kill(process, lambda: newest_step(folder) > target, chance.uniform(0, 0.3))
 
 
-def kill(process: subprocess.Popen[str], seconds: float) -> bool:
-    """Let a command work for a while, and kill it; whether it was still there."""
-    try:
-        process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return True
-    return False
+def newest_step(folder: Path) -> int:
+    """That the folder holds a checkpoint of; 0 if there is none."""
+    return next((step for step, _ in checkpoint_files(folder)), 0)
 
 
-def finish(process: subprocess.Popen[str]) -> Ended:
-    """Wait for a command, and see what it holds meanwhile.
+def train(place: Place, framework: str, folder: Path, *more: str) -> Ended:
+    """A run to its end."""
+    return finish(start(f"train_{framework}", *flags(place, folder, SMALL), *more))
+
+
+def flags(place: Place, folder: Path, run: tuple[object, ...]) -> tuple[object, ...]:
+    """What a training command takes."""
+    return (*run, "--data-dir", place.data, "--out-dir", folder)
+
+
+def draw_picture(place: Place) -> None:
+    """Put the first test image into a file."""
+    Image.fromarray(fashion_mnist.load(place.data).test_images[0]).save(place.runs / PICTURE)
+
+
+def predict(place: Place, framework: str, folder: Path) -> str:
+    """What the command prints of the picture, every probability to its last bit."""
+    asked = ("--json", "--framework", framework, "--weights", folder / WEIGHTS, place.runs / PICTURE)
+    return finish(start("predict", *asked)).output
+
+
+@contextmanager
+def endless_run(place: Place, framework: str) -> Iterator[Marathon]:
+    """A training that does not come to its end; from its first checkpoint on, paused until it is let work."""
+    folder = place.runs / f"{framework}-endless"
+    with marathon(f"train_{framework}", *flags(place, folder, ENDLESS)) as process:
+        while not list(checkpoint_files(folder)):
+            process.work(1.0)
+        yield process
+
+
+def end(place: Place, framework: str, process: Marathon) -> int:
+    """Ask an endless training to stop; the step that it saved.
 
     Raises:
-        UserError: it failed.
+        UserError: it did not stop as a run does that is asked to.
     """
-    peak, files = 0, 0
-    while True:
-        peak, files = max(peak, peak_memory(process.pid)), max(files, open_files(process.pid))
-        try:
-            output, _ = process.communicate(timeout=0.1)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    if process.returncode:
-        raise UserError(f"a training that nobody disturbed ended with status {process.returncode}: {output[-300:]}")
-    return Ended(output, peak, files)
-
-
-def peak_memory(pid: int) -> int:
-    """Bytes that a process has held at most; 0 where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
-def open_files(pid: int) -> int:
-    """How many files a process holds open; 0 where the system does not tell."""
-    try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return 0
+    status = process.stop()
+    files = list(checkpoint_files(place.runs / f"{framework}-endless"))
+    if status != 143 or "stopped, and saved" not in process.said() or not files:
+        raise UserError(f"an endless training that was asked to stop ended with {status}: {process.said()}")
+    return files[0][0]
 
 
 def damage(path: Path, chance: np.random.Generator) -> None:
