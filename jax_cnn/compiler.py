@@ -3,6 +3,7 @@
 import functools
 import os
 import warnings
+from pathlib import Path
 
 import jax
 from platformdirs import user_cache_path
@@ -40,10 +41,19 @@ def keep_compiled_programs() -> None:
     A jaxlib before 0.10.2 loads what it kept on a CPU with AVX-512 under protest, in many lines on stderr
     (jax-ml/jax#38445): there nothing is kept.
     """
-    folder = user_cache_path("jax-cnn-parity") / "programs"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        if jax.__version_info__ < (0, 10, 2) or not folder.is_absolute():  # "~": a user without a home
+        folder = programs_folder()
+        if jax.__version_info__ < (0, 10, 2) or folder is None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+
+
+def programs_folder() -> Path | None:
+    """In the user's cache folder; None for a user without a home."""
+    try:
+        folder = user_cache_path("jax-cnn-parity") / "programs"
+    except RuntimeError:  # as later versions of platformdirs say it
+        return None
+    return folder if folder.is_absolute() else None  # and earlier ones: "~"

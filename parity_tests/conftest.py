@@ -4,16 +4,23 @@ import atexit
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch loads: its threads then yield while they wait for each other. Spinning, they take four times as long on
 # two cores that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Before JAX loads: programs compiled by these tests are kept for the commands that they start, not in a person's cache.
-compiled_programs = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
-atexit.register(compiled_programs.cleanup)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
+# Before JAX loads: what these tests, and the commands that they start, keep for later or put where temporary files go
+# is in a folder of this session, not in a person's cache. Each of several workers has its own.
+session_folder = tempfile.TemporaryDirectory(prefix="parity-tests-", ignore_cleanup_errors=True)
+atexit.register(session_folder.cleanup)
+for variable in ("JAX_COMPILATION_CACHE_DIR", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
+    os.environ[variable] = os.path.join(session_folder.name, variable)
+os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.gettempdir()  # where pytest keeps the last three sessions' tmp_path
+temporary_files = Path(session_folder.name, "tmp")
+temporary_files.mkdir()
+os.environ["TMPDIR"] = tempfile.tempdir = str(temporary_files)
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and so would be the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from platformdirs import user_cache_path
 
 # Shapes in signatures are checked at run time, in the tests only: training does not pay for it.
 with install_import_hook("jax_cnn", "beartype.beartype"):
@@ -43,6 +51,22 @@ with install_import_hook("jax_cnn", "beartype.beartype"):
 from torch_ref.model import SimpleCNN
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Neither where temporary files go, nor in the checkout, nor in a person's cache."""
+    before = what_lies_about()
+    yield
+    left = sorted(map(str, what_lies_about() - before))
+    assert not left, f"left behind by a test: {', '.join(left)}"
+
+
+def what_lies_about() -> set[Path]:
+    """What a test may have forgotten; not the hidden caches of tools, and not the data, which may be fetched now."""
+    folders = (ROOT, ROOT / "runs", ROOT / "scripts", user_cache_path("jax-cnn-parity"), temporary_files)
+    found = (path for folder in folders for path in folder.glob("[!.]*"))
+    return {path for path in found if path not in (ROOT / "data", ROOT / "scripts" / "__pycache__")}
 
 
 @pytest.fixture(scope="session")

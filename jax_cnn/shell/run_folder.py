@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class RunFolder:
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         """Draw curves.png."""
+        # It would tell on stderr that it makes its list of fonts, or finds no place to keep it: nothing for the user.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         from jax_cnn.shell.curves import plot_curves  # only now: no slip and no --help should wait for matplotlib
 
         with writing(self.path):
