@@ -173,6 +173,7 @@ def test_another_run_is_refused_and_the_old_one_stays(
     assert done.returncode == 2
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
+    assert done.stdout == "", "refused after work was done"
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 

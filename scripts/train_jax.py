@@ -8,6 +8,7 @@ from jax_cnn import fashion_mnist
 from jax_cnn.config import JaxTrainConfig
 from jax_cnn.shell import command_line
 from jax_cnn.shell.fit import fit, follow
+from jax_cnn.shell.resume import check_resumable
 from jax_cnn.shell.run_folder import check_out_dir
 from jax_cnn.weights import load_weights
 
@@ -17,6 +18,7 @@ def main() -> None:
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
+    check_resumable(config, "jax", print)
 
     import jax  # only now: a slip should not wait for JAX to load
 

@@ -10,6 +10,7 @@ from jax_cnn.config import TrainConfig
 from jax_cnn.errors import UserError
 from jax_cnn.shell import command_line
 from jax_cnn.shell.fit import fit
+from jax_cnn.shell.resume import check_resumable
 from jax_cnn.shell.run_folder import check_out_dir
 from jax_cnn.weights import load_weights
 
@@ -23,6 +24,7 @@ def main() -> None:
         )
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
+    check_resumable(config, "torch", print)
 
     import torch  # only now: a slip should not wait for PyTorch to load
 

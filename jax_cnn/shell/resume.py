@@ -26,6 +26,30 @@ def run_record(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
+def check_resumable(config: TrainConfig, framework: str, say: Callable[[str], None]) -> None:
+    """Refuse what `checkpoint_to_resume` would refuse, before anything is loaded or compiled.
+
+    Args:
+        config: what is asked for; nothing is done unless it asks to resume.
+        framework: that is to compute it.
+        say: shows a line to the user: the checkpoints that were passed over, if none is left.
+
+    Raises:
+        UserError: there is no checkpoint in its folder, or it belongs to another run.
+    """
+    if not config.resume:
+        return
+    passed_over: list[str] = []
+    try:
+        found = newest_checkpoint(config.out_dir, passed_over.append)
+    except UserError:
+        for line in passed_over:
+            say(line)
+        raise
+    origin = {"framework": framework, "versions": {}, "machine": {"cpu": None}}  # the rest is no reason to refuse
+    refuse_another_run(config, found, run_record(config, origin))
+
+
 def checkpoint_to_resume(config: TrainConfig, run: dict[str, Any], say: Callable[[str], None]) -> Checkpoint:
     """Find the newest good checkpoint of this very run in its folder.
 
@@ -38,26 +62,39 @@ def checkpoint_to_resume(config: TrainConfig, run: dict[str, Any], say: Callable
         UserError: there is none, or it belongs to another run.
     """
     found = newest_checkpoint(config.out_dir, say)
-    before, now = flat(found.run), flat(run)
-    changed = {name: (before.get(name), now.get(name)) for name in before.keys() | now.keys()}
-    changed = {name: pair for name, pair in sorted(changed.items()) if pair[0] != pair[1] and name not in FREE}
-    other = [
-        describe(name, *pair) for name, pair in changed.items() if name not in {*ROUNDING, "cpu", *run["versions"]}
-    ]
+    refuse_another_run(config, found, run)
+    if changed := differences(found, run):
+        listing = "; ".join(describe(name, *pair) for name, pair in changed.items())
+        say(f"not as it was: {listing}. The weights may differ in their last bits from an uninterrupted run's")
+    return found
+
+
+def refuse_another_run(config: TrainConfig, found: Checkpoint, run: dict[str, Any]) -> None:
+    """Hold a checkpoint to what is asked for.
+
+    Raises:
+        UserError: it would not be the same run, or it has gone further already.
+    """
+    changed = differences(found, run)
+    last_bits = {*ROUNDING, "cpu", *run["versions"], *dict(found.run["versions"])}
+    other = [describe(name, *pair) for name, pair in changed.items() if name not in last_bits]
     if other:
         raise UserError(
             f"--resume: {config.out_dir} holds another run: {'; '.join(other)}; ask for what it was, or choose another "
             "--out-dir"
         )
-    if changed:
-        differences = "; ".join(describe(name, *pair) for name, pair in changed.items())
-        say(f"not as it was: {differences}. The weights may differ in their last bits from an uninterrupted run's")
     if found.progress.epoch > config.epochs:
         raise UserError(
             f"--resume: the run in {config.out_dir} has finished {found.progress.epoch} epochs, more than --epochs "
             f"{config.epochs}; ask for as many or more"
         )
-    return found
+
+
+def differences(found: Checkpoint, run: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What may matter and was otherwise: before and now, under the names of the flags."""
+    before, now = flat(found.run), flat(run)
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in FREE}
 
 
 def flat(run: dict[str, Any]) -> dict[str, Any]:
