@@ -123,6 +123,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path, uninterrupted(script))
 
 
+def test_a_second_signal_ends_a_run_at_once() -> None:
+    """Even one whose step never ends."""
+    code = (
+        "import os, signal, time; from jax_cnn.shell.interrupts import postponed_interrupts\n"
+        "with postponed_interrupts() as signal_received:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print(signal_received(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(600)"
+    )
+    started = time.monotonic()
+    done = finish([sys.executable, "-c", code], cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, f"{signal.SIGINT:d}\n", "")
+    assert time.monotonic() - started < 60
+
+
 @pytest.fixture
 def finished(uninterrupted: Train, tmp_path: Path) -> Path:
     """A copy of JAX's finished run, to be spoiled."""
@@ -153,6 +167,24 @@ def test_a_finished_run_goes_on_to_more_epochs_as_if_it_had_been_asked_for_them_
     at_once = command("jax", *SMALL, "--epochs", 3, "--data-dir", data_dir, "--out-dir", tmp_path / "at once")
     assert finish(at_once).returncode == 0
     assert_same_run(finished, tmp_path / "at once")
+
+
+def test_a_checkpoint_from_before_a_flag_was_there_is_read(
+    uninterrupted: Train, finished: Path, data_dir: Path
+) -> None:
+    """It had the default then."""
+    for _, path in checkpoint_files(finished):
+        checkpoint = load_checkpoint(path)
+        for flag in ("model", "hidden", "dialect"):
+            del checkpoint.run["config"][flag]
+        save_checkpoint(path, checkpoint)
+    done = resume(finished, data_dir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not as it was" not in done.stdout
+    assert_same_run(finished, uninterrupted("jax"))
+    done = resume(finished, data_dir, "--model", "linear")
+    assert done.returncode == 2
+    assert "model was cnn, not linear" in done.stderr
 
 
 @pytest.mark.parametrize(

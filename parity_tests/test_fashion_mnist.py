@@ -3,13 +3,16 @@
 Everything here is real: real files, real processes that are really killed, a real dpkg database and real packages.
 """
 
+import contextlib
 import gzip
+import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import tracemalloc
 import urllib.request
@@ -480,6 +483,35 @@ def test_a_package_cannot_lead_out_of_the_folder(good: Path, tmp_path: Path) -> 
     assert {path.read_text() for path in outside.iterdir()} == {"not from the package"}
     with pytest.raises(SourceFailed, match=r"dpkg-deb failed: .*not a Debian format archive"):
         data_sources.unpack_package(good / LABELS, list(FILES), workdir)
+
+
+def archive(kind: str, name: str, content: bytes) -> bytes:
+    """A tar of one file with this name, whatever it is, as a member `kind` of an ar archive."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        file.addfile(member, io.BytesIO(content))
+    return f"{kind:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(tar.getvalue()):<10}`\n".encode() + tar.getvalue()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="not a Debian")
+@pytest.mark.parametrize("way_out", ["../../escaped.gz", "usr/../../../escaped.gz", "{outside}/escaped.gz"])
+def test_a_package_cannot_write_outside_its_folder(tmp_path: Path, way_out: str) -> None:
+    """Whose files are named after places elsewhere; dpkg-deb makes none such."""
+    outside, workdir = tmp_path / "outside", tmp_path / "outside" / "deep" / "work"
+    workdir.mkdir(parents=True)
+    package = tmp_path / "climbing.deb"
+    package.write_bytes(
+        b"!<arch>\n"
+        + f"{'debian-binary':<16}{0:<12}{0:<6}{0:<6}{100644:<8}{4:<10}`\n2.0\n".encode()
+        + archive("control.tar", "./control", b"Package: climbing\nVersion: 1\n")
+        + archive("data.tar", way_out.format(outside=outside), b"not from here")
+    )
+    with contextlib.suppress(SourceFailed):
+        assert listing(data_sources.unpack_package(package, list(FILES), workdir)) == []
+    escaped = [path for path in tmp_path.rglob("escaped.gz") if workdir not in path.parents]
+    assert not escaped
 
 
 def test_torchvision_that_has_the_files_gives_their_folder(raw: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,13 @@ def hammer(read: Callable[[bytes], Any], inputs: st.SearchStrategy[bytes], count
     forget_peak()
     before = peak_memory()
     checks = [HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large]
+    tried = 0
+
+    def counted(content: bytes) -> None:
+        nonlocal tried
+        tried += 1
+        read(content)
+
     run = settings(
         report_multiple_bugs=False,
         max_examples=count,
@@ -68,8 +75,9 @@ def hammer(read: Callable[[bytes], Any], inputs: st.SearchStrategy[bytes], count
         deadline=None,
         suppress_health_check=checks,
     )
-    run(given(inputs)(read))()
+    run(given(inputs)(counted))()
     assert peak_memory() - before <= MEMORY
+    assert tried >= count, f"{tried} inputs of {count}: there are no more of this kind"
 
 
 def forget_peak() -> None:

@@ -63,7 +63,7 @@ def checkpoint_to_resume(config: TrainConfig, run: dict[str, Any], say: Callable
     """
     found = newest_checkpoint(config.out_dir, say)
     refuse_another_run(config, found, run)
-    if changed := differences(found, run):
+    if changed := differences(config, found, run):
         listing = "; ".join(describe(name, *pair) for name, pair in changed.items())
         say(f"not as it was: {listing}. The weights may differ in their last bits from an uninterrupted run's")
     return found
@@ -75,7 +75,7 @@ def refuse_another_run(config: TrainConfig, found: Checkpoint, run: dict[str, An
     Raises:
         UserError: it would not be the same run, or it has gone further already.
     """
-    changed = differences(found, run)
+    changed = differences(config, found, run)
     last_bits = {*ROUNDING, "cpu", *run["versions"], *dict(found.run["versions"])}
     other = [describe(name, *pair) for name, pair in changed.items() if name not in last_bits]
     if other:
@@ -90,9 +90,15 @@ def refuse_another_run(config: TrainConfig, found: Checkpoint, run: dict[str, An
         )
 
 
-def differences(found: Checkpoint, run: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What may matter and was otherwise: before and now, under the names of the flags."""
+def differences(config: TrainConfig, found: Checkpoint, run: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What may matter and was otherwise: before and now, under the names of the flags.
+
+    A flag that an earlier version did not know had its default then.
+    """
+    defaults = flat(run_record(type(config)(), {name: run[name] for name in ("framework", "versions", "machine")}))
     before, now = flat(found.run), flat(run)
+    for name in asdict(config).keys() & defaults.keys():
+        before.setdefault(name, defaults[name])
     pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in FREE}
 
