@@ -21,7 +21,7 @@ from jax_cnn.shell.run_folder import FILES
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="takes Linux's users, capabilities and cores")
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--limit-train", 200, "--limit-test", 100, "--device", "cpu")
+SMALL = ("--limit-train", 200, "--batch-size", 50, "--limit-test", 100, "--device", "cpu")  # four steps
 TIMEOUT = 300.0  # seconds, on a machine that is busy with other things
 STRANGER = 54_321  # a user whom the system does not know: no name, no home
 

@@ -4,11 +4,13 @@ One checkpoint in 30 s would drown in the noise of a step's time. So each stretc
 saves once, and what it takes longer than its neighbour, over 30 s, is by how much saving slows a training down.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from jax_cnn import fashion_mnist
@@ -45,16 +47,17 @@ def measure(config: CostConfig, framework: str, say: Callable[[str], None]) -> d
     """
     run = TrainConfig(limit_train=CHUNKS * 64 * TrainConfig.batch_size, data_dir=config.data_dir, device="cpu")
     trainer = make_trainer(run, framework, say)
-    writer = CheckpointWriter(config.out_dir, run.checkpoint_seconds)
-    epochs = iter(range(10 * config.rounds + 10))
+    epochs = itertools.count()
     for _ in range(2):
         stretch(trainer, next(epochs))  # to warm up
     pairs = []
-    for round_number in range(config.rounds):
-        taken: dict[bool, tuple[float, float]] = {}
-        for saving in (False, True) if round_number % 2 else (True, False):
-            taken[saving] = stretch(trainer, next(epochs), writer if saving else None)
-        pairs.append({"without": taken[False][0], "with": taken[True][0], "copy": taken[True][1]})
+    with TemporaryDirectory(prefix="checkpoints-", dir=config.out_dir) as folder:
+        writer = CheckpointWriter(Path(folder), run.checkpoint_seconds)
+        for round_number in range(config.rounds):
+            taken: dict[bool, tuple[float, float]] = {}
+            for saving in (False, True) if round_number % 2 else (True, False):
+                taken[saving] = stretch(trainer, next(epochs), writer if saving else None)
+            pairs.append({"without": taken[False][0], "with": taken[True][0], "copy": taken[True][1]})
     return {"steps": CHUNKS * 64, "pairs": pairs}
 
 
