@@ -63,8 +63,11 @@ def _nothing_is_left_behind() -> Iterator[None]:
 
 
 def what_lies_about() -> set[Path]:
-    """What a test may have forgotten; not the hidden caches of tools, and not the data, which may be fetched now."""
-    folders = (ROOT, ROOT / "runs", ROOT / "scripts", user_cache_path("jax-cnn-parity"), temporary_files)
+    """What a test may have forgotten; not the hidden caches of tools, nor the data, which may be fetched now.
+
+    Nor what is in `runs`, where a person may train meanwhile; but a `runs` that was not there is seen.
+    """
+    folders = (ROOT, ROOT / "scripts", user_cache_path("jax-cnn-parity"), temporary_files)
     found = (path for folder in folders for path in folder.glob("[!.]*"))
     return {path for path in found if path not in (ROOT / "data", ROOT / "scripts" / "__pycache__")}
 
