@@ -27,11 +27,11 @@ def test_a_sound_hour_passes_and_each_fault_is_named() -> None:
     slowly.endless_bytes["jax"] = [500, 520, 540, 560, 580, 600]
     slowly.endless_files["torch"] = [12, 12, 12, 13, 14, 15]
     other.other_results = 1
-    assert leaking.verdict() == ["torch's memory grew from 825.0 to 1025.0"]
-    assert forgetting.verdict() == ["jax's open files grew from 9.5 to 13.5"]
+    assert leaking.verdict() == ["torch's memory grew from 850 to 1050"]
+    assert forgetting.verdict() == ["jax's open files grew from 10 to 14"]
     assert slowly.verdict() == [
-        "jax's memory in its endless run grew from 510.0 to 590.0",
-        "torch's open files in its endless run grew from 12.0 to 14.5",
+        "jax's memory in its endless run grew from 520 to 600",
+        "torch's open files in its endless run grew from 12 to 15",
     ]
     assert other.verdict() == ["1 runs ended with other weights or another prediction"]
 
