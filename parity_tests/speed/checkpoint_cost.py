@@ -20,7 +20,8 @@ from jax_cnn.config import TrainConfig
 from jax_cnn.shell.checkpoints import CheckpointWriter
 from jax_cnn.shell.fit import Trainer
 
-FRAMEWORKS = ("jax", "torch")
+Framework = Literal["jax", "torch"]
+FRAMEWORKS: tuple[Framework, ...] = ("jax", "torch")
 CHUNKS = 2  # of JAX's 64 steps, in a stretch of either framework
 BOUND = 0.01  # of a step's time: what saving may cost
 
@@ -31,7 +32,7 @@ class CostConfig:
 
     rounds: int = 20
     """Pairs of stretches for each framework."""
-    frameworks: tuple[Literal["jax", "torch"], ...] = FRAMEWORKS
+    frameworks: tuple[Framework, ...] = FRAMEWORKS
     """Which of the two."""
     data_dir: Path = TrainConfig.data_dir
     """Where the data set is, or is put."""
