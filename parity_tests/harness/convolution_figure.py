@@ -99,7 +99,7 @@ def draw_accuracies(result: Json, axes: Axes) -> None:
     ]
     axes.set_yticks(range(len(entries)), labels, fontsize="x-small")
     axes.invert_yaxis()
-    axes.set(title="A dot is a network, trained from its own seed (epochs: JAX / PyTorch)", xlabel="test accuracy, %")
+    axes.set(title="Each dot is a network of its own seed (epochs: JAX / PyTorch)", xlabel="test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -118,9 +118,7 @@ def draw_shifts(result: Json, axes: Axes) -> None:
             capsize=3,
             label=name,
         )
-    axes.set(
-        title="On shifted images (8 directions): mean ± deviation", xlabel="shift, pixels", ylabel="test accuracy, %"
-    )
+    axes.set(title="On shifted images: mean ± deviation", xlabel="shift, pixels", ylabel="test accuracy, %")
     axes.set_xticks(SHIFTS)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
