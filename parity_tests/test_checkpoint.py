@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -60,9 +61,16 @@ def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 def stop_after_a_checkpoint(line: list[str], results: Path, number: int, pause: float) -> tuple[int, str]:
-    """Start a command, wait for a new checkpoint and then a little, and send it a signal."""
+    """Start a command, wait for a new checkpoint and then a little, and send it a signal.
+
+    Its temporary files are cleared away after it: who is killed cannot, and torchvision 0.23 makes some when it loads.
+    """
     before = {path for _, path in checkpoint_files(results)}
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with (
+        tempfile.TemporaryDirectory() as own,
+        subprocess.Popen(line, env=os.environ | {"TMPDIR": own}, **pipes) as process,
+    ):
         ends = time.monotonic() + TIMEOUT
         while time.monotonic() < ends and process.poll() is None:
             if {path for _, path in checkpoint_files(results)} - before:
