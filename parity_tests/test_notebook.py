@@ -112,7 +112,7 @@ def test_the_lesson_runs_and_its_solutions_are_right(committed: Notebook, tmp_pa
 
 def test_every_exercise_has_a_solution_that_runs(committed: Notebook) -> None:
     texts = ["".join(cell["source"]) for cell in committed["cells"] if cell["cell_type"] == "markdown"]
-    exercises = [text for text in texts if re.match(r"\*\*\d+\. ", text)]
+    exercises = [start for text in texts for start in re.findall(r"^\*\*\d+\. ", text, re.MULTILINE)]
     assert len(exercises) == sum("<details>" in text for text in texts)
     assert len(exercises) == sum(solution(cell) is not None for cell in committed["cells"])
 
@@ -138,7 +138,7 @@ def test_the_committed_file_is_small_and_tells_nothing_of_the_machine(committed:
         ("print(1 + 1)", "2\n", ""),
         ("print(1 + 2)", "2\n", "printed 3"),
         ("print(1 / 0)", "2\n", "ZeroDivisionError"),
-        ("import warnings\nwarnings.warn('old')\nprint(2)", "2\n", "UserWarning: old"),
+        ("import warnings\nwarnings.warn('old')\nprint(2)", "2\n", "UserWarning"),
     ],
 )
 def test_a_wrong_solution_is_found(source: str, said: str, problem: str, committed: Notebook, tmp_path: Path) -> None:
