@@ -41,10 +41,11 @@ def start(*flags: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[dict[int, subprocess.Popen[str]]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, subprocess.Popen[str]]]:
     """Both processes of a run of two, neither of which meets the other; they wait while other tests run."""
+    one_of_two = ("--out-dir", tmp_path_factory.mktemp("alone"), "--num-processes", 2)
     waiting = {
-        process_id: start("--coordinator", free_address(), "--num-processes", 2, "--process-id", process_id)
+        process_id: start(*one_of_two, "--coordinator", free_address(), "--process-id", process_id)
         for process_id in (0, 1)
     }
     yield waiting
