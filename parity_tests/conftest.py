@@ -45,7 +45,7 @@ with install_import_hook("jax_cnn", "beartype.beartype"):
         preparation,
         train,
     )
-    from jax_cnn.dialects import linen, nnx, plain  # noqa: F401
+    from jax_cnn.dialects import linen, nnx, plain  # noqa: F401  likewise
     from jax_cnn.fashion_mnist import FashionMNIST
     from jax_cnn.torch_layout import TorchDict
 from torch_ref.model import SimpleCNN
