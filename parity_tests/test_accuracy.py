@@ -22,6 +22,7 @@ from jax_cnn.torch_layout import SIMPLE_CNN
 from jax_cnn.weights import save_weights
 from parity_tests.harness import study, study_runs
 from parity_tests.harness.accuracy import McNemar, equivalence, mcnemar, prediction_interval
+from parity_tests.harness.command import SCRIPTS
 from parity_tests.harness.study_runs import Run, StudyConfig
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
@@ -232,8 +233,8 @@ def test_an_interrupted_study_goes_on_where_it_stopped(small: StudyConfig) -> No
     before = {run: (run.config.out_dir / METRICS).stat().st_mtime_ns for run in runs}
 
     flags = [word for name, value in asdict(small).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(study_runs.SCRIPTS / "accuracy_study.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = [sys.executable, str(SCRIPTS / "accuracy_study.py"), *flags]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
 
     assert done.stderr == ""
     assert done.returncode == 1  # all is done, and two untrained networks are not equivalent

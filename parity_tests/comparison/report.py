@@ -1,7 +1,5 @@
 """Everything that the page shows, in one JSON object: measured step by step, with visible progress."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from statistics import median
@@ -18,7 +16,7 @@ from parity_tests.comparison.arrays import pack, png
 from parity_tests.comparison.earlier import read_benchmark
 from parity_tests.comparison.settings import COMMITTED_BENCHMARK, CompareConfig
 from parity_tests.comparison.training import FRAMEWORKS, Framework, Run, initial_weights, obtain
-from parity_tests.harness.study_runs import SCRIPTS
+from parity_tests.harness import command
 from parity_tests.speed.progress import Steps
 
 Json = dict[str, Any]
@@ -72,16 +70,7 @@ def speed_table(config: CompareConfig, show: Callable[[str], None]) -> Json:
         return read_benchmark(config.benchmark or COMMITTED_BENCHMARK)
     folder = config.out_dir / "benchmark"
     places = ["--out-dir", str(folder), "--data-dir", str(config.data_dir)]
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--quick", *places]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            show(line.strip()[:60])
-    if process.returncode:
-        raise UserError(
-            f"scripts/benchmark.py ended with status {process.returncode}; without --run-benchmark the page shows the "
-            "figures that come with the project"
-        )
+    command.run("benchmark", ["--quick", *places], lambda line: show(line[:60]))
     return read_benchmark(folder / "benchmark.json")
 
 

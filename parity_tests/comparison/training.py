@@ -1,10 +1,6 @@
 """The two runs: which finished one can be taken, and the real command for one that cannot."""
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,8 +15,8 @@ from jax_cnn.torch_layout import TorchDict
 from jax_cnn.weights import load_weights, save_weights
 from parity_tests.comparison.earlier import read_benchmark, read_parity
 from parity_tests.comparison.settings import ROOT, CompareConfig
-from parity_tests.harness.study_runs import ENVIRONMENT, SCRIPTS, as_json, flags, read_metrics, read_record
-from parity_tests.speed.worker import rss_unit
+from parity_tests.harness import command
+from parity_tests.harness.study_runs import ENVIRONMENT, as_json, flags, read_metrics, read_record
 
 Json = dict[str, Any]
 Framework = Literal["jax", "torch"]
@@ -164,27 +160,13 @@ def train(framework: Framework, training: TrainConfig, show: Show, say: Show) ->
     folder = training.out_dir
     set_aside(folder, [*FILES, PROCESS, *(file.name for file in folder.glob(CHECKPOINTS))], say)
     more = ["--device", training.device, "--init-weights", str(training.init_weights)]
-    command = [sys.executable, str(SCRIPTS / f"train_{framework}.py"), *flags(training), *more]
-    env = os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
-    last = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=env
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                last = line.strip() or last
-                if last.startswith("epoch"):
-                    show(last)
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # Ctrl-C above all: leave no training behind
-            process.terminate()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {last}")
-    # Linux counts from what this process held when it started the command, which is less than either needs.
-    kept = {"started": read_record(folder)["started"], "peak_bytes": usage.ru_maxrss * rss_unit()}
+    finished = command.run(
+        f"train_{framework}",
+        [*flags(training), *more],
+        lambda line: show(line) if line.startswith("epoch") else None,
+        ENVIRONMENT,
+    )
+    kept = {"started": read_record(folder)["started"], "peak_bytes": finished.peak_bytes}
     with writing(folder):
         (folder / PROCESS).write_text(json.dumps(kept) + "\n")
 

@@ -6,10 +6,6 @@ own initial weights from its own generator, and both visit the same images in th
 
 import json
 import os
-import shlex
-import subprocess
-import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,11 +15,11 @@ from jax_cnn.config import HIDDEN, LIMITS, JaxTrainConfig, TrainConfig
 from jax_cnn.errors import UserError
 from jax_cnn.shell.provenance import provenance
 from jax_cnn.shell.run_folder import CONFIG, METRICS, WEIGHTS
+from parity_tests.harness import command
 
 Framework = Literal["jax", "torch"]
 Setting = str  # of the accuracy study: full or short
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Torch's threads yield while they wait for each other. Spinning, they take four times as long on two cores that others
 # use too (251 images/s against 801). No figure depends on it; whoever sets the variable has the last word.
 ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
@@ -133,22 +129,7 @@ def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = 
     Raises:
         UserError: the command failed.
     """
-    command = [sys.executable, str(SCRIPTS / f"train_{run.framework}.py"), *flags(run.config), *extra_flags]
-    env = os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
-    tail: deque[str] = deque(maxlen=1)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=env
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                tail.append(line.strip())
-                show(line.strip())
-        except BaseException:  # Ctrl-C above all: leave no training behind
-            process.terminate()
-            raise
-    if process.returncode:
-        raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {' '.join(tail)}")
+    command.run(f"train_{run.framework}", [*flags(run.config), *extra_flags], show, ENVIRONMENT)
 
 
 def flags(config: TrainConfig) -> list[str]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from jax_cnn.errors import UserError
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from parity_tests.harness.command import SCRIPTS
 
 Process = subprocess.Popen[str]
 

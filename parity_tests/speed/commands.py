@@ -1,10 +1,7 @@
 """The two training commands as a user runs them, from the start of the process to its end."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -12,13 +9,12 @@ from pathlib import Path
 from statistics import median
 
 from jax_cnn.config import TrainConfig
-from jax_cnn.errors import UserError
-from parity_tests.harness.study_runs import SCRIPTS, flags, read_metrics
+from parity_tests.harness import command
+from parity_tests.harness.study_runs import flags, read_metrics
 from parity_tests.speed.progress import Show, labelled
 from parity_tests.speed.settings import BenchmarkConfig
 from parity_tests.speed.spread import spread, turns
 from parity_tests.speed.team import Json
-from parity_tests.speed.worker import rss_unit
 
 FRAMEWORKS = ("jax", "torch")
 FIRST_REPORT = re.compile(r"epoch 1/\d+: ([\d,]+) of [\d,]+ images")
@@ -54,40 +50,26 @@ def run(framework: str, config: BenchmarkConfig, out_dir: Path, show: Show) -> J
         limit_train=config.command_images,
     )
     more = ("--batch-size", str(config.batch_size), "--device", "cpu")
-    command = [sys.executable, str(SCRIPTS / f"train_{framework}.py"), *flags(training), *more]
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
+    first: list[tuple[float, int]] = []  # seconds and images of the first report
+
+    def watch(line: str) -> None:
+        if not first and (report := FIRST_REPORT.match(line)):
+            first.append((time.perf_counter() - started, int(report[1].replace(",", ""))))
+        if line.startswith("epoch"):
+            show(line)
+
     show("starting")
-    last, first_seconds, first_images = "", None, None
     started = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=env
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                last = line.strip() or last
-                report = FIRST_REPORT.match(last)
-                if report and first_seconds is None:
-                    first_seconds, first_images = time.perf_counter() - started, int(report[1].replace(",", ""))
-                if last.startswith("epoch"):
-                    show(last)
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # Ctrl-C above all: leave no training behind
-            process.terminate()
-            raise
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {last}")
+    finished = command.run(f"train_{framework}", [*flags(training), *more], watch)
+    first_seconds, first_images = first[0] if first else (None, None)
     return {
         "command": shlex.join(
             ["python", f"scripts/train_{framework}.py", *flags(replace(training, out_dir=Path("RUN"))), *more]
         ),
-        "seconds": seconds,
+        "seconds": finished.seconds,
         "first_report_seconds": first_seconds,
         "first_report_images": first_images,
-        # Linux counts from what this process held when it started the command, which is far less than either needs.
-        "peak_bytes": usage.ru_maxrss * rss_unit(),
+        "peak_bytes": finished.peak_bytes,
         "epochs": read_metrics(out_dir),
     }
 

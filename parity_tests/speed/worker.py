@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from parity_tests.harness.command import rss_unit
 from parity_tests.speed.contenders import Task, Unavailable
 from parity_tests.speed.work import Work, load, make
 
@@ -91,11 +92,6 @@ def peak_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit()
-
-
-def rss_unit() -> int:
-    """Bytes in a unit of ru_maxrss."""
-    return 1 if sys.platform == "darwin" else 1024
 
 
 def encode(task: Task) -> str:
