@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from jax_cnn import fashion_mnist
-from jax_cnn.batches import epoch_order
 from jax_cnn.config import TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.shell.fit import Trainer, fit
 from jax_cnn.shell.interrupts import Interrupted
 from jax_cnn.trainer import JaxTrainer
 from parity_tests.harness.study_runs import Framework, Run, as_asked
+from parity_tests.harness.torch_options import torch_options
 from torch_ref.train import evaluate, train_one_epoch
 from torch_ref.trainer import TorchTrainer
 
@@ -34,20 +34,7 @@ class InMemoryTrainer(TorchTrainer):
 
     def __init__(self, config: TrainConfig, data: FashionMNIST) -> None:
         """Draw the weights, and put the images into memory."""
-        super().__init__(
-            data_dir=config.data_dir,
-            epoch_order=lambda epoch, size: epoch_order(config.seed, epoch, size).tolist(),
-            batch_size=config.batch_size,
-            learning_rate=config.adam.learning_rate,
-            betas=(config.adam.b1, config.adam.b2),
-            eps=config.adam.eps,
-            seed=config.seed,
-            device=torch.device("cpu"),
-            model=config.model,
-            hidden=config.hidden,
-            limit_train=config.limit_train,
-            limit_test=config.limit_test,
-        )
+        super().__init__(**torch_options(config))
         self._training = as_tensors(data.train_images[: config.limit_train], data.train_labels[: config.limit_train])
         self._test = as_tensors(data.test_images[: config.limit_test], data.test_labels[: config.limit_test])
 

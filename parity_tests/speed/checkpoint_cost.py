@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from jax_cnn import fashion_mnist
-from jax_cnn.batches import epoch_order
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
 from jax_cnn.config import TrainConfig
 from jax_cnn.shell.checkpoints import CheckpointWriter
@@ -89,22 +88,11 @@ def make_trainer(run: TrainConfig, framework: str, say: Callable[[str], None]) -
 
         keep_compiled_programs()
         return JaxTrainer(run, fashion_mnist.load(run.data_dir, say), jax.devices("cpu")[:1])
-    import torch
-
+    from parity_tests.harness.torch_options import torch_options
     from torch_ref.trainer import TorchTrainer
 
     fashion_mnist.prepare(run.data_dir, say)
-    return TorchTrainer(
-        data_dir=run.data_dir,
-        epoch_order=lambda epoch, size: epoch_order(run.seed, epoch, size).tolist(),
-        batch_size=run.batch_size,
-        learning_rate=run.adam.learning_rate,
-        betas=(run.adam.b1, run.adam.b2),
-        eps=run.adam.eps,
-        seed=run.seed,
-        device=torch.device("cpu"),
-        limit_train=run.limit_train,
-    )
+    return TorchTrainer(**torch_options(run))
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:

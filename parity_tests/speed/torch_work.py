@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from jax_cnn import fashion_mnist
 from jax_cnn.batches import epoch_order
-from jax_cnn.config import AdamConfig
+from jax_cnn.config import AdamConfig, TrainConfig
+from parity_tests.harness.torch_options import torch_options
 from parity_tests.speed.contenders import Task, Unavailable
 from parity_tests.speed.work import DOTS_PER_ROUND, Training, Work, dot_factors
 from torch_ref.model import SimpleCNN
@@ -42,18 +43,10 @@ def make(task: Task) -> Work:
 
 def course_trainer(task: Task) -> TorchTrainer:
     """What train_torch.py builds, with as many images as a round has."""
-    return TorchTrainer(
-        data_dir=task.data_dir,
-        epoch_order=lambda epoch, size: epoch_order(task.seed, epoch, size).tolist(),
-        batch_size=task.batch_size,
-        learning_rate=ADAM.learning_rate,
-        betas=(ADAM.b1, ADAM.b2),
-        eps=ADAM.eps,
-        seed=task.seed,
-        device=torch.device("cpu"),
-        limit_train=task.images,
-        limit_test=1,
+    config = TrainConfig(
+        data_dir=task.data_dir, batch_size=task.batch_size, seed=task.seed, limit_train=task.images, limit_test=1
     )
+    return TorchTrainer(**torch_options(config))
 
 
 class InMemoryLoop:
