@@ -9,8 +9,12 @@ The figures in the docstrings are what one training step of 64 images loses with
 them (2 cores with AVX-512, float32, jax 0.10.2, inside `lax.scan`).
 """
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -144,3 +148,41 @@ def _bias_relu_max_pool2x2_backward(residuals: tuple[Array, Array, Array], grad:
 
 
 bias_relu_max_pool2x2.defvjp(_bias_relu_max_pool2x2_forward, _bias_relu_max_pool2x2_backward)
+
+
+def conv_bias_relu_pool(
+    images: Images, kernel: Float[Array, "3 3 channels features"], bias: Float[Array, " features"]
+) -> Float[Array, "batch height/2 width/2 features"]:
+    """`bias_relu_max_pool2x2(conv3x3(images, kernel), bias)`: a block of the network.
+
+    Of one channel, and where no gradient is asked for, it takes no matrix product: 36 multiplications and a maximum
+    make one number of the output, in registers (0.17 of the 0.66 s that the evaluation of 10,000 images takes). A
+    training step needs the features again on its way back, and is not faster with it.
+    """
+    return (_block_of_one_channel if images.shape[-1] == 1 else _block)(images, kernel, bias)
+
+
+def _block(images: Array, kernel: Array, bias: Array) -> Array:
+    return bias_relu_max_pool2x2(conv3x3(images, kernel), bias)
+
+
+@jax.custom_vjp
+def _block_of_one_channel(images: Array, kernel: Array, bias: Array) -> Array:
+    dtype = jnp.promote_types(images.dtype, jnp.float32)  # to add up in, as matrix products of bfloat16 do
+    _, height, width, _ = images.shape
+    padded = jnp.pad(images.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def features(row: int, column: int) -> Array:
+        """Those of the pixels at this place in their windows."""
+        total = jnp.zeros((), dtype)
+        for (down, right), weights in zip(np.ndindex(3, 3), kernel.astype(dtype).reshape(9, -1), strict=True):
+            rows = slice(row + down, row + down + height - 1, 2)
+            columns = slice(column + right, column + right + width - 1, 2)
+            total += padded[:, rows, columns] * weights
+        return total
+
+    largest = functools.reduce(lax.max, itertools.starmap(features, np.ndindex(2, 2)))
+    return jax.nn.relu(largest.astype(images.dtype) + bias)
+
+
+_block_of_one_channel.defvjp(functools.partial(jax.vjp, _block), lambda pull_back, grad: pull_back(grad))

@@ -89,7 +89,7 @@ def test_the_width_of_the_hidden_layer_is_the_one_asked_for(images: np.ndarray) 
 
 FAULTS = {  # a pattern that stands once in each dialect's source, what to put there, and the first stage to differ
     "flatten order": (r"pool2\.reshape", "pool2.transpose(0, 3, 1, 2).reshape", "output of flatten"),
-    "missing bias": (r"(kernel\b\S*\)), (\S*bias\b\S*), tap, number", r"\1, 0 * \2, tap, number", "output of conv1"),
+    "missing bias": (r"(kernel\b\S*), (\S*bias\b\S*), tap, number", r"\1, 0 * \2, tap, number", "output of conv1"),
     "missing ReLU": (r"tap\(\"relu3\", \S*relu\(fc1\)\)", 'tap("relu3", fc1)', "output of relu3"),
 }
 

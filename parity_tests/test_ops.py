@@ -82,9 +82,36 @@ def test_ties_by_rounding_need_the_bias_before_the_first_maximum_is_sought() -> 
     assert (with_bias != without).mean() > 0.01
 
 
+@pytest.mark.parametrize("channels", [1, 32])
+def test_a_block_is_convolution_bias_relu_and_pool(channels: int) -> None:
+    """Of one channel its value is computed in another way than where a gradient is asked for."""
+
+    def in_turn(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return stage_by_stage(xla_conv(images, kernel), bias)
+
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        shapes = (4, 14, 10, channels), (3, 3, channels, 8), (8,)
+        block = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        assert np.abs(ops.conv_bias_relu_pool(*block) - in_turn(*block)).max() <= FLOAT64_BOUND
+        ours, theirs = gradients(ops.conv_bias_relu_pool, *block), gradients(in_turn, *block)
+    for our, their in zip(ours, theirs, strict=True):
+        assert np.abs(our - their).max() <= FLOAT64_BOUND
+
+
+def test_a_block_adds_bfloat16_up_in_float32() -> None:
+    """As a matrix product does: a block of one channel that rounded after every addition would be seen."""
+    rng = np.random.default_rng(0)
+    shapes = (64, 14, 10, 1), (3, 3, 1, 8), (8,)
+    images, kernel, bias = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    expected = np.asarray(ops._block(images, kernel, bias), np.float32)
+    assert (np.asarray(ops.conv_bias_relu_pool(images, kernel, bias), np.float32) == expected).mean() > 0.99
+
+
 def test_nan_passes_through_the_pool() -> None:
     images = jnp.zeros((1, 2, 2, 1))
     for row, column in np.ndindex(2, 2):
         with_nan = images.at[0, row, column, 0].set(jnp.nan)
         assert np.isnan(ops.max_pool2x2(with_nan)).all()
         assert np.isnan(ops.bias_relu_max_pool2x2(with_nan, jnp.zeros(1))).all()
+        assert np.isnan(ops.conv_bias_relu_pool(with_nan, jnp.ones((3, 3, 1, 1)), jnp.zeros(1))).all()

@@ -12,13 +12,13 @@ import torch
 from jax import numpy as jnp
 
 from jax_cnn import model, torch_layout, train
-from jax_cnn.batches import epoch_order
 from jax_cnn.config import AdamConfig, TrainConfig
 from jax_cnn.fashion_mnist import FashionMNIST
 from jax_cnn.model import apply
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import cross_entropy, to_images
 from jax_cnn.trainer import JaxTrainer
+from parity_tests.harness.torch_options import torch_options
 from torch_ref.trainer import TorchTrainer
 
 LIMIT_TRAIN = 64 * 40 + 32  # forty full batches and a remainder, as in the full set
@@ -33,19 +33,8 @@ def jax_trainer(data: FashionMNIST, initial: TorchDict, **changes: Any) -> JaxTr
 
 def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
     """The same run as train_torch.py makes it."""
-    return TorchTrainer(
-        data_dir=data_dir,
-        epoch_order=lambda epoch, size: epoch_order(0, epoch, size).tolist(),
-        batch_size=64,
-        learning_rate=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        seed=0,
-        device=torch.device("cpu"),
-        initial=initial,
-        limit_train=LIMIT_TRAIN,
-        limit_test=LIMIT_TEST,
-    )
+    config = TrainConfig(data_dir=data_dir, limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST)
+    return TorchTrainer(**torch_options(config), initial=initial)
 
 
 def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
@@ -78,7 +67,7 @@ def test_a_network_scores_the_same_in_both_frameworks(
 
 
 def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weights: TorchDict) -> None:
-    """650 images are six batches of 100 and one of 50: a mean over batches would weigh the last 50 too much."""
+    """650 images are two batches of 250 and one of 150: a mean over batches would weigh the last 150 too much."""
     trainer = jax_trainer(data, torch_weights)
     params = jax.tree.map(jnp.asarray, torch_layout.to_flax(torch_weights))
     pixels, labels = jnp.asarray(data.test_images[:LIMIT_TEST]), jnp.asarray(data.test_labels[:LIMIT_TEST])

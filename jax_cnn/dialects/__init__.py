@@ -21,20 +21,21 @@ def no_tap(stage: str, value: jax.Array) -> jax.Array:
     return value
 
 
-def bias_relu_pool(features: jax.Array, bias: jax.Array, tap: Tap, number: int) -> jax.Array:
-    """Three stages: add the bias to a convolution [batch, height, width, features], rectify, halve height and width.
+def conv_bias_relu_pool(images: jax.Array, kernel: jax.Array, bias: jax.Array, tap: Tap, number: int) -> jax.Array:
+    """Three stages: a convolution with its bias, ReLU, and a pool that halves height and width.
 
-    Where nobody looks in between they are one operation, which is faster, and gives the same numbers bit by bit.
+    Where nobody looks in between they are one operation, which is faster.
 
     Args:
-        features: of the convolution, without its bias.
+        images: [batch, height, width, channels].
+        kernel: [3, 3, channels, features].
         bias: [features].
         tap: sees the stages conv, relu and pool of this number.
         number: 1 or 2.
     """
     if tap is no_tap:
-        return ops.bias_relu_max_pool2x2(features, bias)
-    conv = tap(f"conv{number}", ops.add_bias(features, bias))
+        return ops.conv_bias_relu_pool(images, kernel, bias)
+    conv = tap(f"conv{number}", ops.add_bias(ops.conv3x3(images, kernel), bias))
     relu = tap(f"relu{number}", jax.nn.relu(conv))
     return tap(f"pool{number}", ops.max_pool2x2(relu))
 

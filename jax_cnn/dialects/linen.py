@@ -4,9 +4,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, conv_bias_relu_pool, no_tap
 
 
 class SoftmaxRegression(nn.Module):
@@ -45,7 +44,7 @@ class ConvReluPool(nn.Module):
         """Halve the spatial size; `tap` sees the three stages of that number."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return bias_relu_pool(ops.conv3x3(images, kernel), bias, tap, number)
+        return conv_bias_relu_pool(images, kernel, bias, tap, number)
 
 
 class SimpleCNN(nn.Module):

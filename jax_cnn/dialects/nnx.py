@@ -11,9 +11,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, conv_bias_relu_pool, no_tap
 
 
 class SoftmaxRegression(nnx.Module):
@@ -55,7 +54,7 @@ class ConvReluPool(nnx.Module):
         self, images: Float[Array, "batch height width channels"], tap: Tap, number: int
     ) -> Float[Array, "batch height/2 width/2 features"]:
         """Halve the spatial size; `tap` sees the three stages of that number."""
-        return bias_relu_pool(ops.conv3x3(images, self.kernel[...]), self.bias[...], tap, number)
+        return conv_bias_relu_pool(images, self.kernel[...], self.bias[...], tap, number)
 
 
 class SimpleCNN(nnx.Module):

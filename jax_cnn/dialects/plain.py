@@ -3,9 +3,8 @@
 import jax
 from jaxtyping import Array, Float
 
-from jax_cnn import ops
 from jax_cnn.config import Model
-from jax_cnn.dialects import Apply, Params, Tap, bias_relu_pool, no_tap
+from jax_cnn.dialects import Apply, Params, Tap, conv_bias_relu_pool, no_tap
 
 Layer = dict[str, jax.Array]
 
@@ -19,7 +18,7 @@ def conv_relu_pool(
     layer: Layer, images: Float[Array, "batch height width channels"], tap: Tap, number: int
 ) -> Float[Array, "batch height/2 width/2 features"]:
     """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool; `tap` sees the stages of that number."""
-    return bias_relu_pool(ops.conv3x3(images, layer["kernel"]), layer["bias"], tap, number)
+    return conv_bias_relu_pool(images, layer["kernel"], layer["bias"], tap, number)
 
 
 def softmax_regression(

@@ -51,8 +51,8 @@ STAGES = (
         "is a function of the weights and the images [image, row, column, channel], and there are three ways to write "
         "it. Plain functions hide nothing. A Linen module is a description that declares its weights where it uses "
         "them and keeps none. An NNX module holds its weights, as PyTorch's does, and is taken apart for training. "
-        "All three have the same weights, share `bias_relu_pool` and give the same numbers; `tap` lets the tests look "
-        "inside.",
+        "All three have the same weights, share `conv_bias_relu_pool` and give the same numbers; `tap` lets the tests "
+        "look inside.",
         [
             Program("torch", "PyTorch", [Cut("torch_ref/model.py", "SimpleCNN")]),
             Program(
@@ -61,7 +61,7 @@ STAGES = (
                 [
                     Cut(f"{DIALECTS}/linen.py", "ConvReluPool"),
                     Cut(f"{DIALECTS}/linen.py", "SimpleCNN"),
-                    Cut(f"{DIALECTS}/__init__.py", "bias_relu_pool"),
+                    Cut(f"{DIALECTS}/__init__.py", "conv_bias_relu_pool"),
                 ],
             ),
             Program(
