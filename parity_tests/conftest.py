@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # Before torch loads: its threads then yield while they wait for each other. Spinning, they take four times as long on
@@ -48,6 +49,7 @@ with install_import_hook("jax_cnn", "beartype.beartype"):
     from jax_cnn.dialects import linen, nnx, plain  # noqa: F401  likewise
     from jax_cnn.fashion_mnist import FashionMNIST
     from jax_cnn.torch_layout import TorchDict
+from parity_tests import small_comparison
 from torch_ref.model import SimpleCNN
 
 ROOT = Path(__file__).parents[1]
@@ -65,11 +67,13 @@ def _nothing_is_left_behind() -> Iterator[None]:
 def what_lies_about() -> set[Path]:
     """What a test may have forgotten; not the hidden caches of tools, nor the data, which may be fetched now.
 
-    Nor what is in `runs`, where a person may train meanwhile; but a `runs` that was not there is seen.
+    Nor what is in `runs`, where a person may train meanwhile; but a `runs` that was not there is seen. Nor the logs
+    that libtpu, where it is installed, writes whatever it is told.
     """
     folders = (ROOT, ROOT / "scripts", user_cache_path("jax-cnn-parity"), temporary_files)
     found = (path for folder in folders for path in folder.glob("[!.]*"))
-    return {path for path in found if path not in (ROOT / "data", ROOT / "scripts" / "__pycache__")}
+    tools = {ROOT / "data", ROOT / "scripts" / "__pycache__", *temporary_files.glob("tpu_driver.*")}
+    return set(found) - tools
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +106,10 @@ def jax_weights() -> model.Params:
 def images(data: FashionMNIST) -> np.ndarray:
     """Eight test images, float32 [8, 28, 28, 1] in 0 … 1."""
     return (data.test_images[:8, :, :, None] / 255).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def made(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> small_comparison.Made:
+    """A small comparison, made once: both commands train."""
+    out_dir = tmp_path_factory.mktemp("compare")
+    return small_comparison.make(replace(small_comparison.SMALL, data_dir=data_dir, out_dir=out_dir))
