@@ -53,6 +53,17 @@ from parity_tests import small_comparison
 from torch_ref.model import SimpleCNN
 
 ROOT = Path(__file__).parents[1]
+MOST_WORKERS = 4  # each holds both frameworks, some 3 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Side by side where there are cores for it and a folder to test; a single file in this process, to be debugged.
+
+    Much of the time goes into starting the commands, on one core each.
+    """
+    folders = all(Path(argument).is_dir() for argument in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if folders and cores > 1 else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
