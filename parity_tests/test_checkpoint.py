@@ -28,7 +28,7 @@ SCRIPTS = ("jax", "torch")
 TIMEOUT = 300.0  # seconds, on a machine that is busy with other things
 # 66 batches, of which JAX does 64 in one call, and one of 32 images: three places to stop in an epoch.
 SMALL = ("--epochs", "2", "--limit-train", str(66 * 64 + 32), "--limit-test", "100", "--device", "cpu")
-OFTEN = ("--checkpoint-seconds", "0")
+OFTEN = ("--checkpoint-seconds", "0.1")
 TIMES = {"train_seconds", "eval_seconds", "compile_seconds", "images_per_second"}
 
 Train = Callable[[str], Path]  # by the name of the script -> the folder of an uninterrupted run
