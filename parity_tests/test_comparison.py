@@ -142,12 +142,13 @@ def test_what_is_wrong_with_a_run_is_told(made: Made, copied: Callable[[str], Pa
 
 def test_runs_that_the_command_line_names_are_taken(made: Made, copied: Callable[[str], Path]) -> None:
     """No memory is told of what was not measured, and weights of another epoch do not pass for these."""
-    config = replace(made.config, jax_run=copied("jax"), torch_run=copied("torch"))
+    jax_run, torch_run = copied("jax"), copied("torch")
+    config = replace(made.config, jax_run=jax_run, torch_run=torch_run)
     training.check_given(config)
     initial = load_weights(made.config.initial_weights, "float32")
-    (config.torch_run / training.PROCESS).unlink()  # type: ignore[operator]
+    (torch_run / training.PROCESS).unlink()
     runs = {each: training.obtain(each, config, initial, print, print) for each in training.FRAMEWORKS}
-    assert [(run.folder, run.reused) for run in runs.values()] == [(config.jax_run, True), (config.torch_run, True)]
+    assert [(run.folder, run.reused) for run in runs.values()] == [(jax_run, True), (torch_run, True)]
     assert runs["torch"].peak_bytes is None
     told = copy.deepcopy(made.report)
     told["runs"] = {each: run.as_json() for each, run in runs.items()}

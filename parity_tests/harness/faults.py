@@ -112,7 +112,7 @@ FAULTS = (
           change_batches(lambda batch: batch._replace(inputs=batch.inputs * 255))),
     Fault("fixed-order", "PyTorch", "every epoch visits the images in the order of the first", "data",
           text("epoch 1, batch 0"),
-          lambda pair: replace(pair, torch_batches=lambda seed, _: pair.torch_batches(seed, 0))),  # type: ignore[misc]
+          planting.repeat_the_first_order),
     Fault("remainder-dropped", "JAX", "the images left over after the last full batch do not train", "data",
           text("epoch 0, batch"), planting.drop_remainder),
     Fault("one-nan", "JAX", "one weight is NaN", "transfer", conv_weight, change_tensor(conv_weight, planting.poison)),

@@ -116,13 +116,14 @@ def wrong_guards(page: str, tests: Mapping[str, Set[str]]) -> Iterator[str]:
 def tests_by_file(folder: Path) -> dict[str, set[str]]:
     """The tests of the default run, by the file that they are in: those that no mark leaves out."""
 
-    def runs(node: ast.stmt) -> bool:
-        if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
-            return False
-        return not any(re.search(r"mark\.(slow|study)", ast.unparse(decorator)) for decorator in node.decorator_list)
+    def runs(function: ast.FunctionDef) -> bool:
+        marks = " ".join(map(ast.unparse, function.decorator_list))
+        return function.name.startswith("test_") and not re.search(r"mark\.(slow|tpu)", marks)
 
     return {
-        path.name: {node.name for node in ast.parse(path.read_text()).body if runs(node)}  # type: ignore[attr-defined]
+        path.name: {
+            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and runs(node)
+        }
         for path in folder.glob("test_*.py")
     }
 

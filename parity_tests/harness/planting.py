@@ -202,6 +202,13 @@ def drop_remainder(pair: Pair) -> Pair:
     return replace(pair, jax_batches=full_batches)
 
 
+def repeat_the_first_order(pair: Pair) -> Pair:
+    """Let PyTorch visit the images of every epoch in the order of the first."""
+    batches = pair.torch_batches
+    assert batches is not None
+    return replace(pair, torch_batches=lambda seed, _: batches(seed, 0))
+
+
 def zero_biases(pair: Pair) -> Pair:
     """Start with biases at zero, as Flax does by default."""
 
