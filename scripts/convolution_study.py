@@ -4,12 +4,15 @@ On equal epochs, equal parameters and equal training time, and on shifted test i
 stopped when started again.
 """
 
+import os
+
 from rich.console import Console
 
 from jax_cnn.shell import command_line
 from jax_cnn.shell.run_folder import check_out_dir
 from parity_tests.harness.convolution_runs import ConvolutionConfig, pace_runs, planned_runs, read_pace
 from parity_tests.harness.study_progress import train_missing
+from parity_tests.harness.study_runs import ENVIRONMENT
 
 
 def main() -> None:
@@ -24,6 +27,7 @@ def main() -> None:
         shown = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in paces.items())
         console.print(f"{framework}, an epoch: {shown}", highlight=False)
 
+    os.environ |= ENVIRONMENT  # before torch loads, whose threads would otherwise spin
     from parity_tests.harness import convolution, convolution_figure, convolution_training  # only now: two frameworks
 
     runs = planned_runs(config, pace)
