@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+# One worker of several keeps to its own cores, and so do the commands that it starts: on shared ones the threads of one
+# would wait for those of the other. Before a framework loads, and counts cores.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers])
+
 # Before torch loads: its threads then yield while they wait for each other. Spinning, they take four times as long on
 # two cores that something else uses too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
