@@ -107,6 +107,12 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def good(data_dir: Path) -> Path:
+    """The folder of those four."""
+    return data_dir / "FashionMNIST" / "raw"
+
+
+@pytest.fixture(scope="session")
 def data(data_dir: Path) -> FashionMNIST:
     """The whole data set."""
     return fashion_mnist.load(data_dir, print)

@@ -1,4 +1,4 @@
-"""A trained network on pictures of any kind: how they are prepared, what is said of them, and bad files among them."""
+"""A trained network on pictures: the same answers from either framework, of photographs and among bad files."""
 
 import io
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 import pytest
 import safetensors.torch
@@ -22,12 +21,12 @@ import torchvision
 from PIL import Image
 
 from jax_cnn import likeness, model, pictures, preparation, train
-from jax_cnn.errors import UserError
 from jax_cnn.fashion_mnist import CLASS_NAMES, FashionMNIST
 from jax_cnn.pictures import Picture
 from jax_cnn.preparation import prepare
 from jax_cnn.torch_layout import to_flax
 from jax_cnn.weights import load_weights
+from parity_tests.picture_files import portrait, save_png
 from torch_ref.model import SimpleCNN
 
 ROOT = Path(__file__).parents[1]
@@ -59,23 +58,6 @@ def predict(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command as a person does, with its output caught."""
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT)
-
-
-def save_png(pixels: np.ndarray, path: Path) -> Path:
-    """Write grey pixels, uint8 or uint16, as a PNG."""
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def plain(grey: np.ndarray) -> Picture:
-    """Grey pixels as a picture that was read from a file."""
-    return Picture(grey, None, (f"{grey.shape[1]}x{grey.shape[0]} L",))
-
-
-def read_back(image: Image.Image, path: Path, **options: Any) -> Picture:
-    """Write an image to a file and read that."""
-    image.save(path, **options)
-    return pictures.read(path)
 
 
 # The same answer from both frameworks, and from the network itself
@@ -145,185 +127,6 @@ def test_the_class_names_are_torchvisions() -> None:
     assert list(CLASS_NAMES) == torchvision.datasets.FashionMNIST.classes
 
 
-# Preparing
-
-
-def as_palette(image: Image.Image) -> Image.Image:
-    """The same greys as the entries of a palette."""
-    coloured = image.copy()
-    coloured.putpalette([level for level in range(256) for _ in range(3)])
-    return coloured
-
-
-MODES: dict[str, Callable[[np.ndarray], Image.Image]] = {
-    "L": Image.fromarray,
-    "LA": lambda pixels: Image.fromarray(pixels).convert("LA"),
-    "P": lambda pixels: as_palette(Image.fromarray(pixels)),
-    "RGB": lambda pixels: Image.fromarray(pixels).convert("RGB"),
-    "RGBA": lambda pixels: Image.fromarray(pixels).convert("RGBA"),
-    "I;16": lambda pixels: Image.fromarray(pixels.astype(np.uint16) * 257),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_training_image_reaches_the_network_bit_by_bit(data: FashionMNIST, tmp_path: Path, mode: str) -> None:
-    """In every mode of PNG that can hold it; the fiftieth is a bag that fills its image."""
-    for image in data.test_images[:100]:
-        picture = read_back(MODES[mode](image), tmp_path / "image.png")
-        prepared = prepare(picture)
-        assert picture.history[0] == f"28x28 {mode}"
-        assert np.array_equal(prepared.pixels, image)
-        assert likeness.oddity(prepared) is None
-
-
-def test_no_test_image_is_inverted_and_every_negative_is(data: FashionMNIST) -> None:
-    """Both end up bit for bit as the image; the bags that fill theirs are among them."""
-    for image in data.test_images[::4]:
-        for picture, how in (
-            (plain(image), "28x28 L, as it is"),
-            (plain(255 - image), "28x28 L: inverted (dark on light)"),
-        ):
-            prepared = prepare(picture)
-            assert prepared.how == how
-            assert np.array_equal(prepared.pixels, image)
-
-
-def test_the_flag_overrules(data: FashionMNIST) -> None:
-    """And the line says so."""
-    image = data.test_images[0]
-    assert np.array_equal(prepare(plain(image), "yes").pixels, 255 - image)
-    assert prepare(plain(image), "yes").how == "28x28 L: inverted (as asked)"
-    assert np.array_equal(prepare(plain(255 - image), "no").pixels, 255 - image)
-    assert prepare(plain(255 - image), "no").how == "28x28 L: not inverted though dark on light (as asked)"
-
-
-def coat(width: int, height: int, ground: int = 253, garment: int = 60) -> np.ndarray:
-    """A photograph of 300x400: an even garment of this size, a little off the centre."""
-    grey = np.full((400, 300), ground, np.uint8)
-    grey[40 : 40 + height, 30 : 30 + width] = garment
-    return grey
-
-
-def assert_same_shape(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Hold two even garments together; the first and the last row may be blurred away."""
-    assert np.array_equal(actual[1:-1] > 127, expected[1:-1] > 127)
-
-
-@pytest.mark.parametrize(("ground", "garment"), [(253, 60), (253, 200), (128, 40), (100, 180), (0, 255)])
-def test_proportions_stay_the_garment_is_centred_light_and_the_rest_black(ground: int, garment: int) -> None:
-    """Whatever stands before whatever."""
-    prepared = prepare(plain(coat(100, 200, ground, garment)))
-    expected = np.zeros((28, 28), np.uint8)
-    expected[:, 7:21] = 255
-    assert_same_shape(prepared.pixels, expected)
-    assert prepared.pixels[1:-1, 8:20].min() >= 230
-    assert prepared.pixels[:, [*range(7), *range(21, 28)]].max() <= 12
-    assert prepared.how.startswith(
-        "300x400 L: " + ("inverted (dark on light), " if ground > garment else "") + "trimmed to 10"
-    )
-    assert "scaled to 14x28, padded to 28x28" in prepared.how
-    assert ("contrast stretched by" in prepared.how) == (abs(ground - garment) < 240)
-
-
-def test_a_wide_a_thin_and_a_tiny_picture_keep_their_proportions() -> None:
-    """Scaled up as well as down, and never to nothing."""
-    assert "scaled to 28x14, padded" in prepare(plain(coat(200, 100))).how
-    assert (
-        prepare(plain(np.full((1, 30_000), 7, np.uint8))).how
-        == "30000x1 L: reduced to 2000x1, scaled to 28x1, padded to 28x28"
-    )
-    assert prepare(plain(np.array([[0, 9, 0], [0, 90, 0]], np.uint8))).pixels.shape == (28, 28)
-
-
-def test_exif_turns_a_photograph_upright(tmp_path: Path) -> None:
-    """All eight orientations of the same picture come out the same."""
-    upright = Image.fromarray(coat(60, 280))
-    stored = {
-        1: upright,
-        3: upright.rotate(180),
-        6: upright.rotate(90, expand=True),
-        8: upright.rotate(270, expand=True),
-    }
-    stored |= {2: Image.fromarray(coat(60, 280)[:, ::-1]), 4: Image.fromarray(coat(60, 280)[::-1])}
-    stored |= {5: Image.fromarray(coat(60, 280).T), 7: Image.fromarray(coat(60, 280)[::-1, ::-1].T)}
-    expected = prepare(plain(coat(60, 280))).pixels
-    for orientation, image in stored.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        prepared = prepare(read_back(image, tmp_path / "turned.png", exif=exif))
-        assert np.array_equal(prepared.pixels, expected), orientation
-        assert ("turned upright (EXIF)" in prepared.how) == (orientation > 1)
-
-
-def transparent(mode: str) -> tuple[Image.Image, dict[str, Any]]:
-    """A dark garment without a ground, in this mode, and what to save it with; what is hidden is black or red."""
-    grey = coat(100, 200, ground=0)
-    cut_out = Image.fromarray(grey).convert("LA")
-    cut_out.putalpha(Image.fromarray((grey > 0).astype(np.uint8) * 255))
-    if mode == "P":
-        return as_palette(Image.fromarray(grey)), {"transparency": b"\0" + b"\xff" * 255}
-    if mode == "RGB":
-        coloured = np.stack([np.where(grey > 0, grey, 255), grey, grey], axis=-1)
-        return Image.fromarray(coloured), {"transparency": (255, 0, 0)}
-    if mode == "I;16":
-        return Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": 0}
-    return cut_out.convert(mode), {}
-
-
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB", "I;16"])
-def test_transparent_parts_are_the_ground(tmp_path: Path, mode: str) -> None:
-    """In each of the ways in which a PNG can say so."""
-    image, options = transparent(mode)
-    picture = read_back(image, tmp_path / "cut_out.png", **options)
-    assert picture.history[0] == f"300x400 {mode}"
-    prepared = prepare(picture)
-    assert "transparent parts made white, inverted (dark on light)" in prepared.how
-    assert np.array_equal(prepared.pixels, prepare(plain(coat(100, 200, ground=255))).pixels)
-    as_they_are = prepare(picture, "no")
-    assert "transparent parts made black, trimmed" in as_they_are.how
-    assert np.array_equal(as_they_are.pixels, prepare(plain(coat(100, 200, ground=0)), "no").pixels)
-
-
-def test_half_transparent_parts_are_mixed() -> None:
-    """Linearly, to the nearest level."""
-    grey, opacity = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
-    for ground in (0, 255):
-        exact = (grey * (opacity / 255) + ground * (1 - opacity / 255)).round()
-        assert np.abs(preparation.blend(grey, opacity, ground) - exact).max() <= 1
-        assert np.array_equal(preparation.blend(grey, np.full_like(grey, 255), ground), grey)
-
-
-def test_other_kinds_of_files_are_read_too(tmp_path: Path) -> None:
-    """CMYK, one bit, a palette, WebP, BMP, PPM; of several frames, the first, and that is said."""
-    image = Image.fromarray(coat(100, 200))
-    expected = prepare(plain(coat(100, 200))).pixels
-    for converted, name, note in (
-        (image.convert("CMYK"), "a.jpg", "CMYK: made grey"),
-        (image.point(lambda level: 255 * (level > 99)).convert("1"), "a.png", "300x400 1: inverted"),
-        (image.convert("P"), "a.gif", "P: made grey"),
-        (image.convert("RGB"), "a.webp", "RGB: made grey"),
-        (image, "a.bmp", "300x400 L: inverted"),
-        (image, "a.ppm", "300x400 L: inverted"),
-    ):
-        prepared = prepare(read_back(converted, tmp_path / name))
-        assert note in prepared.how
-        assert_same_shape(prepared.pixels, expected)
-    others = [Image.fromarray(coat(100, 10)), Image.fromarray(coat(10, 10))]
-    for name in ("frames.gif", "frames.png", "frames.webp"):
-        moving = read_back(image, tmp_path / name, save_all=True, append_images=others)
-        assert "first of 3 frames" in moving.history
-        assert_same_shape(prepare(moving).pixels, expected)
-
-
-def test_a_huge_photograph_is_read_in_part(tmp_path: Path) -> None:
-    """Fifty million pixels, in a file of a megabyte or two."""
-    photograph = Image.fromarray(coat(100, 200)).resize((6_000, 8_000))
-    picture = read_back(photograph, tmp_path / "large.jpg")
-    assert picture.history[0] == "6000x8000 L"
-    assert 2_000 <= max(picture.grey.shape) <= 4_000
-    assert "reduced to 1" in prepare(picture).how
-
-
 PHOTOGRAPHS = 400
 # Fewer photographs are recognised than the images that they are made of. With networks of seeds 0 to 4, trained like
 # the one here, from 0.5 points more to 2.3 points less of the 400.
@@ -375,72 +178,6 @@ def test_photographs_are_recognised_as_well_as_the_images_that_they_show(
     else:
         assert right >= best - PHOTOGRAPH_LOSS, f"{right:.1%}, the images themselves {best:.1%}"
         assert not any(likeness.oddity(picture) for picture in prepared)
-
-
-# What looks nothing like the training images
-
-
-def alarms(images: np.ndarray) -> int:
-    """How many are said to look nothing like the training images, put in as they are."""
-    return sum(likeness.oddity(prepare(plain(image), "no")) is not None for image in images)
-
-
-def test_eight_of_the_test_images_are_false_alarms(data: FashionMNIST) -> None:
-    """As the table in `likeness` says."""
-    assert alarms(data.test_images) == 8
-
-
-def strange_images(data: FashionMNIST) -> dict[str, np.ndarray]:
-    """A few hundred of each kind in the table in `likeness` that is always found."""
-    rng = np.random.default_rng(0)
-    noise = {
-        "uniform noise": rng.integers(0, 256, (300, 28, 28)),
-        "Gaussian noise": rng.normal(127, 50, (300, 28, 28)).clip(0, 255).round(),
-        "faint noise on black": np.abs(rng.normal(0, 30, (300, 28, 28))).round(),
-        "black or white": 255 * rng.integers(0, 2, (300, 28, 28)),
-    }
-    plain_ones = np.broadcast_to(np.arange(256)[:, None, None], (256, 28, 28))
-    kinds = noise | {"plain": plain_ones, "negatives": 255 - data.test_images[:1000]}
-    return {kind: images.astype(np.uint8) for kind, images in kinds.items()}
-
-
-def test_negatives_noise_and_plain_images_are_always_found(data: FashionMNIST) -> None:
-    """Every single one."""
-    missed = {kind: len(images) - alarms(images) for kind, images in strange_images(data).items()}
-    assert not any(missed.values()), missed
-
-
-@pytest.mark.parametrize(
-    ("bound", "off", "kind"),
-    [("LIGHT_CORNER", 255, "negatives"), ("FLAT", 0.0, "plain"), ("ROUGH", 9.0, "faint noise on black")],
-)
-def test_each_bound_is_needed(
-    data: FashionMNIST, monkeypatch: pytest.MonkeyPatch, bound: str, off: float, kind: str
-) -> None:
-    """With one switched off, what it is there to find passes."""
-    monkeypatch.setattr(likeness, bound, off)
-    images = strange_images(data)[kind]
-    assert alarms(images) < 0.95 * len(images)
-
-
-def test_a_large_picture_that_is_all_clutter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A portrait in front of a flag, and noise; their 28x28 pixels alone would not tell."""
-    noise = np.random.default_rng(0).integers(0, 256, (200, 300)).astype(np.uint8)
-    cluttered = [prepare(pictures.read(portrait())), prepare(plain(noise))]
-    for prepared in cluttered:
-        assert "not even" in str(likeness.oddity(prepared))
-    monkeypatch.setattr(likeness, "CLUTTERED", 1.0)
-    assert not any(likeness.oddity(prepared) for prepared in cluttered)
-
-
-def portrait() -> Path:
-    """The photograph that comes with matplotlib."""
-    return Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")
-
-
-def test_a_garment_on_its_side_passes(data: FashionMNIST) -> None:
-    """What the measures cannot see, as the table says."""
-    assert alarms(np.rot90(data.test_images[:1000], axes=(1, 2))) < 5
 
 
 # Bad files
@@ -513,54 +250,6 @@ def test_bad_files_get_a_line_each_and_the_others_are_done(
     first, second = (line for line in done.stdout.splitlines() if not line.startswith("  "))
     assert first.startswith("good.png: Ankle boot ")
     assert second.startswith("good.jpg: Ankle boot ")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
-    file = save_png(np.zeros((28, 28), np.uint8), tmp_path / "secret.png")
-    file.chmod(0)
-    with pytest.raises(UserError, match=r"secret.png: Permission denied; give a file that can be read"):
-        pictures.read(file)
-
-
-def is_refused(path: Path) -> bool:
-    """Whether a file is no picture, which has to be told in one line."""
-    try:
-        likeness.oddity(prepare(pictures.read(path)))
-    except UserError as slip:
-        if not str(slip).isprintable():
-            pytest.fail(f"not a line of plain text: {slip!r}")
-        return True
-    return False
-
-
-def test_no_damage_is_more_than_one_line(data: FashionMNIST, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A thousand files cut short or with some bytes changed: read or refused, without a warning or a sound."""
-    sound = []
-    image = Image.fromarray(data.test_images[0]).convert("RGB")
-    for converted, kind in (
-        *((image, kind) for kind in pictures.FORMATS),
-        *((image.convert(mode), "PNG") for mode in ("1", "P", "LA", "RGBA")),
-        (image.convert("CMYK"), "JPEG"),
-    ):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        file = io.BytesIO()
-        converted.save(file, kind, exif=exif)
-        sound.append(file.getvalue())
-    rng = np.random.default_rng(0)
-    refused = 0
-    for at in range(1000):
-        content = bytearray(sound[at % len(sound)])
-        if at % 3:
-            for place in rng.integers(0, min(len(content), 300), 4):
-                content[place] = rng.choice([0, 127, 255, int(rng.integers(256))])
-        else:
-            content = content[: rng.integers(1, len(content))]
-        (tmp_path / "damaged").write_bytes(content)
-        refused += is_refused(tmp_path / "damaged")
-    assert 300 < refused < 900, "the damage is too small, or too great, to prove anything"
-    assert capfd.readouterr() == ("", "")
 
 
 # Slips
