@@ -128,7 +128,8 @@ def command_table(commands: Json) -> Table:
     table = plain(
         f"Whole commands, epochs of each: {len(jax['runs'][0]['epochs'])}",
         f"Median, least and most. Runs of each: {len(jax['runs'])}. The first steps reported are those of "
-        f"{jax['first_report_images']} images (JAX) and {torch['first_report_images']} (PyTorch).",
+        f"{jax['first_report_images']} images (JAX) and {torch['first_report_images']} (PyTorch); nothing was compiled "
+        "before.",
         ("", "train_jax.py", "train_torch.py"),
     )
     for label, name in COMMAND_ROWS.items():

@@ -139,6 +139,7 @@ def environment(contender: str, scratch: Path) -> dict[str, str]:
             "JAX_PLATFORMS": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
             "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "TMPDIR": str(scratch),  # where its compiler leaves precompiled headers, whatever its own folder is
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compilers would stay on beside the rounds
         }
         | CONTENDERS[contender].environment
