@@ -107,7 +107,7 @@ def stage_table(rows: Sequence[Row]) -> Table:
 
 def plot_drift(at: Sequence[int], curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Draw how far weights are apart over the steps, on logarithmic axes, into a PNG."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots()
     for name, values in curves.items():
         colour, style = CURVE_STYLES[name]
@@ -118,7 +118,7 @@ def plot_drift(at: Sequence[int], curves: Mapping[str, Sequence[float]], title: 
     )
     axes.set(title=title, xlabel="training steps", ylabel="distance of the weights (root mean square)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # inside it would hide a curve
     figure.savefig(path, dpi=150)
 
 
