@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # One worker of several keeps to its own cores, and so do the commands that it starts: on shared ones the threads of one
 # would wait for those of the other. Before a framework loads, and counts cores.
@@ -38,6 +39,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from platformdirs import user_cache_path
+from xdist.scheduler import LoadFileScheduling
 
 # Shapes in signatures are checked at run time, in the tests only: training does not pay for it.
 with install_import_hook("jax_cnn", "beartype.beartype"):
@@ -71,6 +73,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     folders = all(Path(argument).is_dir() for argument in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if folders and cores > 1 else 0
+
+
+class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist tells no types
+    """A file's tests in one worker; so are those of the files that share the small comparison, which takes a minute."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "small comparison" if "/test_comparison_" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    """How tests are shared among workers."""
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

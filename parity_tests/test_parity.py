@@ -152,14 +152,16 @@ def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart(cnn: Pai
 
 
 def test_float32_runs_end_as_far_apart_as_one_ulp_sends_them(cnn: Pair) -> None:
-    """When a run takes off is chance, where it arrives is not. Worst ratio seen over 4 seeds: 1.7."""
-    curves = truth.drift(cnn, 0, at=[DRIFT_STEPS], nudges=1)
+    """When a run takes off is chance, where it arrives is not. Worst ratio seen over 4 seeds: 1.7.
+
+    That float64 runs stay together, `test_two_hundred_float64_steps_on_real_batches_stay_together` shows.
+    """
+    curves = truth.drift(cnn, 0, at=[DRIFT_STEPS], nudges=1, with_truth=False)
     ((apart,), *itself) = [
         curves[f"float32: {whose}"]
         for whose in ("JAX from PyTorch", "JAX from itself, one ULP", "PyTorch from itself, one ULP")
     ]
     assert 0 < apart <= 4 * max(distance for (distance,) in itself)
-    assert curves["float64: JAX from PyTorch"][0] <= 1e-14
 
 
 def relu_and_bias_after_the_pool(tree: dict[str, dict[str, jax.Array]], images: jax.Array, tap: Tap) -> jax.Array:

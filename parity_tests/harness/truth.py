@@ -162,19 +162,23 @@ def uses_optax_adam(pair: Pair) -> bool:
     return pair.jax_optimizer is Pair.jax_optimizer
 
 
-def drift(pair: Pair, seed: int, at: Sequence[int], nudges: int = 2) -> dict[str, list[float]]:
+def drift(
+    pair: Pair, seed: int, at: Sequence[int], nudges: int = 2, *, with_truth: bool = True
+) -> dict[str, list[float]]:
     """Train freely and record how far apart weights are (root mean square) after the steps `at`.
 
     Returns:
-        One list for each distance: between the frameworks in float64 and in float32, of each framework's float32 from
-        the float64 truth, and of each from itself: the furthest of `nudges` runs whose first weights are all moved by
-        one unit in the last place (ULP), up or down at random.
+        One list for each distance: between the frameworks in float32, of each framework's float32 from itself: the
+        furthest of `nudges` runs whose first weights are all moved by one unit in the last place (ULP), up or down at
+        random; and with the truth between the frameworks in float64, and of each framework's float32 from it.
     """
     state32, state64 = start(pair, seed, "float32"), start(pair, seed, "float64")
     sides: dict[str, type[JaxRun] | type[TorchRun]] = {"JAX": JaxRun, "PyTorch": TorchRun}
     runs: dict[tuple[str, str], JaxRun | TorchRun] = {}
     for side, make in sides.items():
-        runs[side, "float64"], runs[side, "float32"] = make(pair, state64), make(pair, state32)
+        runs[side, "float32"] = make(pair, state32)
+        if with_truth:
+            runs[side, "float64"] = make(pair, state64)
         for nudge in range(nudges):
             runs[side, f"nudge {nudge}"] = make(pair, state32._replace(weights=one_ulp(state32.weights, nudge)))
     curves: dict[str, list[float]] = {}
@@ -191,14 +195,16 @@ def drift(pair: Pair, seed: int, at: Sequence[int], nudges: int = 2) -> dict[str
 
 def distances(weights: dict[tuple[str, str], TorchDict]) -> dict[str, float]:
     """Every distance that `drift` tells, from the weights of all runs."""
+    with_truth = ("JAX", "float64") in weights
     found = {
-        "float64: JAX from PyTorch": distance(weights["JAX", "float64"], weights["PyTorch", "float64"]),
-        "float32: JAX from PyTorch": distance(weights["JAX", "float32"], weights["PyTorch", "float32"]),
+        f"{dtype}: JAX from PyTorch": distance(weights["JAX", dtype], weights["PyTorch", dtype])
+        for dtype in (["float64"] if with_truth else []) + ["float32"]
     }
     for side in ("JAX", "PyTorch"):
-        single, double = weights[side, "float32"], weights[side, "float64"]
+        single = weights[side, "float32"]
+        if with_truth:
+            found[f"float32: {side} from float64"] = distance(single, weights[side, "float64"])
         nudged = [tensors for (whose, which), tensors in weights.items() if whose == side and "nudge" in which]
-        found[f"float32: {side} from float64"] = distance(single, double)
         found[f"float32: {side} from itself, one ULP"] = max(distance(single, other) for other in nudged)
     return found
 
