@@ -76,7 +76,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist tells no types
-    """A file's tests in one worker; so are those of the files that share the small comparison, which takes a minute."""
+    """A file's tests in one worker, and so those of the files that share the small comparison of half a minute."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "small comparison" if "/test_comparison_" in nodeid else super()._split_scope(nodeid)
