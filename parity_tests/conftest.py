@@ -25,6 +25,9 @@ session_folder = tempfile.TemporaryDirectory(prefix="parity-tests-", ignore_clea
 atexit.register(session_folder.cleanup)
 for variable in ("JAX_COMPILATION_CACHE_DIR", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ[variable] = os.path.join(session_folder.name, variable)
+# Even what took no time: outside of jit each operation is a program of its own, and every process that compares would
+# compile hundreds of them again.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.gettempdir()  # where pytest keeps the last three sessions' tmp_path
 temporary_files = Path(session_folder.name, "tmp")
 temporary_files.mkdir()
