@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT = 300.0  # seconds, on a machine that is busy with other things
 BOUND = 1e-10  # absolute, on float64 weights after 12 steps
 # Five batches of 16 and ten images left over, which eight devices cannot share; two evaluation batches, one not full.
-SIZES = ("--batch-size", "16", "--limit-train", "90", "--limit-test", "330")
+SIZES = ("--batch-size", "16", "--limit-train", "90", "--limit-test", "260")
 SMALL = ("--precision", "float64", "--epochs", "2", *SIZES, "--device", "cpu")
 
 Train = Callable[..., Path]  # flags -> the folder of the results
