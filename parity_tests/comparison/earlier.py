@@ -25,7 +25,8 @@ def read_benchmark(file: Path) -> Json:
         contest = result["contest"]
         return {
             "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
-            **{name: result[name] for name in ("command", "started", "machine", "versions")},
+            "command": result["command"].replace(f"{ROOT}/", ""),  # as a person would type it
+            **{name: result[name] for name in ("started", "machine", "versions")},
             "busy": result["load_before"],
             "batch_size": result["config"]["batch_size"],
             "best_torch": contest["contenders"][contest["best_torch"]]["title"],
