@@ -172,13 +172,13 @@ def drift(
         furthest of `nudges` runs whose first weights are all moved by one unit in the last place (ULP), up or down at
         random; and with the truth between the frameworks in float64, and of each framework's float32 from it.
     """
-    state32, state64 = start(pair, seed, "float32"), start(pair, seed, "float64")
+    state32 = start(pair, seed, "float32")
     sides: dict[str, type[JaxRun] | type[TorchRun]] = {"JAX": JaxRun, "PyTorch": TorchRun}
     runs: dict[tuple[str, str], JaxRun | TorchRun] = {}
     for side, make in sides.items():
         runs[side, "float32"] = make(pair, state32)
         if with_truth:
-            runs[side, "float64"] = make(pair, state64)
+            runs[side, "float64"] = make(pair, start(pair, seed, "float64"))
         for nudge in range(nudges):
             runs[side, f"nudge {nudge}"] = make(pair, state32._replace(weights=one_ulp(state32.weights, nudge)))
     curves: dict[str, list[float]] = {}
