@@ -1,7 +1,7 @@
 """Where the files of Fashion-MNIST can come from, when the data folder does not hold them.
 
 A source is asked for some of the files and answers with a folder that holds them, each as it is or as ``.gz``, or
-raises `SourceFailed` with its reason. It verifies nothing: `jax_cnn.fashion_mnist` does that for all of them.
+raises `SourceFailed` with its reason. It verifies nothing: `jax_cnn.data` does that for all of them.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 
 from jax_cnn.batches import epoch_order, split_batches
-from jax_cnn.sharding import place_batches
+from jax_cnn.devices import place_batches
 from jax_cnn.train import PADDING
 
 CHUNK_STEPS = 64  # steps a call: about half a second of work on two CPU cores, so that progress shows

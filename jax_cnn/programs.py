@@ -14,8 +14,8 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.stages import Lowered, Wrapped
 
+from jax_cnn.devices import AXIS, REPLICATED, AnyMesh, batch_spec
 from jax_cnn.model import Apply, Params, apply
-from jax_cnn.sharding import AXIS, REPLICATED, AnyMesh, batch_spec
 from jax_cnn.train import Scores, TrainState, evaluate, train_chunk
 
 

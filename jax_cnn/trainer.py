@@ -19,10 +19,10 @@ from jax_cnn import programs, torch_layout
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import Dialect, TrainConfig
-from jax_cnn.fashion_mnist import FashionMNIST
+from jax_cnn.data import FashionMNIST
+from jax_cnn.devices import REPLICATED, make_mesh
 from jax_cnn.feed import Feed, send_test_set
 from jax_cnn.model import init_params, network
-from jax_cnn.sharding import REPLICATED, make_mesh
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import TrainState, init_state, make_optimizer
 

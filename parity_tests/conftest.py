@@ -45,25 +45,15 @@ from platformdirs import user_cache_path
 from xdist.scheduler import LoadFileScheduling
 
 # Shapes in signatures are checked at run time, in the tests only: training does not pay for it.
-with install_import_hook("jax_cnn", "beartype.beartype"):
-    from jax_cnn import (  # noqa: F401  imported here so that the hook sees them
-        batches,
-        dialects,
-        fashion_mnist,
-        likeness,
-        model,
-        ops,
-        pictures,
-        preparation,
-        train,
-    )
-    from jax_cnn.dialects import linen, nnx, plain  # noqa: F401  likewise
-    from jax_cnn.fashion_mnist import FashionMNIST
-    from jax_cnn.torch_layout import TorchDict
-from parity_tests import small_comparison
+install_import_hook("jax_cnn", "beartype.beartype")
+
+from jax_cnn import model
+from jax_cnn.data import FashionMNIST, load_fashion_mnist, prepare_fashion_mnist
+from jax_cnn.torch_layout import TorchDict
+from parity_tests.experiments import small_comparison
+from parity_tests.support import ROOT
 from torch_ref.model import SimpleCNN
 
-ROOT = Path(__file__).parents[1]
 MOST_WORKERS = 4  # each holds both frameworks, some 3 GB
 LONGEST = ("test_parity.py", "test_checkpoint.py", "test_devices.py", "test_notebook.py")  # one to three minutes
 
@@ -119,7 +109,7 @@ def what_lies_about() -> set[Path]:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The data folder, with the four files in it."""
-    fashion_mnist.prepare(ROOT / "data", print)
+    prepare_fashion_mnist(ROOT / "data", print)
     return ROOT / "data"
 
 
@@ -132,7 +122,7 @@ def good(data_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def data(data_dir: Path) -> FashionMNIST:
     """The whole data set."""
-    return fashion_mnist.load(data_dir, print)
+    return load_fashion_mnist(data_dir, print)
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from jax import numpy as jnp
 from jax_cnn import ops
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.config import Dialect, Network
-from jax_cnn.fashion_mnist import FashionMNIST
+from jax_cnn.data import FashionMNIST
 from jax_cnn.model import no_tap
-from parity_tests.harness import checks, trajectory, truth
+from parity_tests.harness import checks, float32, trajectory
 from parity_tests.harness.capture import exact_arithmetic
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair, Tap, channels_first
-from parity_tests.harness.pairs import BATCH_SIZE, feed_forward, product_pair, simple_cnn
+from parity_tests.harness.product_pairs import BATCH_SIZE, feed_forward, product_pair, simple_cnn
 from parity_tests.harness.suite import CHECKS
 
 SHORT = 3 * BATCH_SIZE + 8  # three full batches and a remainder
@@ -79,7 +79,7 @@ def test_two_hundred_float64_steps_on_real_batches_stay_together(data_dir: Path)
         if step <= 10 or step % 10 == 0:
             ours, theirs = our_run.state(), their_run.state()
             hold(trajectory.compare_states("trajectory", ours, theirs, trajectory.TRAJECTORY_BOUND, f"step {step}"))
-    assert truth.distance(ours.weights, theirs.weights) <= 1e-14
+    assert float32.distance(ours.weights, theirs.weights) <= 1e-14
 
 
 def test_a_state_is_handed_over_in_mid_training(data_dir: Path) -> None:
@@ -143,15 +143,15 @@ def torch_predictions(pair: Pair, state: AdamState, images: np.ndarray) -> np.nd
 
 def test_float32_is_as_near_the_truth_as_pytorchs(network: Network, data_dir: Path) -> None:
     """In one dialect: the others give the same bits (`test_dialects.py`)."""
-    hold(truth.precision(real_pair(network, "linen", data_dir), range(4)))
+    hold(float32.precision(real_pair(network, "linen", data_dir), range(4)))
 
 
 def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart(cnn: Pair) -> None:
     """With optax's own correction early updates miss the budget; with the exact one they are as good as PyTorch's."""
-    exact = replace(cnn, jax_optimizer=truth.adam_with_exact_bias_correction)
+    exact = replace(cnn, jax_optimizer=float32.adam_with_exact_bias_correction)
     name = "update of fc1.weight"
-    plain, corrected = (truth.update_errors(pair, 1, range(2))[name] for pair in (cnn, exact))
-    assert plain[0] > truth.budget(plain)
+    plain, corrected = (float32.update_errors(pair, 1, range(2))[name] for pair in (cnn, exact))
+    assert plain[0] > float32.budget(plain)
     assert corrected[0] <= 1.5 * corrected[1]
 
 
@@ -160,7 +160,7 @@ def test_float32_runs_end_as_far_apart_as_one_ulp_sends_them(cnn: Pair) -> None:
 
     That float64 runs stay together, `test_two_hundred_float64_steps_on_real_batches_stay_together` shows.
     """
-    curves = truth.drift(cnn, 0, at=[DRIFT_STEPS], nudges=1, with_truth=False)
+    curves = float32.drift(cnn, 0, at=[DRIFT_STEPS], nudges=1, with_truth=False)
     ((apart,), *itself) = [
         curves[f"float32: {whose}"]
         for whose in ("JAX from PyTorch", "JAX from itself, one ULP", "PyTorch from itself, one ULP")

@@ -9,12 +9,12 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from experiments.studies import accuracy, runs
+from experiments.studies.progress import train_missing
+from experiments.studies.runs import Run, StudyConfig
 from jax_cnn.config import TRAIN_SIZE
-from jax_cnn.shell import command_line
-from jax_cnn.shell.run_folder import check_out_dir
-from parity_tests.harness import study, study_runs
-from parity_tests.harness.study_progress import train_missing
-from parity_tests.harness.study_runs import Run, StudyConfig
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
     config = command_line.parse(StudyConfig(), __doc__)
     check_out_dir(config.out_dir)
     console = Console()
-    train_missing(study_runs.planned_runs(config), console, images)
-    result = study.conclude(config)
-    study.write(result, config.results)
+    train_missing(runs.planned_runs(config), console, images)
+    result = accuracy.conclude(config)
+    accuracy.write(result, config.results)
     for setting in ("short", "full"):
         console.print(seed_table(result[setting], f"{setting} training"))
-    console.print(f"{study.sentence(result)}\nWritten to {config.results}.", highlight=False, soft_wrap=True)
+    console.print(f"{accuracy.sentence(result)}\nWritten to {config.results}.", highlight=False, soft_wrap=True)
     if not result["full"]["equivalence"]["equivalent"]:
         sys.exit(1)
 
@@ -37,13 +37,13 @@ def images(run: Run) -> int:
     return run.config.epochs * (run.config.limit_train or TRAIN_SIZE)
 
 
-def seed_table(result: study.Json, title: str) -> Table:
+def seed_table(result: accuracy.Json, title: str) -> Table:
     """One setting's pairs, one to a row."""
     table = Table(title=title, caption="Test accuracy in %, test loss, median seconds of training per epoch")
     for heading in ("seed", "JAX %", "torch %", "diff.", "JAX loss", "torch loss", "JAX s", "torch s"):
         table.add_column(heading, justify="right")
     for seed in result["seeds"]:
-        observed = study.observations(seed)
+        observed = accuracy.observations(seed)
         table.add_row(
             str(seed["seed"]),
             f"{observed['jax accuracy']:.2f}",

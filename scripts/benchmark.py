@@ -4,14 +4,14 @@ import sys
 
 from rich.console import Console
 
-from jax_cnn import fashion_mnist
-from jax_cnn.shell import command_line
-from jax_cnn.shell.run_folder import check_out_dir
-from parity_tests.speed import benchmark
-from parity_tests.speed.progress import Steps
-from parity_tests.speed.settings import BenchmarkConfig, planned
-from parity_tests.speed.tables import sentence, tables
-from parity_tests.speed.team import WorkerFailed
+from experiments.speed import benchmark
+from experiments.speed.progress import Steps
+from experiments.speed.settings import BenchmarkConfig, planned
+from experiments.speed.tables import sentence, tables
+from experiments.speed.team import WorkerFailed
+from jax_cnn.data import prepare_fashion_mnist
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     config = planned(command_line.parse(BenchmarkConfig(), __doc__))
     check_out_dir(config.out_dir)
     console = Console()
-    fashion_mnist.prepare(config.data_dir, console.print)
+    prepare_fashion_mnist(config.data_dir, console.print)
     steps = Steps(console)
     try:
         with steps:

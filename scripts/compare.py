@@ -2,12 +2,12 @@
 
 from rich.console import Console
 
-from jax_cnn import fashion_mnist
-from jax_cnn.shell import command_line
-from jax_cnn.shell.run_folder import check_out_dir
-from parity_tests.comparison.settings import CompareConfig
-from parity_tests.comparison.training import check_given
-from parity_tests.speed.progress import Steps
+from experiments.comparison.settings import CompareConfig
+from experiments.comparison.training import check_given
+from experiments.speed.progress import Steps
+from jax_cnn.data import prepare_fashion_mnist
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:
@@ -16,10 +16,13 @@ def main() -> None:
     check_given(config)
     check_out_dir(config.out_dir)
 
-    from parity_tests.comparison import publish, report  # only now: a slip should not wait for matplotlib
+    from experiments.comparison import (
+        publish,
+        report,  # only now: a slip should not wait for matplotlib
+    )
 
     console = Console()
-    fashion_mnist.prepare(config.data_dir, console.print)
+    prepare_fashion_mnist(config.data_dir, console.print)
     steps = Steps(console)
     with steps:
         measured = report.measure(config, steps)

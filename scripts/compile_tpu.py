@@ -12,9 +12,9 @@ from rich.table import Table
 
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision
 from jax_cnn.errors import UserError
-from jax_cnn.shell import command_line
-from jax_cnn.shell.provenance import provenance
-from jax_cnn.shell.run_folder import check_out_dir, writing
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir, writing
+from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:
     from jax_cnn.aot import Compilation

@@ -8,11 +8,11 @@ import os
 
 from rich.console import Console
 
-from jax_cnn.shell import command_line
-from jax_cnn.shell.run_folder import check_out_dir
-from parity_tests.harness.convolution_runs import ConvolutionConfig, pace_runs, planned_runs, read_pace
-from parity_tests.harness.study_progress import train_missing
-from parity_tests.harness.study_runs import ENVIRONMENT
+from experiments.studies.convolution_runs import ConvolutionConfig, pace_runs, planned_runs, read_pace
+from experiments.studies.progress import train_missing
+from experiments.studies.runs import ENVIRONMENT
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:
@@ -28,7 +28,11 @@ def main() -> None:
         console.print(f"{framework}, an epoch: {shown}", highlight=False)
 
     os.environ |= ENVIRONMENT  # before torch loads, whose threads would otherwise spin
-    from parity_tests.harness import convolution, convolution_figure, convolution_training  # only now: two frameworks
+    from experiments.studies import (
+        convolution,
+        convolution_figure,
+        convolution_training,  # only now: two frameworks
+    )
 
     runs = planned_runs(config, pace)
     train_missing(

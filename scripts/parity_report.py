@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from jax_cnn import fashion_mnist
 from jax_cnn.config import Dialect
+from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.errors import UserError
-from jax_cnn.shell import command_line
-from jax_cnn.shell.provenance import provenance
-from jax_cnn.shell.run_folder import check_out_dir
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
+from jax_cnn.run.provenance import provenance
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
@@ -50,7 +50,11 @@ def main() -> None:
     check_out_dir(config.out_dir)
     console = Console()
 
-    from parity_tests.harness import report, suite, truth  # only now: a slip should not wait for two frameworks
+    from parity_tests.harness import (
+        float32,  # only now: a slip should not wait for two frameworks
+        report,
+        suite,
+    )
     from parity_tests.harness.capture import Refused
     from parity_tests.harness.faults import FAULTS
 
@@ -68,7 +72,7 @@ def main() -> None:
         first = suite.first_divergence(pair, config.seed)
         rows = [] if first and first.check == "shapes" else report.stage_rows(pair, config.seed)
         at = sorted({round(step) for step in np.geomspace(1, config.steps, 40)}) if config.steps else []
-        curves = truth.drift(pair, config.seed, at) if at and not (first and first.check == "shapes") else {}
+        curves = float32.drift(pair, config.seed, at) if at and not (first and first.check == "shapes") else {}
     except Refused as reason:
         raise UserError(f"--pair {config.pair} cannot be compared: {reason}") from None
 
@@ -95,16 +99,16 @@ def main() -> None:
 
 def load_pair(config: ReportConfig, console: Console) -> Any:
     """One of the project's pairs, or one that the user has declared."""
-    from parity_tests.harness import pairs
+    from parity_tests.harness import product_pairs
     from parity_tests.harness.pair import Pair
 
     ours = {
-        "simple_cnn": pairs.simple_cnn,
-        "feed_forward": pairs.feed_forward,
-        "softmax_regression": pairs.softmax_regression,
+        "simple_cnn": product_pairs.simple_cnn,
+        "feed_forward": product_pairs.feed_forward,
+        "softmax_regression": product_pairs.softmax_regression,
     }
     if config.pair in ours:
-        fashion_mnist.prepare(config.data_dir, console.print)
+        prepare_fashion_mnist(config.data_dir, console.print)
         return ours[config.pair](config.data_dir, 40 * 64 + 32, config.dialect)
     module, colon, name = config.pair.partition(":")
     if not colon:

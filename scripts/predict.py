@@ -13,12 +13,13 @@ import numpy as np
 import tyro
 from jaxtyping import Float, UInt8
 
-from jax_cnn import likeness, pictures
+from jax_cnn.data import CLASS_NAMES
 from jax_cnn.errors import UserError
-from jax_cnn.fashion_mnist import CLASS_NAMES
-from jax_cnn.preparation import Invert, Prepared, prepare
-from jax_cnn.shell import command_line
-from jax_cnn.shell.run_folder import WEIGHTS
+from jax_cnn.pictures import likeness
+from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
+from jax_cnn.pictures.read import printable, read_picture
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
 from jax_cnn.weights import load_weights
 
@@ -79,7 +80,7 @@ def prepare_all(config: PredictConfig) -> list[tuple[Path, Prepared]]:
     prepared = []
     for path in config.images:
         try:
-            prepared.append((path, prepare(pictures.read(path), config.invert)))
+            prepared.append((path, prepare_picture(read_picture(path), config.invert)))
         except UserError as slip:
             print(f"error: {slip}", file=sys.stderr)
     return prepared
@@ -117,7 +118,7 @@ def torch_probabilities(weights: TorchDict, pixels: UInt8[np.ndarray, "size 28 2
 def as_text(path: Path, picture: Prepared, row: Float[np.ndarray, "10"]) -> str:
     """Name and classes on one line, then how the picture was prepared, then a warning where it is due."""
     likeliest = ", ".join(f"{CLASS_NAMES[label]} {row[label]:.2%}" for label in np.argsort(-row, kind="stable")[:3])
-    lines = [f"{pictures.printable(str(path))}: {likeliest}", f"  {picture.how}"]
+    lines = [f"{printable(str(path))}: {likeliest}", f"  {picture.how}"]
     if strange := likeness.oddity(picture):
         lines.append(f"  looks nothing like the training images: {strange}")
     return "\n".join(lines)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jax_cnn import fashion_mnist
 from jax_cnn.config import JaxTrainConfig
-from jax_cnn.shell import command_line
-from jax_cnn.shell.fit import fit, follow
-from jax_cnn.shell.resume import check_resumable
-from jax_cnn.shell.run_folder import check_out_dir
+from jax_cnn.data import load_fashion_mnist
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
+from jax_cnn.run.loop import fit, follow
+from jax_cnn.run.resume import check_resumable
 from jax_cnn.weights import load_weights
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     import jax  # only now: a slip should not wait for JAX to load
 
     from jax_cnn.compiler import keep_compiled_programs
-    from jax_cnn.sharding import join_processes, pick_devices
+    from jax_cnn.devices import join_processes, pick_devices
     from jax_cnn.trainer import JaxTrainer
 
     keep_compiled_programs()
@@ -31,7 +31,7 @@ def main() -> None:
     devices = pick_devices(config)
     first = jax.process_index() == 0
     console = Console(quiet=not first)
-    data = fashion_mnist.load(config.data_dir, console.print)
+    data = load_fashion_mnist(config.data_dir, console.print)
     console.print(f"jax: compiling for {devices[0].platform}")
     trainer = JaxTrainer(config, data, devices, initial, networks=config.seeds, dialect=config.dialect)
     if first:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jax_cnn import fashion_mnist
 from jax_cnn.batches import epoch_order
 from jax_cnn.config import TrainConfig
+from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.errors import UserError
-from jax_cnn.shell import command_line
-from jax_cnn.shell.fit import fit
-from jax_cnn.shell.resume import check_resumable
-from jax_cnn.shell.run_folder import check_out_dir
+from jax_cnn.run import command_line
+from jax_cnn.run.folder import check_out_dir
+from jax_cnn.run.loop import fit
+from jax_cnn.run.resume import check_resumable
 from jax_cnn.weights import load_weights
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--device {config.device}: {error}") from None
     console = Console()
-    fashion_mnist.prepare(config.data_dir, console.print)
+    prepare_fashion_mnist(config.data_dir, console.print)
     trainer = TorchTrainer(
         data_dir=config.data_dir,
         epoch_order=lambda epoch, size: epoch_order(config.seed, epoch, size).tolist(),

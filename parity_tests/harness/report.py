@@ -12,8 +12,8 @@ from rich.table import Table
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
 from parity_tests.harness.checks import BATCH_SIZES, STAGE_BOUND, probing_weights
 from parity_tests.harness.compare import difference, relative_error
+from parity_tests.harness.float32 import cast
 from parity_tests.harness.pair import Pair
-from parity_tests.harness.truth import cast
 
 # Okabe & Ito's palette, and another line style for each: colour-blind readers tell them apart.
 CURVE_STYLES = {

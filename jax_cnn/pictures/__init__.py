@@ -1,0 +1,1 @@
+"""From any picture to what the network was trained on: read, prepared, and compared with the training images."""

@@ -1,0 +1,123 @@
+"""Programs compile with the options that this jaxlib knows, and are found again in the next run, or else made anew."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from jax_cnn import compiler
+from parity_tests.support import ROOT
+
+SMALL = ("--epochs", "1", "--limit-train", "128", "--limit-test", "100", "--device", "cpu")
+WHERE = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")  # what decides where programs are kept
+TIMEOUT = 300.0  # seconds, on a machine that is busy with other things
+UNKNOWN = "xla_cpu_option_of_another_version"
+
+
+class Run(NamedTuple):
+    """A training that has ended well."""
+
+    weights: bytes
+    messages: str
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """The training command, in an environment with these variables and no other word on where programs are kept."""
+
+    def run(**variables: str) -> Run:
+        environment = {name: value for name, value in os.environ.items() if name not in WHERE} | variables
+        environment["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))  # which looks for a home, too
+        results = tmp_path_factory.mktemp("run")
+        line = [sys.executable, str(ROOT / "scripts" / "train_jax.py"), *SMALL, "--data-dir", str(data_dir)]
+        done = subprocess.run(
+            [*line, "--out-dir", str(results)], capture_output=True, text=True, timeout=TIMEOUT, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return Run((results / "weights.safetensors").read_bytes(), done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A first run of a user without a home, and where it kept its programs."""
+    cache = tmp_path_factory.mktemp("cache")
+    return train(XDG_CACHE_HOME=str(cache)), cache / "jax-cnn-parity" / "programs"
+
+
+def test_programs_are_kept_in_the_users_cache_and_found_there_by_the_next_run(
+    train: Train, first: tuple[Run, Path]
+) -> None:
+    run, folder = first
+    assert run.messages == ""
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sum(name.startswith("jit_run-") for name in kept) == 2  # the training and the evaluation
+    assert train(JAX_COMPILATION_CACHE_DIR=str(folder)) == run
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == kept  # nothing was written anew
+
+
+def test_damaged_programs_are_compiled_anew(train: Train, first: tuple[Run, Path], tmp_path: Path) -> None:
+    run, folder = first
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    for number, path in enumerate(sorted(damaged.iterdir())):
+        path.write_bytes((b"", path.read_bytes()[:1000], os.urandom(1000))[number % 3])
+    assert train(JAX_COMPILATION_CACHE_DIR=str(damaged)) == run
+
+
+def test_where_nothing_can_be_kept_all_is_compiled(train: Train, first: tuple[Run, Path], tmp_path: Path) -> None:
+    run, _ = first
+    (tmp_path / "file").touch()
+    assert train(XDG_CACHE_HOME=str(tmp_path / "file")) == run  # no folder can be made in a file, not even by root
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | None]]:
+    """Ask to keep programs, and tell where JAX was told to: nothing of it outlasts the test."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+
+    def ask() -> str | None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compiler.keep_compiled_programs()
+        folder: str | None = getattr(jax.config, names[0])  # of which mypy knows nothing
+        return folder
+
+    yield ask
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.filterwarnings("default")  # asking sets filters of its own
+def test_nothing_is_kept_without_a_home_or_where_jaxlib_would_protest(
+    configured: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configured() == str(tmp_path / "jax-cnn-parity" / "programs")
+    with monkeypatch.context() as older:
+        older.setattr(jax, "__version_info__", (0, 10, 1))
+        assert configured() is None
+    monkeypatch.setattr(compiler, "user_cache_path", lambda name: Path("~/.cache") / name)
+    assert configured() is None
+
+
+def test_an_option_that_this_jaxlib_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match=UNKNOWN):
+        jax.jit(lambda: 0).lower().compile({UNKNOWN: True})  # it would be fatal
+    known = compiler.compiler_options("cpu")
+    assert known
+    monkeypatch.setattr(compiler, "CPU_OPTIONS", {UNKNOWN: True} | compiler.CPU_OPTIONS)
+    assert compiler.compiler_options("cpu") == known
+    jax.jit(lambda: 0).lower().compile(known)
+    assert compiler.compiler_options("tpu") == {}

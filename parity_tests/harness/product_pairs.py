@@ -1,0 +1,72 @@
+"""The pairs that come with the project: SimpleCNN, and the two networks that a course compares it with."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jax_cnn import model, torch_layout
+from jax_cnn.batches import epoch_order, split_batches
+from jax_cnn.config import CNN, Dialect, Model, Network
+from jax_cnn.data import load_fashion_mnist
+from jax_cnn.train import to_images
+from parity_tests.harness.pair import Batch, Pair, channels_first, flattened
+from torch_ref.data import load_batches, load_dataset
+from torch_ref.model import make_model
+
+BATCH_SIZE = 64
+NAMES: dict[Model, str] = {"linear": "SoftmaxRegression", "mlp": "FeedForward", "cnn": "SimpleCNN"}
+
+
+def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
+    """What torch_ref's loader serves: torchvision's images through ToTensor, batch by batch."""
+    dataset = load_dataset(data_dir, train=True, limit=limit)
+    order = epoch_order(seed, epoch, len(dataset))  # type: ignore[arg-type]  # both of ours have a length
+    for images, labels in load_batches(dataset, BATCH_SIZE, order.tolist()):
+        yield Batch(images.numpy(), labels.numpy())
+
+
+def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
+    """What jax_cnn's training gathers on the device."""
+    data = load_fashion_mnist(data_dir)
+    pixels, labels = data.train_images[:limit], data.train_labels[:limit]
+    full, rest = split_batches(epoch_order(seed, epoch, len(pixels)), BATCH_SIZE)
+    scale = jax.jit(partial(to_images, dtype=jnp.dtype(jnp.float32)))
+    for indices in [*full, rest] if rest.size else full:
+        images = np.asarray(scale(jnp.asarray(pixels[indices])))
+        yield Batch(channels_first(images), labels[indices].astype(np.int64))
+
+
+def product_pair(
+    network: Network, dialect: Dialect = "linen", data_dir: Path | None = None, limit: int | None = None
+) -> Pair:
+    """One of the project's networks; with a data folder, on the first `limit` training images of FashionMNIST."""
+    return Pair(
+        name=f"{NAMES[network.model]} in {dialect}",
+        module=partial(make_model, *network),
+        apply=model.network(network.model, dialect, network.hidden),
+        layout=torch_layout.layout_of(network),
+        input_shape=(1, 28, 28),
+        stage_layouts={"flatten": flattened((64, 7, 7))} if network == CNN else {},
+        jax_init=partial(model.init_params, model=network.model, hidden=network.hidden),
+        torch_batches=partial(torch_pipeline, data_dir, limit) if data_dir else None,
+        jax_batches=partial(jax_pipeline, data_dir, limit) if data_dir else None,
+    )
+
+
+def simple_cnn(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """SimpleCNN."""
+    return product_pair(CNN, dialect, data_dir, limit)
+
+
+def feed_forward(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """Flatten, Linear 784 -> 512, ReLU, Linear 512 -> 10."""
+    return product_pair(Network("mlp"), dialect, data_dir, limit)
+
+
+def softmax_regression(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
+    """Flatten, Linear 784 -> 10."""
+    return product_pair(Network("linear"), dialect, data_dir, limit)

@@ -1,0 +1,1 @@
+"""The benchmark, the comparison page and the studies, and what they share."""

@@ -1,0 +1,1 @@
+"""Studies over many seeds: accuracy, and what convolution buys."""
