@@ -18,9 +18,8 @@ from jax.sharding import NamedSharding
 
 from jax_cnn import programs
 from jax_cnn.compiler import compiler_options
-from jax_cnn.config import TRAIN_SIZE, AdamConfig, TpuPrecision
+from jax_cnn.config import TRAIN_SIZE, AdamConfig, TpuPrecision, UserError
 from jax_cnn.devices import REPLICATED, AnyMesh, make_mesh
-from jax_cnn.errors import UserError
 from jax_cnn.feed import chunk_shapes
 from jax_cnn.model import init_params
 from jax_cnn.train import TrainState, init_state, make_optimizer

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jax_cnn.errors import UserError
-
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 Precision = Literal["float32", "float64", "bfloat16"]
 TpuPrecision = Literal["float32", "bfloat16"]  # a TPU computes no float64
@@ -32,6 +30,13 @@ JAX_LIMITS = {
     "devices": (1, 1_000_000),
     "num_processes": (1, 1_000_000),
 }
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do, in one line.
+
+    The commands print the message without a traceback and exit with status 2.
+    """
 
 
 @dataclass(frozen=True)

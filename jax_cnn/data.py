@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
+from jax_cnn.config import UserError
 from jax_cnn.data_sources import SOURCES, Source, SourceFailed
-from jax_cnn.errors import UserError
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -111,6 +111,36 @@ def decode_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:start], ">u4").astype(int)
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
+    """The order in which an epoch visits the training set: a new permutation for every seed and epoch.
+
+    Args:
+        seed: of the run, 0 or more.
+        epoch: counted from 0.
+        size: number of training images.
+
+    Returns:
+        int64 indices, each of 0 … size - 1 once.
+    """
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def split_batches(
+    order: Int[np.ndarray, " size"], batch_size: int
+) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, " remainder"]]:
+    """Cut an order into full batches, one per row, and the images left over, which train too.
+
+    Args:
+        order: indices of the images of one epoch.
+        batch_size: 1 or more.
+
+    Returns:
+        Full batches [size // batch_size, batch_size] and the remainder [size % batch_size], possibly empty.
+    """
+    full = len(order) - len(order) % batch_size
+    return order[:full].reshape(-1, batch_size), order[full:]
 
 
 def _raw_folder(data_dir: Path) -> Path:

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_cnn.config import CLUSTER, Device, JaxTrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import CLUSTER, Device, JaxTrainConfig, UserError
 
 AXIS = "devices"  # the mesh's only axis
 JOIN_TIMEOUT = 30  # seconds to wait for the other processes

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 
-from jax_cnn.batches import epoch_order, split_batches
+from jax_cnn.data import epoch_order, split_batches
 from jax_cnn.devices import place_batches
 from jax_cnn.train import PADDING
 

@@ -20,10 +20,10 @@ from jax_cnn.data import FashionMNIST
 from jax_cnn.model import no_tap
 from parity_tests.harness import checks, float32, trajectory
 from parity_tests.harness.capture import exact_arithmetic
+from parity_tests.harness.checks import CHECKS
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair, Tap, channels_first
 from parity_tests.harness.product_pairs import BATCH_SIZE, feed_forward, product_pair, simple_cnn
-from parity_tests.harness.suite import CHECKS
 
 SHORT = 3 * BATCH_SIZE + 8  # three full batches and a remainder
 LOCKSTEP_STEPS = 200

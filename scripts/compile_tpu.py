@@ -10,8 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from jax_cnn.config import TRAIN_SIZE, TpuPrecision
-from jax_cnn.errors import UserError
+from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir, writing
 from jax_cnn.run.provenance import provenance

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from jax_cnn.config import Dialect
+from jax_cnn.config import Dialect, UserError
 from jax_cnn.data import prepare_fashion_mnist
-from jax_cnn.errors import UserError
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
@@ -50,11 +49,8 @@ def main() -> None:
     check_out_dir(config.out_dir)
     console = Console()
 
-    from parity_tests.harness import (
-        float32,  # only now: a slip should not wait for two frameworks
-        report,
-        suite,
-    )
+    # Only now: a slip should not wait for two frameworks.
+    from parity_tests.harness import checks, float32, report
     from parity_tests.harness.capture import Refused
     from parity_tests.harness.faults import FAULTS
 
@@ -69,7 +65,7 @@ def main() -> None:
             raise UserError(f"--fault {config.fault}: there is no such fault; --fault list names them")
         pair = plant(pair, known[config.fault])
     try:
-        first = suite.first_divergence(pair, config.seed)
+        first = checks.first_divergence(pair, config.seed)
         rows = [] if first and first.check == "shapes" else report.stage_rows(pair, config.seed)
         at = sorted({round(step) for step in np.geomspace(1, config.steps, 40)}) if config.steps else []
         curves = float32.drift(pair, config.seed, at) if at and not (first and first.check == "shapes") else {}
@@ -78,7 +74,7 @@ def main() -> None:
 
     if rows:
         console.print(report.stage_table(rows))
-    sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(suite.CHECKS)} all agree."
+    sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(checks.CHECKS)} all agree."
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     if curves:
         title = "float64 stays together; float32 drifts as one ULP sends it"

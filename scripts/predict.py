@@ -13,15 +13,14 @@ import numpy as np
 import tyro
 from jaxtyping import Float, UInt8
 
+from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES
-from jax_cnn.errors import UserError
 from jax_cnn.pictures import likeness
 from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
 from jax_cnn.pictures.read import printable, read_picture
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import WEIGHTS
-from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, recognise, to_flax
 
 BATCH = 100  # pictures that go through the network at once
 

@@ -10,7 +10,7 @@ from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.loop import fit, follow
 from jax_cnn.run.resume import check_resumable
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights
 
 
 def main() -> None:

@@ -4,15 +4,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jax_cnn.batches import epoch_order
-from jax_cnn.config import TrainConfig
-from jax_cnn.data import prepare_fashion_mnist
-from jax_cnn.errors import UserError
+from jax_cnn.config import TrainConfig, UserError
+from jax_cnn.data import epoch_order, prepare_fashion_mnist
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.loop import fit
 from jax_cnn.run.resume import check_resumable
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 
 # Not all that Pillow reads: for EPS it would start another program, and libtiff writes to stderr by itself.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM")

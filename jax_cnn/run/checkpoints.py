@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from jax_cnn.checkpoint import Checkpoint, Unusable, load_checkpoint, save_checkpoint
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 from jax_cnn.run.folder import CHECKPOINTS
 
 KEPT = 2

@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 from jax_cnn.run.interrupts import Interrupted
 
 Config = TypeVar("Config")

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from jax_cnn.config import TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import write_atomically
-from jax_cnn.weights import save_weights
+from jax_cnn.torch_layout import save_weights
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
-from jax_cnn.config import TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.run.checkpoints import CheckpointWriter
 from jax_cnn.run.display import Display, epoch_table, network_table
 from jax_cnn.run.folder import FILES, RunFolder, writing

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jax_cnn.checkpoint import Checkpoint
-from jax_cnn.config import TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.run.checkpoints import newest_checkpoint
 
 # What changes no weight's bits, or not the weights of the epochs that are done. All else has to be as it was.

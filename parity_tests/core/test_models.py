@@ -12,11 +12,9 @@ import pytest
 from PIL import Image
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress, load_checkpoint, save_checkpoint
-from jax_cnn.config import CNN, JaxTrainConfig, Network, TrainConfig
+from jax_cnn.config import CNN, JaxTrainConfig, Network, TrainConfig, UserError
 from jax_cnn.data import FashionMNIST
-from jax_cnn.errors import UserError
-from jax_cnn.torch_layout import TorchDict, layout_of, recognise
-from jax_cnn.weights import load_weights, save_weights
+from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, recognise, save_weights
 from parity_tests.support import ROOT
 from torch_ref.model import make_model
 

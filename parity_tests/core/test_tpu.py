@@ -15,8 +15,7 @@ import pytest
 
 from jax_cnn import aot
 from jax_cnn.aot import Collective, Compilation
-from jax_cnn.config import TpuPrecision
-from jax_cnn.errors import UserError
+from jax_cnn.config import TpuPrecision, UserError
 from parity_tests.support import ROOT
 
 pytestmark = [

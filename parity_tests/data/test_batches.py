@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from jax_cnn.batches import epoch_order, split_batches
 from jax_cnn.config import TRAIN_SIZE
+from jax_cnn.data import epoch_order, split_batches
 from torch_ref.data import load_batches, load_dataset
 
 

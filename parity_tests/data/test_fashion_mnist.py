@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, FILES, _read_files, decode_idx, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.data_sources import Source, SourceFailed
-from jax_cnn.errors import UserError
 from parity_tests.data.data_files import IMAGES, LABELS, SETTLED, listing
 from parity_tests.support import ROOT
 
@@ -269,7 +269,7 @@ AS_NOBODY = """if True:
     import os, sys
     from pathlib import Path
     from jax_cnn.data import CLASS_NAMES, _read_files, decode_idx, load_fashion_mnist, prepare_fashion_mnist
-    from jax_cnn.errors import UserError
+    from jax_cnn.config import UserError
     os.chdir(sys.argv[1])
     if os.geteuid() == 0:  # root may write anywhere
         os.setgroups([])
@@ -371,7 +371,7 @@ def test_a_process_killed_while_it_fetches_leaves_no_half_file(good: Path, shelf
 
 
 LIMITED = """
-    from jax_cnn.errors import UserError
+    from jax_cnn.config import UserError
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if sys.argv[5] == "deadly" else signal.SIG_IGN)

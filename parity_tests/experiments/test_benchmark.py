@@ -26,7 +26,7 @@ from experiments.speed.spread import paired_ratios, spread, turns
 from experiments.speed.tables import short
 from experiments.speed.team import Json, Team, WorkerFailed
 from experiments.speed.work import DOT_FLOP
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 from parity_tests.support import ROOT
 
 TIMEOUT = 300.0  # seconds for a small run, on a machine that is busy with other things

@@ -15,9 +15,9 @@ from PIL import Image
 from experiments.comparison import publish, report, training
 from experiments.comparison.settings import CompareConfig
 from experiments.comparison.theme import DARK, LIGHT, drawing
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 from jax_cnn.run import command_line
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights
 from parity_tests.experiments.small_comparison import Made, compare, rendered
 
 # What the command leaves behind

@@ -24,13 +24,11 @@ from experiments.studies.convolution_runs import (
     planned_runs,
 )
 from experiments.studies.runs import Run, is_finished, read_metrics
-from jax_cnn.config import CNN, Network
+from jax_cnn.config import CNN, Network, UserError
 from jax_cnn.data import FashionMNIST
-from jax_cnn.errors import UserError
 from jax_cnn.run.folder import WEIGHTS, RunFolder
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import layout_of
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import layout_of, load_weights
 from parity_tests.support import ROOT
 
 PACE: Pace = {framework: {"linear": 1.0, "mlp": 2.0, "cnn": 3.1} for framework in FRAMEWORKS}

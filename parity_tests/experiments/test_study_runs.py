@@ -13,11 +13,10 @@ import pytest
 from experiments.processes import SCRIPTS
 from experiments.studies import accuracy, runs
 from experiments.studies.runs import Run, StudyConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 from jax_cnn.run.folder import METRICS, WEIGHTS, RunFolder
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import SIMPLE_CNN
-from jax_cnn.weights import save_weights
+from jax_cnn.torch_layout import SIMPLE_CNN, save_weights
 
 
 def pretend_to_train(run: Run) -> None:

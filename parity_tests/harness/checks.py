@@ -4,7 +4,7 @@ All compute in float64, where a difference is a bug. `trajectory.py` has the che
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 
 import jax
@@ -12,8 +12,10 @@ import numpy as np
 from jax import numpy as jnp
 
 from jax_cnn.torch_layout import TorchDict
+from parity_tests.harness import trajectory
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
 from parity_tests.harness.compare import EXACT, Bound, Divergence, compare
+from parity_tests.harness.initialisation import initialisation
 from parity_tests.harness.pair import Pair, to_numpy
 
 # In units of the largest value of each tensor. Worst seen over 20 seeds of SimpleCNN, both batch sizes: 5.0e-15.
@@ -157,3 +159,30 @@ def compare_names(
             yield Divergence("shapes", f"{kind} {name}", "PyTorch has it and the layout does not map it")
     if not set(ours) & set(theirs):
         yield Divergence("shapes", f"{kind}s", "the sides have none in common: there is nothing to compare")
+
+
+Check = Callable[[Pair, int], Iterator[Divergence]]
+
+TRAJECTORY_STEPS = 12
+HANDOVER_STEPS = (3, 3)
+
+CHECKS: Mapping[str, Check] = {
+    "shapes": shapes,
+    "transfer": transfer,
+    "initialisation": initialisation,
+    "data": data,
+    "outputs": outputs,
+    "loss": loss,
+    "gradients": gradients,
+    "optimizer": trajectory.optimizer,
+    "trajectory": lambda pair, seed: trajectory.trajectory(pair, seed, TRAJECTORY_STEPS),
+    "handover": lambda pair, seed: trajectory.handover(pair, seed, *HANDOVER_STEPS),
+}
+
+
+def first_divergence(pair: Pair, seed: int = 0, names: tuple[str, ...] = tuple(CHECKS)) -> Divergence | None:
+    """Run the checks in order; the first difference, or None if the sides are the same."""
+    for name in names:
+        for divergence in CHECKS[name](pair, seed):
+            return divergence
+    return None

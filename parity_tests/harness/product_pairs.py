@@ -9,9 +9,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from jax_cnn import model, torch_layout
-from jax_cnn.batches import epoch_order, split_batches
 from jax_cnn.config import CNN, Dialect, Model, Network
-from jax_cnn.data import load_fashion_mnist
+from jax_cnn.data import epoch_order, load_fashion_mnist, split_batches
 from jax_cnn.train import to_images
 from parity_tests.harness.pair import Batch, Pair, channels_first, flattened
 from torch_ref.data import load_batches, load_dataset

@@ -21,8 +21,8 @@ from jax_cnn.config import AdamConfig, Dialect, Model, Network, TrainConfig
 from jax_cnn.data import FashionMNIST
 from jax_cnn.dialects import linen, nnx, plain
 from jax_cnn.trainer import JaxTrainer
+from parity_tests.harness.checks import first_divergence
 from parity_tests.harness.product_pairs import product_pair
-from parity_tests.harness.suite import first_divergence
 
 MODELS: tuple[Model, ...] = get_args(Model)
 WRITTEN: dict[Dialect, ModuleType] = {"linen": linen, "nnx": nnx, "plain": plain}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.harness.checks import first_divergence
 from parity_tests.harness.compare import EXACT, Bound, compare
 from parity_tests.harness.faults import FAULTS, Fault
 from parity_tests.harness.product_pairs import BATCH_SIZE, feed_forward, simple_cnn
-from parity_tests.harness.suite import first_divergence
 
 TEN_PERCENT = Bound(0.1, "the test's own")
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from jax_cnn.torch_layout import Leaf, conv, dense, same
 from parity_tests.harness.capture import Refused
+from parity_tests.harness.checks import first_divergence
 from parity_tests.harness.pair import Pair, Tap
-from parity_tests.harness.suite import first_divergence
 from parity_tests.support import ROOT
 
 LONGEST_EXAMPLE = 40  # lines that declare a pair

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_cnn.config import UserError
 from jax_cnn.data import FashionMNIST
-from jax_cnn.errors import UserError
 from jax_cnn.pictures import likeness
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import FORMATS, read_picture

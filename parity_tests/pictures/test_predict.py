@@ -25,8 +25,7 @@ from jax_cnn.data import CLASS_NAMES, FashionMNIST
 from jax_cnn.pictures import likeness, prepare
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture
-from jax_cnn.torch_layout import to_flax
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights, to_flax
 from parity_tests.pictures.picture_files import portrait, save_png
 from parity_tests.support import ROOT
 from torch_ref.model import SimpleCNN

@@ -23,13 +23,11 @@ from safetensors.numpy import save
 
 from experiments.studies.runs import Run, is_finished
 from jax_cnn.checkpoint import Checkpoint, Unusable, interpret, load_checkpoint
-from jax_cnn.config import TrainConfig
+from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.data import UnusableFile, _read_verified, decode_idx
-from jax_cnn.errors import UserError
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import read_picture
-from jax_cnn.torch_layout import SIMPLE_CNN
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import SIMPLE_CNN, load_weights
 
 MEMORY = 2**29  # bytes that reading may add to the process's peak: twice the largest file that is read
 SCALES = (1, pytest.param(10, marks=pytest.mark.slow))

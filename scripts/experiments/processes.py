@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 
 SCRIPTS = Path(__file__).parents[1]
 PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # every line whole, and at once

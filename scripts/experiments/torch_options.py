@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from jax_cnn.batches import epoch_order
 from jax_cnn.config import TrainConfig
+from jax_cnn.data import epoch_order
 
 
 def torch_options(config: TrainConfig) -> dict[str, Any]:

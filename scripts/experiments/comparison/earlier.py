@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.comparison.settings import ROOT
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 
 Json = dict[str, Any]
 

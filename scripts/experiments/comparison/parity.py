@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison.earlier import read_parity
-from parity_tests.harness import float32, report, suite
+from parity_tests.harness import checks, float32, report
 from parity_tests.harness.checks import STAGE_BOUND
 from parity_tests.harness.pair import Pair
 from parity_tests.harness.trajectory import TRAJECTORY_BOUND
@@ -21,7 +21,7 @@ def measure(pair: Pair, seed: int, drift_steps: int, show: Callable[[str], None]
     """Run the checks up to the first that finds a difference, compare the stages, and record the drift."""
     passed: list[str] = []
     divergence = None
-    for name, check in suite.CHECKS.items():
+    for name, check in checks.CHECKS.items():
         show(name)
         divergence = next(check(pair, seed), None)
         if divergence:
@@ -43,7 +43,7 @@ def taken(file: Path) -> Json:
         UserError: it is none.
     """
     told = read_parity(file)
-    passed = [] if told.first_divergence else list(suite.CHECKS)
+    passed = [] if told.first_divergence else list(checks.CHECKS)
     return describe(passed, told.first_divergence, told.stages, told.steps, told.curves) | {"source": told.source}
 
 
@@ -51,7 +51,7 @@ def describe(passed: list[str], first: str | None, rows: list[Json], at: list[in
     """What the page needs of it. Which checks had passed, a report with a divergence does not tell."""
     together = not first and bool(curves) and curves[IN_FLOAT64][-1] <= TRAJECTORY_BOUND.limit
     return {
-        "checks": list(suite.CHECKS),
+        "checks": list(checks.CHECKS),
         "passed": passed,
         "first_divergence": first,
         "bound": STAGE_BOUND.limit,

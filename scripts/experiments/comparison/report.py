@@ -14,10 +14,10 @@ from experiments.comparison.earlier import read_benchmark
 from experiments.comparison.settings import COMMITTED_BENCHMARK, CompareConfig
 from experiments.comparison.training import FRAMEWORKS, Framework, Run, initial_weights, obtain
 from experiments.speed.progress import Steps
+from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, load_fashion_mnist
-from jax_cnn.errors import UserError
 from jax_cnn.run.provenance import provenance
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights
 
 Json = dict[str, Any]
 

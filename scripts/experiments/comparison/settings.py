@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.speed.settings import check_range
-from jax_cnn.config import Device, TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import Device, TrainConfig, UserError
 
 ROOT = Path(__file__).parents[3]
 COMMITTED_BENCHMARK = ROOT / "docs" / "results" / "benchmark" / "benchmark.json"

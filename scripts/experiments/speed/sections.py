@@ -12,7 +12,7 @@ from experiments.speed.settings import BenchmarkConfig
 from experiments.speed.spread import paired_ratios, spread
 from experiments.speed.team import Json, measure
 from experiments.speed.work import DOT_FLOP
-from jax_cnn.errors import UserError
+from jax_cnn.config import UserError
 
 Measure = Callable[[Sequence[Task], int, Show], dict[str, Json]]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.contenders import CONTENDERS, TRAINING, ContenderName
-from jax_cnn.config import LIMITS, TRAIN_SIZE, TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import LIMITS, TRAIN_SIZE, TrainConfig, UserError
 from jax_cnn.run.provenance import usable_cores
 
 CAN_LIMIT_CORES = hasattr(os, "sched_setaffinity")  # Linux: JAX has no flag for its threads, it counts its cores

@@ -22,10 +22,9 @@ from experiments.speed.contenders import Task
 from experiments.speed.jax_work import make_trainer
 from experiments.speed.spread import turns
 from jax_cnn import ops
-from jax_cnn.batches import epoch_order
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import AdamConfig
-from jax_cnn.data import load_fashion_mnist
+from jax_cnn.data import epoch_order, load_fashion_mnist
 from jax_cnn.model import Params, init_params
 from jax_cnn.train import cross_entropy, init_state, make_optimizer, to_images
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from experiments.speed.contenders import Task, Unavailable
 from experiments.speed.work import DOTS_PER_ROUND, Training, Work, dot_factors
 from experiments.torch_options import torch_options
-from jax_cnn.batches import epoch_order
 from jax_cnn.config import AdamConfig, TrainConfig
-from jax_cnn.data import load_fashion_mnist
+from jax_cnn.data import epoch_order, load_fashion_mnist
 from torch_ref.model import SimpleCNN
 from torch_ref.train import criterion
 from torch_ref.trainer import TorchTrainer

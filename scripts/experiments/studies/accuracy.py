@@ -23,12 +23,11 @@ from experiments.studies.runs import (
     read_record,
 )
 from experiments.studies.statistics import McNemar, equivalence, mcnemar, mean_and_deviation, prediction_interval
+from jax_cnn.config import UserError
 from jax_cnn.data import load_fashion_mnist
-from jax_cnn.errors import UserError
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import to_flax
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import load_weights, to_flax
 
 Json = dict[str, Any]
 Correct = Bool[np.ndarray, " images"]

@@ -16,14 +16,12 @@ from jaxtyping import Int, UInt8
 from experiments.studies.accuracy import PACKAGES, SCORING_SLACK
 from experiments.studies.convolution_runs import ENTRIES, FRAMEWORKS, ConvolutionConfig, Entry, Pace, planned_runs
 from experiments.studies.runs import ENVIRONMENT, Run, read_metrics, read_record
-from jax_cnn.config import CNN, Network
+from jax_cnn.config import CNN, Network, UserError
 from jax_cnn.data import load_fashion_mnist
-from jax_cnn.errors import UserError
 from jax_cnn.files import write_atomically
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import TorchDict, layout_of, to_flax
-from jax_cnn.weights import load_weights
+from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, to_flax
 
 Json = dict[str, Any]
 Pixels = UInt8[np.ndarray, "size 28 28"]

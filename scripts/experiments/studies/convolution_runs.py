@@ -11,8 +11,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from experiments.studies.runs import Framework, Run, read_metrics
-from jax_cnn.config import CNN, LIMITS, Network, TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import CNN, LIMITS, Network, TrainConfig, UserError
 
 FRAMEWORKS: tuple[Framework, ...] = ("jax", "torch")
 SAME_PARAMETERS = 2050  # hidden units: the mlp then has 1,629,760 parameters, and SimpleCNN 1,630,090

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments import processes
-from jax_cnn.config import HIDDEN, LIMITS, JaxTrainConfig, TrainConfig
-from jax_cnn.errors import UserError
+from jax_cnn.config import HIDDEN, LIMITS, JaxTrainConfig, TrainConfig, UserError
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
 from jax_cnn.run.provenance import provenance
 
