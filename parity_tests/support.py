@@ -1,5 +1,51 @@
-"""What tests of several folders share."""
+"""What tests of several folders share: running the project's commands, and reading what they write."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 300.0  # seconds for a small run of a command, on a machine that is busy with other work
+
+# Variables that change how a program prints, and that a plain terminal does not set.
+STYLING = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in STYLING} | {"TERM": "xterm"}
+
+
+def command_line(script: str, *arguments: object) -> list[str]:
+    """Return the words of a command as a person types it: `command_line("train_jax", "--epochs", 1)`."""
+    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+
+
+def run_command(
+    script: str,
+    *arguments: object,
+    cwd: Path,
+    env: Mapping[str, str] = ENVIRONMENT,
+    timeout: float = TIMEOUT,
+) -> subprocess.CompletedProcess[str]:
+    """Run `scripts/<script>.py` to its end with its output in pipes, whatever its exit status is."""
+    line = command_line(script, *arguments)
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def assert_slip(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Assert that a command ended as it must after a user's slip: status 2 and one line that names these words."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file and refuse NaN and Infinity, which Python's own reader accepts and others do not."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{path}: {constant} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)

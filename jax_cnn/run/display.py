@@ -12,6 +12,45 @@ from rich.table import Table
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
 
+class ProgressBar:
+    """The progress of long work: a bar on a terminal, a line of text every `PLAIN_INTERVAL` seconds elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal and not console.is_dumb_terminal
+        self._title = ""
+        self._last_line = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+        self._bar = Progress(*columns, console=console, transient=True, disable=not self._live)
+        self._task = self._bar.add_task("", total=None, detail="")
+
+    def __enter__(self) -> "ProgressBar":
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Remove the bar, so that the next line of output starts on a clean line."""
+        self._bar.stop()
+
+    def begin(self, title: str, completed: float = 0, total: float | None = None) -> None:
+        """Begin a part of the work and name it. `completed` and `total` count the whole work, in any unit."""
+        self._title = title
+        self._bar.update(self._task, description=title, completed=completed, total=total, detail="")
+
+    def report(self, detail: str, completed: float | None = None) -> None:
+        """Show what is under way, and how much of the whole work is done."""
+        self._bar.update(self._task, detail=detail, completed=completed)
+        now = time.monotonic()
+        if not self._live and now - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = now
+            self.say(f"{self._title}: {detail}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
 class Display:
     """Progress over all epochs. Without a terminal, a line at the first report and then every `PLAIN_INTERVAL`."""
 

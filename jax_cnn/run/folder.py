@@ -71,7 +71,7 @@ class RunFolder:
         """Draw curves.png."""
         # It would tell on stderr that it makes its list of fonts, or finds no place to keep it: nothing for the user.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        from jax_cnn.run.curves import plot_curves  # only now: no slip and no --help should wait for matplotlib
+        from jax_cnn.run.charts import plot_curves  # only now: no slip and no --help should wait for matplotlib
 
         with writing(self.path):
             plot_curves(rows, title, self.path / CURVES)

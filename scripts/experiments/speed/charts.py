@@ -10,9 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.speed.contenders import CONTENDERS
 from experiments.speed.team import Json
-from jax_cnn.run.curves import BLUE, ORANGE
-
-GREY = "#999999"  # of the same palette: what does not compete
+from jax_cnn.run.charts import BLUE, GREY, VERMILION
 
 
 class Panel(NamedTuple):
@@ -101,4 +99,4 @@ def error_bars(spreads: Sequence[Json]) -> list[list[float]]:
 
 def colour(name: str) -> str:
     """Blue for JAX, orange for PyTorch, grey for what does not compete."""
-    return BLUE if name == "jax" else ORANGE if CONTENDERS[name].competes else GREY
+    return BLUE if name == "jax" else VERMILION if CONTENDERS[name].competes else GREY

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""The palette of every chart in this project, and the chart of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe & Ito's palette: colour-blind readers tell them apart
+# Okabe & Ito's palette, which colour-blind readers can tell apart (Color Universal Design, 2008).
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY_BLUE, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#999999"
+
+FRAMEWORK_COLOURS = {"jax": BLUE, "torch": VERMILION}
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -16,10 +20,10 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in rows], "o-", color=BLUE, label="training, mean over the epoch")
-    loss.plot(epochs, [row["test_loss"] for row in rows], "s--", color=ORANGE, label="test, after the epoch")
+    loss.plot(epochs, [row["test_loss"] for row in rows], "s--", color=VERMILION, label="test, after the epoch")
     loss.set(ylabel="cross-entropy (nats per image)")
     loss.legend()
-    accuracy.plot(epochs, [row["test_accuracy"] for row in rows], "s--", color=ORANGE)
+    accuracy.plot(epochs, [row["test_accuracy"] for row in rows], "s--", color=VERMILION)
     accuracy.set(ylabel="test accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     for axes in (loss, accuracy):

@@ -1,0 +1,117 @@
+"""Ask a trained network for its answers, in either framework: logits of many images, and every stage of one image.
+
+Both frameworks compute in float32 on the CPU, because a GPU may round its float32 products to fewer bits. A framework
+is loaded only when it is asked.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jax_cnn.config import Network
+from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
+
+Framework = Literal["jax", "torch"]
+Image = UInt8[np.ndarray, "28 28"]
+Pixels = UInt8[np.ndarray, "size 28 28"]
+
+BATCH = 250
+STAGES = ("conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2")  # of SimpleCNN, without flatten
+
+
+def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Float[np.ndarray, "size 10"]:
+    """Return the logits of every image, as float32.
+
+    Args:
+        framework: which one computes.
+        weights: of any of the three networks, under PyTorch's names.
+        pixels: images as the data set has them, 0 to 255.
+    """
+    predict = (_jax_network if framework == "jax" else _torch_network)(weights)
+    return np.concatenate([predict(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+
+
+def compute_stages(
+    framework: Framework, weights: TorchDict, image: UInt8[np.ndarray, "28 28"]
+) -> dict[str, np.ndarray]:
+    """Return the output of every stage of SimpleCNN for one image: maps [channel, row, column] or vectors [feature]."""
+    stages = (_jax_stages if framework == "jax" else _torch_stages)(weights, image[None])
+    return {stage: stages[stage] for stage in STAGES}
+
+
+def _jax_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
+    import jax
+
+    network = recognise(weights)
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = jax.tree.map(jax.numpy.asarray, to_flax(weights, layout_of(network)))
+    return lambda pixels: np.asarray(_compiled(network)(params, pixels))
+
+
+@cache
+def _compiled(network: Network) -> Callable[..., Any]:
+    """Compile the network once, whatever weights it is called with."""
+    import jax
+
+    from jax_cnn import model
+    from jax_cnn.train import to_images
+
+    apply = model.network(network.model, hidden=network.hidden)
+    return jax.jit(lambda params, pixels: apply(params, to_images(pixels, jax.numpy.dtype("float32"))))
+
+
+def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
+    import jax
+
+    from jax_cnn.model import apply
+    from jax_cnn.train import to_images
+
+    stages: dict[str, np.ndarray] = {}
+
+    def tap(stage: str, value: jax.Array) -> jax.Array:
+        array = np.asarray(value[0])
+        stages[stage] = np.moveaxis(array, -1, 0) if array.ndim == 3 else array
+        return value
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = jax.tree.map(jax.numpy.asarray, to_flax(weights))
+        apply(params, to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32")), tap)
+    return stages
+
+
+def _torch_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
+    import torch
+
+    model = _torch_module(weights)
+
+    def predict(pixels: Pixels) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = model(torch.tensor(pixels)[:, None].float() / 255).numpy()
+        return logits
+
+    return predict
+
+
+def _torch_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
+    import torch
+
+    stages = {}
+    with torch.no_grad():
+        value = torch.tensor(pixels)[:, None].float() / 255
+        for stage, module in _torch_module(weights).named_children():  # in the order of the forward pass
+            value = module(value)
+            stages[stage] = value[0].numpy()
+    return stages
+
+
+def _torch_module(weights: TorchDict) -> Any:
+    import torch
+
+    from torch_ref.model import make_model
+
+    model = make_model(*recognise(weights)).to(torch.float32).eval()
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return model
