@@ -1,7 +1,7 @@
-"""One device, many devices, many processes: which there are, and which part of a batch each of them gets.
+"""Which devices and processes there are, and which of them gets which share of a batch.
 
-Training is data-parallel: every device holds the whole state and an equal share of each batch, and in each step the
-gradients are averaged over all devices. Many processes meet through JAX's own runtime, `jax.distributed`.
+Training is data-parallel: every device holds the whole state and an equal share of each batch. Several processes meet
+through JAX's own runtime, `jax.distributed`.
 """
 
 import math
@@ -19,8 +19,7 @@ from jax_cnn.config import CLUSTER, Device, JaxTrainConfig, UserError
 AXIS = "devices"  # the mesh's only axis
 JOIN_TIMEOUT = 30  # seconds to wait for the other processes
 
-AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
-REPLICATED = PartitionSpec()
+AnyMesh = Mesh | AbstractMesh  # an abstract mesh knows only the number of its devices
 Share = tuple[slice, ...]
 
 
@@ -108,20 +107,25 @@ def devices_of(kind: Device) -> list[jax.Device]:
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """The devices in a row."""
+    """Return the devices as a mesh with one axis."""
     return Mesh(np.array(devices), (AXIS,))
 
 
-def batch_spec(mesh: AnyMesh, batch: int) -> PartitionSpec:
-    """How batches [networks, steps, batch, …] are shared: evenly, or whole to every device where that is impossible."""
-    return REPLICATED if batch % mesh.size else PartitionSpec(None, None, AXIS)
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Return the placement of what every device holds whole: the state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: AnyMesh, batch: int) -> NamedSharding:
+    """Return the placement of batches [steps, batch, …]: shared evenly, or whole on every device if that cannot be."""
+    return replicated(mesh) if batch % mesh.size else NamedSharding(mesh, PartitionSpec(None, AXIS))
 
 
 def place_batches(mesh: Mesh, shape: tuple[int, ...], read: Callable[[Share], np.ndarray]) -> jax.Array:
-    """Put batches [networks, steps, batch, …] on the devices; `read` is asked for this process's shares only."""
+    """Put batches [steps, batch, …] on the devices; `read` is called for the shares of this process's devices only."""
 
     def read_share(share: Share | None) -> np.ndarray:
         assert share is not None
         return read(share)
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, batch_spec(mesh, shape[2])), read_share)
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, shape[1]), read_share)

@@ -1,38 +1,145 @@
-"""The door to the networks: `init_params`, and `network` or `apply`, in whichever dialect they are written."""
+"""The networks in Flax Linen: SimpleCNN, and the two without convolution that it is compared with.
 
-import importlib
+Each takes images [batch, 28, 28, 1] with values in 0 … 1 and returns logits [batch, 10], in the dtype of its weights.
+`jax_cnn.dialects` has the same networks in Flax NNX and as plain functions.
+"""
+
 import math
-from functools import cache, partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax import numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from jax_cnn.config import HIDDEN, Dialect, Model
-from jax_cnn.dialects import Apply, Params, Tap, linen, no_tap
+from jax_cnn import ops
+from jax_cnn.config import CNN, HIDDEN, Network
 
-__all__ = ["Apply", "Params", "Tap", "apply", "init_params", "network", "no_tap"]
+Params = dict[str, dict[str, jax.Array]]  # {"conv1": {"kernel": …, "bias": …}, "conv2": …, "fc1": …, "fc2": …}
+Tap = Callable[[str, jax.Array], jax.Array]  # sees the output of a stage by its name, and returns what goes on
 
 
-@partial(jax.jit, static_argnames=("dtype", "model", "hidden"))
-def init_params(key: PRNGKeyArray, dtype: Any = jnp.float32, model: Model = "cnn", hidden: int = HIDDEN) -> Params:
-    """Draw initial weights *and* biases from PyTorch's default distribution: uniform within 1 / sqrt(fan_in).
+def no_tap(stage: str, output: jax.Array) -> jax.Array:
+    """Return every stage's output as it is."""
+    return output
 
-    Source: `reset_parameters` of torch.nn.Linear and torch.nn.Conv2d. Flax's own default, which a module's `init`
-    draws, is another experiment: LeCun normal, zero biases.
+
+class SimpleCNN(nn.Module):
+    """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
+
+    fused: bool = True
+    """Compute each conv-relu-pool block as one operation, which is faster. The harness looks at its stages without."""
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+        """Compute the logits."""
+        pool1 = ConvReluPool(32, self.fused, name="conv1")(images, within("conv1", tap))  # 28 -> 14
+        pool2 = ConvReluPool(64, self.fused, name="conv2")(pool1, within("conv2", tap))  # 14 -> 7
+        flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: PyTorch flattens channels first
+        fc1 = tap("fc1", nn.Dense(512, name="fc1")(flatten))
+        relu3 = tap("relu3", nn.relu(fc1))
+        return tap("fc2", nn.Dense(10, name="fc2")(relu3))
+
+
+class ConvReluPool(nn.Module):
+    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
+
+    features: int
+    fused: bool = True
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
+    ) -> Float[Array, "batch height/2 width/2 features"]:
+        """Halve height and width."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv_relu_pool(images, kernel, bias, self.fused, tap)
+
+
+class SoftmaxRegression(nn.Module):
+    """One linear layer: 7,850 parameters."""
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+        """Compute the logits."""
+        flatten = tap("flatten", images.reshape(len(images), -1))
+        return tap("fc", nn.Dense(10, name="fc")(flatten))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers: 407,050 parameters with 512 hidden units."""
+
+    hidden: int = HIDDEN
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+        """Compute the logits."""
+        flatten = tap("flatten", images.reshape(len(images), -1))
+        fc1 = tap("fc1", nn.Dense(self.hidden, name="fc1")(flatten))
+        relu = tap("relu", nn.relu(fc1))
+        return tap("fc2", nn.Dense(10, name="fc2")(relu))
+
+
+def conv_relu_pool(
+    images: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "3 3 channels features"],
+    bias: Float[Array, " features"],
+    fused: bool,
+    tap: Tap,
+) -> Float[Array, "batch height/2 width/2 features"]:
+    """Compute a block as one operation or as three stages. The values are the same, bit by bit."""
+    if fused:
+        return tap("pool", ops.conv_bias_relu_pool(images, kernel, bias))
+    conv = tap("conv", ops.add_bias(ops.conv3x3(images, kernel), bias))
+    relu = tap("relu", jax.nn.relu(conv))
+    return tap("pool", ops.max_pool2x2(relu))
+
+
+def within(block: str, tap: Tap) -> Tap:
+    """Return a tap that sees the stages of a block as `block.stage`."""
+    return lambda stage, output: tap(f"{block}.{stage}", output)
+
+
+@runtime_checkable
+class Apply(Protocol):
+    """A network as a pure function."""
+
+    def __call__(self, params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        """Compute the logits [batch, 10] of images [batch, 28, 28, 1]; `tap` sees every stage's output."""
+
+
+def make_module(network: Network = CNN, fused: bool = True) -> nn.Module:
+    """Return the Linen module of a network."""
+    modules = {"cnn": SimpleCNN(fused), "mlp": FeedForward(network.hidden), "linear": SoftmaxRegression()}
+    return modules[network.model]
+
+
+def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
+    """Compute SimpleCNN's logits [batch, 10] of images [batch, 28, 28, 1]."""
+    logits: jax.Array = SimpleCNN().apply({"params": params}, images, tap)  # type: ignore[assignment]  # nothing mutable
+    return logits
+
+
+@partial(jax.jit, static_argnames=("dtype", "network"))
+def init_params(key: PRNGKeyArray, dtype: Any = jnp.float32, network: Network = CNN) -> Params:
+    """Draw initial weights and biases from PyTorch's default distribution: uniform within 1 / sqrt(fan_in).
+
+    Source: `reset_parameters` of torch.nn.Linear and torch.nn.Conv2d. Flax's own default is another experiment: LeCun
+    normal kernels and zero biases.
 
     Args:
         key: from `jax.random.key`.
         dtype: float32 or float64.
-        model: whose; all dialects share them.
-        hidden: width of the mlp's hidden layer.
+        network: whose weights to draw. All dialects share them.
 
     Returns:
-        {"conv1": {"kernel", "bias"}, "conv2": …, "fc1": …, "fc2": …}, of the cnn: 1,630,090 numbers.
+        {"conv1": {"kernel", "bias"}, "conv2": …, "fc1": …, "fc2": …} for SimpleCNN: 1,630,090 numbers.
     """
-    shapes = jax.eval_shape(linen.make_module(model, hidden).init, key, jnp.zeros((1, 28, 28, 1)))["params"]
+    shapes = jax.eval_shape(make_module(network).init, key, jnp.zeros((1, 28, 28, 1)))["params"]
     leaves, tree = jax.tree.flatten(shapes)
     ends = np.cumsum([leaf.size for leaf in leaves])
     numbers = jax.random.uniform(key, (int(ends[-1]),), dtype, -1, 1)  # one draw: each compiles for half a second
@@ -44,22 +151,3 @@ def init_params(key: PRNGKeyArray, dtype: Any = jnp.float32, model: Model = "cnn
         return {name: value / math.sqrt(fan_in) for name, value in layer.items()}
 
     return {name: scale(layer) for name, layer in unit.items()}
-
-
-@cache  # the same function each time, so that JAX finds what it has compiled for it
-def network(model: Model = "cnn", dialect: Dialect = "linen", hidden: int = HIDDEN) -> Apply:
-    """A network as a pure function: (params, images [batch, 28, 28, 1] in 0 … 1, tap) to logits [batch, 10].
-
-    It computes in the dtype of both. All dialects give the same logits and gradients, bit by bit.
-
-    Args:
-        model: linear (softmax regression), mlp (feed-forward, one hidden layer) or cnn (SimpleCNN).
-        dialect: in which it is written.
-        hidden: width of the mlp's hidden layer.
-    """
-    written = importlib.import_module(f"jax_cnn.dialects.{dialect}")  # NNX, which loads slowly, only if asked for
-    found: Apply = written.network(model, hidden)
-    return found
-
-
-apply = network()  # SimpleCNN, as Linen has it

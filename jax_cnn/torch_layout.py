@@ -95,6 +95,13 @@ SIMPLE_CNN: Layout = {
 }
 
 
+# PyTorch's names of the stages inside SimpleCNN's blocks, by the names that `jax_cnn.model` gives them.
+TORCH_STAGES = {
+    **{f"conv1.{stage}": f"{stage}1" for stage in ("conv", "relu", "pool")},
+    **{f"conv2.{stage}": f"{stage}2" for stage in ("conv", "relu", "pool")},
+}
+
+
 def layout_of(network: Network) -> Layout:
     """The layout of this network."""
     layouts = {"linear": SOFTMAX_REGRESSION, "mlp": feed_forward(network.hidden), "cnn": SIMPLE_CNN}

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
+from jax_cnn.files import write_atomically
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir, writing
 from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:
-    from jax_cnn.aot import Compilation
+    from experiments.tpu import Compilation
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 RESULTS = "compilations.json"
@@ -46,18 +47,18 @@ def main() -> None:
     check_out_dir(config.out_dir)
     console = Console()
 
-    from jax_cnn import aot  # only now: a slip should not wait for JAX to load
+    from experiments import tpu  # only now: a slip should not wait for JAX to load
 
-    sizes = {topology: len(aot.find_chips(topology)) for topology in config.topologies}
+    sizes = {topology: len(tpu.find_chips(topology)) for topology in config.topologies}
     compilations = []
     for precision in config.precisions:
         for topology, chips in sizes.items():
             console.print(f"compiling for {topology} in {precision}", highlight=False)
-            compilations.append(aot.compile_training(topology, chips * config.batch_per_chip, precision))
+            compilations.append(tpu.compile_training(topology, chips * config.batch_per_chip, precision))
     console.print(compilation_table(compilations))
-    result = provenance(PACKAGES) | {"compilations": [asdict(each) for each in compilations]}
+    result = provenance(PACKAGES) | {"compilations": [asdict(compilation) for compilation in compilations]}
     with writing(config.out_dir):
-        (config.out_dir / RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(config.out_dir / RESULTS, f"{json.dumps(result, indent=1)}\n".encode())
     console.print(f"Compiled, not run. Results are in {config.out_dir}", highlight=False, soft_wrap=True)
 
 
@@ -74,16 +75,16 @@ def compilation_table(compilations: "Sequence[Compilation]") -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("exchange")
     table.add_column("s", justify="right", no_wrap=True)
-    for each in compilations:
-        memory = (each.arguments, each.outputs, each.temporaries, each.code)
+    for compilation in compilations:
+        memory = (compilation.arguments, compilation.outputs, compilation.temporaries, compilation.code)
         table.add_row(
-            each.topology,
-            each.precision,
-            f"{each.batch_size:,}",
-            f"{each.flops / 1e6:,.0f}",
+            compilation.topology,
+            compilation.precision,
+            f"{compilation.batch_size:,}",
+            f"{compilation.flops / 1e6:,.0f}",
             *(f"{size / 1e6:.1f}" for size in memory),
-            ", ".join(f"{one.operation} {one.bytes / 1e6:.1f} MB" for one in each.collectives) or "none",
-            f"{each.compile_seconds:.0f}",
+            ", ".join(f"{one.operation} {one.bytes / 1e6:.1f} MB" for one in compilation.collectives) or "none",
+            f"{compilation.compile_seconds:.0f}",
         )
     return table
 

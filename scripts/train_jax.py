@@ -33,9 +33,9 @@ def main() -> None:
     console = Console(quiet=not first)
     data = load_fashion_mnist(config.data_dir, console.print)
     console.print(f"jax: compiling for {devices[0].platform}")
-    trainer = JaxTrainer(config, data, devices, initial, networks=config.seeds, dialect=config.dialect)
+    trainer = JaxTrainer(config, data, devices, initial, config.dialect)
     if first:
-        fit(config, trainer, console, trainer.seeds if config.seeds > 1 else None)
+        fit(config, trainer, console)
     else:
         follow(config, trainer)
 

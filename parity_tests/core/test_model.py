@@ -9,6 +9,7 @@ import torch
 from jax import numpy as jnp
 
 from jax_cnn import torch_layout
+from jax_cnn.dialects import make_apply
 from jax_cnn.model import Params, apply, init_params
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import to_images
@@ -44,10 +45,10 @@ def test_every_stage_has_the_reference_shape(jax_weights: Params, images: np.nda
     ours: dict[str, tuple[int, ...]] = {}
 
     def record(stage: str, value: jax.Array) -> jax.Array:
-        ours[stage] = value.shape
+        ours[torch_layout.TORCH_STAGES.get(stage, stage)] = value.shape
         return value
 
-    apply(jax_weights, jnp.asarray(images), record)
+    make_apply(fused=False)(jax_weights, jnp.asarray(images), record)
 
     theirs: dict[str, tuple[int, ...]] = {}
     network = SimpleCNN()

@@ -72,7 +72,7 @@ def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weight
     params = jax.tree.map(jnp.asarray, torch_layout.to_flax(torch_weights))
     pixels, labels = jnp.asarray(data.test_images[:LIMIT_TEST]), jnp.asarray(data.test_labels[:LIMIT_TEST])
     logits = apply(params, to_images(pixels, jnp.dtype(jnp.float32)))
-    (loss,), (accuracy,) = trainer.evaluate()
+    loss, accuracy = trainer.evaluate()
     assert loss == pytest.approx(float(cross_entropy(logits, labels).mean()), rel=1e-6)
     assert accuracy == int((logits.argmax(axis=1) == labels).sum()) / LIMIT_TEST
 

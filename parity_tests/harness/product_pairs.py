@@ -1,18 +1,21 @@
 """The pairs that come with the project: SimpleCNN, and the two networks that a course compares it with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jax_cnn import model, torch_layout
+from jax_cnn import torch_layout
 from jax_cnn.config import CNN, Dialect, Model, Network
 from jax_cnn.data import epoch_order, load_fashion_mnist, split_batches
+from jax_cnn.dialects import make_apply
+from jax_cnn.model import Apply, init_params
 from jax_cnn.train import to_images
-from parity_tests.harness.pair import Batch, Pair, channels_first, flattened
+from parity_tests.harness.pair import Batch, Pair, Tap, channels_first, flattened
 from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
 
@@ -39,18 +42,34 @@ def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> It
         yield Batch(channels_first(images), labels[indices].astype(np.int64))
 
 
+def with_torch_stages(network: Apply) -> Callable[[Any, jax.Array, Tap], jax.Array]:
+    """Return the network with the stages of its blocks under PyTorch's names."""
+
+    def apply(params: Any, images: jax.Array, tap: Tap) -> jax.Array:
+        return network(params, images, lambda stage, output: tap(torch_layout.TORCH_STAGES.get(stage, stage), output))
+
+    return apply
+
+
 def product_pair(
-    network: Network, dialect: Dialect = "linen", data_dir: Path | None = None, limit: int | None = None
+    network: Network,
+    dialect: Dialect = "linen",
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    fused: bool = False,
 ) -> Pair:
-    """One of the project's networks; with a data folder, on the first `limit` training images of FashionMNIST."""
+    """Return one of the project's networks; with a data folder, on the first `limit` images of FashionMNIST.
+
+    Fused, it is the program that trains, whose blocks have one stage each. Otherwise every stage can be compared.
+    """
     return Pair(
         name=f"{NAMES[network.model]} in {dialect}",
         module=partial(make_model, *network),
-        apply=model.network(network.model, dialect, network.hidden),
+        apply=with_torch_stages(make_apply(network, dialect, fused)),
         layout=torch_layout.layout_of(network),
         input_shape=(1, 28, 28),
         stage_layouts={"flatten": flattened((64, 7, 7))} if network == CNN else {},
-        jax_init=partial(model.init_params, model=network.model, hidden=network.hidden),
+        jax_init=partial(init_params, network=network),
         torch_batches=partial(torch_pipeline, data_dir, limit) if data_dir else None,
         jax_batches=partial(jax_pipeline, data_dir, limit) if data_dir else None,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jax_cnn.config import Network
-from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
+from jax_cnn.torch_layout import TORCH_STAGES, TorchDict, layout_of, recognise, to_flax
 
 Framework = Literal["jax", "torch"]
 Image = UInt8[np.ndarray, "28 28"]
@@ -56,24 +56,25 @@ def _compiled(network: Network) -> Callable[..., Any]:
     """Compile the network once, whatever weights it is called with."""
     import jax
 
-    from jax_cnn import model
+    from jax_cnn.dialects import make_apply
     from jax_cnn.train import to_images
 
-    apply = model.network(network.model, hidden=network.hidden)
+    apply = make_apply(network)
     return jax.jit(lambda params, pixels: apply(params, to_images(pixels, jax.numpy.dtype("float32"))))
 
 
 def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
     import jax
 
-    from jax_cnn.model import apply
+    from jax_cnn.dialects import make_apply
     from jax_cnn.train import to_images
 
+    apply = make_apply(fused=False)
     stages: dict[str, np.ndarray] = {}
 
     def tap(stage: str, value: jax.Array) -> jax.Array:
         array = np.asarray(value[0])
-        stages[stage] = np.moveaxis(array, -1, 0) if array.ndim == 3 else array
+        stages[TORCH_STAGES.get(stage, stage)] = np.moveaxis(array, -1, 0) if array.ndim == 3 else array
         return value
 
     with jax.default_device(jax.devices("cpu")[0]):

@@ -10,19 +10,19 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.stages import Wrapped
 
-from jax_cnn import programs
+from jax_cnn import trainer
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import TRAIN_SIZE, AdamConfig, TpuPrecision, UserError
-from jax_cnn.devices import REPLICATED, AnyMesh, make_mesh
-from jax_cnn.feed import chunk_shapes
+from jax_cnn.devices import AnyMesh, make_mesh, replicated
 from jax_cnn.model import init_params
-from jax_cnn.train import TrainState, init_state, make_optimizer
+from jax_cnn.train import init_state, make_optimizer
 
 # What libtpu would ask the machine about its TPU, and complain about on stderr where there is none; no log files, and
 # leave to compile in two processes at once.
@@ -99,21 +99,16 @@ def find_chips(topology: str) -> list[jax.Device]:
         raise UserError(f"--topologies {topology}: the compiler knows no such TPU ({reason}); try v5e:2x2") from None
 
 
-def training_program(mesh: AnyMesh, batch_size: int, precision: str) -> programs.Program:
-    """The training program of a run on all of FashionMNIST with this mesh: shapes and places, no values."""
+def training_program(mesh: AnyMesh, batch_size: int, precision: str) -> tuple[Wrapped, tuple[Any, ...]]:
+    """Return the training program of a run on all of FashionMNIST with this mesh, and the shapes to lower it with."""
     jax.config.update("jax_enable_x64", False)
     optimizer = make_optimizer(AdamConfig())
-    replicated = NamedSharding(mesh, REPLICATED)
-
-    def first_state() -> TrainState:
-        state = init_state(init_params(jax.random.key(0)), optimizer)
-        return jax.tree.map(lambda leaf: leaf[None], state)  # one network
-
     state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(first_state)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(lambda: init_state(init_params(jax.random.key(0)), optimizer)),
     )
-    shape = chunk_shapes(1, TRAIN_SIZE, batch_size)[0]
-    return programs.training(mesh, state, shape, optimizer, jnp.dtype(precision))
+    shape = trainer.chunk_shapes(TRAIN_SIZE, batch_size)[0]
+    return trainer.training_program(mesh, state, shape, optimizer, jnp.dtype(precision))
 
 
 def compile_training(topology: str, batch_size: int, precision: TpuPrecision) -> Compilation:
@@ -128,7 +123,8 @@ def compile_training(topology: str, batch_size: int, precision: TpuPrecision) ->
         UserError: the TPU compiler is not installed, or knows no such TPU; or the program does not fit into its memory.
     """
     chips = find_chips(topology)
-    lowered = training_program(make_mesh(chips), batch_size, precision).lower()
+    program, arguments = training_program(make_mesh(chips), batch_size, precision)
+    lowered = program.lower(*arguments)
     started = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options("tpu"))

@@ -1,0 +1,194 @@
+"""The training program lowers for platforms that are not here, and computes in the dtypes that were asked for."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import export
+from jax import numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.stages import Lowered
+
+from experiments import tpu
+from experiments.tpu import Collective
+from jax_cnn import trainer
+from jax_cnn.config import AdamConfig, JaxTrainConfig
+from jax_cnn.data import FashionMNIST
+from jax_cnn.devices import AXIS, make_mesh
+from jax_cnn.train import make_optimizer
+from jax_cnn.trainer import JaxTrainer
+from parity_tests.support import assert_slip, run_command
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+BATCH = 64
+MATRIX_PRODUCTS = (11, 12)  # 3 for each of 4 layers; JAX or XLA drops the gradient by the images, which nobody reads
+
+
+@pytest.fixture(autouse=True)
+def _without_float64() -> Iterator[None]:
+    """Switch 64-bit numbers off, as a run at float32 or bfloat16 does."""
+    with jax.enable_x64(False):
+        yield
+
+
+def export_training(devices: int = 1, precision: str = "float32") -> export.Exported:
+    """Lower the training program of a run on this number of devices, for all platforms at once."""
+    program, arguments = tpu.training_program(AbstractMesh((devices,), (AXIS,)), BATCH, precision)
+    return export.export(program, platforms=PLATFORMS)(*arguments)
+
+
+def lower_training(precision: str) -> Lowered:
+    """Lower the training program of a run on one CPU device."""
+    program, arguments = tpu.training_program(make_mesh(jax.devices("cpu")[:1]), BATCH, precision)
+    return program.lower(*arguments)
+
+
+def describe(array: jax.core.ShapedArray) -> str:
+    """Return dtype and shape of an array: `float32[1, 64]`."""
+    return f"{array.dtype}{list(array.shape)}"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_training_program_lowers_for_every_platform(devices: int, precision: str) -> None:
+    exported = export_training(devices, precision)
+    assert (exported.platforms, exported.nr_devices) == (PLATFORMS, devices)
+    *state, pixels, labels, steps = exported.in_avals
+    *new_state, losses = exported.out_avals
+    assert sum(array.size for array in state) == 3 * 1_630_090 + 1  # weights, both moments, the number of steps
+    assert [describe(array) for array in new_state] == [describe(array) for array in state]
+    assert (describe(pixels), describe(labels)) == ("uint8[64, 64, 28, 28]", "uint8[64, 64]")
+    assert (describe(steps), describe(losses)) == ("int32[]", "float32[64]")
+    text = exported.mlir_module()
+    assert f"tensor<{BATCH}x28x28x32x{'bf16' if precision == 'bfloat16' else 'f32'}>" in text  # conv1's output
+    assert "f64" not in text
+
+
+def find_eigenvalue(gradient: jax.Array) -> jax.Array:
+    """Compute what a TPU cannot."""
+    return gradient * jnp.linalg.eigvals(jnp.eye(2, dtype=gradient.dtype)).real[0]
+
+
+def call_python(gradient: jax.Array) -> jax.Array:
+    """Compute what only a device with a Python beside it can."""
+    return jax.pure_callback(np.negative, gradient, gradient)
+
+
+def call_library(gradient: jax.Array) -> jax.Array:
+    """Compute what only a machine with this library can."""
+    return jax.ffi.ffi_call("library", jax.ShapeDtypeStruct(gradient.shape, gradient.dtype))(gradient)
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        (find_eigenvalue, r"'eig' not found for platforms \['tpu'\]"),
+        (call_python, "require devices to be present"),
+        (call_library, "@library"),
+    ],
+)
+def test_an_operation_that_a_platform_lacks_is_noticed(
+    fault: Any, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = optax.stateless(lambda updates, params: jax.tree.map(fault, updates))
+    monkeypatch.setattr(tpu, "make_optimizer", lambda config: optax.chain(planted, make_optimizer(config)))
+    with pytest.raises((NotImplementedError, ValueError), match=complaint):
+        export_training()
+
+
+def test_the_program_is_the_one_that_a_run_compiles(data: FashionMNIST, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def record(*arguments: Any) -> tuple[Any, Any]:
+        program, shapes = original(*arguments)
+        texts.append(program.lower(*shapes).as_text())
+        return program, shapes
+
+    original = trainer.training_program
+    monkeypatch.setattr(trainer, "training_program", record)
+    for precision in ("float32", "bfloat16"):
+        JaxTrainer(JaxTrainConfig(precision=precision, limit_test=10), data, jax.devices("cpu")[:1])
+    monkeypatch.undo()
+    assert texts[::2] == [lower_training(precision).as_text() for precision in ("float32", "bfloat16")]
+    assert texts[0] != texts[2]  # the check can fail
+
+
+def kept_dtypes(precision: str) -> dict[str, set[str]]:
+    """Return the dtypes of the weights and of both moments that the training program hands on."""
+    program, arguments = tpu.training_program(make_mesh(jax.devices("cpu")[:1]), BATCH, precision)
+    state, _ = jax.eval_shape(program, *arguments)
+    trees = {"weights": state.params} | {
+        name: optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")
+    }
+    return {name: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for name, tree in trees.items()}
+
+
+def matrix_products(lowered: Lowered) -> list[str]:
+    """Return the dtypes of the operands and result of every convolution and matrix product: `bf16 bf16 bf16`."""
+    lines = re.findall(r"stablehlo\.(?:dot_general|convolution).* : (\(.*)", lowered.as_text())
+    return [" ".join(re.findall(r"x([a-z]+\d+)>", line)) for line in lines]
+
+
+@pytest.mark.parametrize(("precision", "short"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_products_have_the_precision_asked_for_and_the_state_is_float32(precision: str, short: str) -> None:
+    assert kept_dtypes(precision) == {name: {"float32"} for name in ("weights", "mu", "nu")}
+    products = matrix_products(lower_training(precision))
+    assert set(products) == {f"{short} {short} {short}"}
+    assert len(products) in MATRIX_PRODUCTS
+
+
+@pytest.mark.parametrize("moment", ["mu", "nu"])
+def test_a_moment_in_bfloat16_is_noticed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_faulty(config: AdamConfig) -> optax.GradientTransformation:
+        sound = make_optimizer(config)
+
+        def narrow(state: optax.OptState) -> optax.OptState:
+            narrowed = jax.tree.map(jnp.bfloat16, optax.tree_utils.tree_get(state, moment))
+            return optax.tree_utils.tree_set(state, **{moment: narrowed})
+
+        def update(updates: optax.Updates, state: optax.OptState, params: Any = None) -> Any:
+            updates, state = sound.update(updates, state, params)
+            return updates, narrow(state)
+
+        return optax.GradientTransformation(lambda params: narrow(sound.init(params)), update)
+
+    monkeypatch.setattr(tpu, "make_optimizer", make_faulty)
+    assert kept_dtypes("bfloat16")[moment] == {"bfloat16"}
+
+
+def test_exchanges_are_read_from_a_compiled_program() -> None:
+    hlo = """
+  %all-reduce.3 = (f32[3,3,1,32]{3,1,0,2:T(4,128)S(1)}, bf16[512]{0:T(512)S(1)}, /*index=2*/f32[]{:T(128)}) all-reduce(
+  %get-tuple-element.9 = f32[]{:T(128)} get-tuple-element(%all-reduce.3), index=2
+  %start = (f32[64]{0}, f32[256]{0}) all-gather-start(%shard), dimensions={0}
+  %done = f32[256]{0} all-gather-done(%start)
+  %collective-permute.1 = pred[7]{0} collective-permute(%flags), source_target_pairs={{0,1}}
+  %fusion.1 = f32[64]{0} fusion(%all-reduce.3), calls=%fused
+"""
+    assert tpu.find_collectives(hlo) == (
+        Collective("all-reduce", 4 * 288 + 2 * 512 + 4),
+        Collective("all-gather", 4 * (64 + 256)),
+        Collective("collective-permute", 7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        pytest.param(
+            (),
+            "the TPU compiler is not installed here; pip install --editable '.[tpu]' brings it (libtpu)",
+            marks=pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed here"),
+        ),
+        (("--precisions", "float64"), "invalid choice 'float64' for argument '--precisions'"),
+        (("--batch-per-chip", "0"), "--batch-per-chip must be between 1 and 60,000, not 0"),
+    ],
+)
+def test_a_slip_in_compile_tpu_gets_one_line(flags: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
+    assert_slip(run_command("compile_tpu", *flags, "--out-dir", tmp_path, cwd=tmp_path), complaint)
