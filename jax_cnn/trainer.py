@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import jax
@@ -25,9 +24,6 @@ from jax_cnn.feed import Feed, send_test_set
 from jax_cnn.model import init_params, network
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import TrainState, init_state, make_optimizer
-
-PerNetwork = Float[np.ndarray, " networks"]
-PerStep = Float[np.ndarray, "networks steps"]
 
 
 class JaxTrainer:
@@ -90,7 +86,7 @@ class JaxTrainer:
         name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
         return name if self._mesh.size == 1 else f"{self._mesh.size} x {name}"
 
-    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, PerStep]]:
+    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Float[np.ndarray, " steps"]]]:
         """Train on every image once, from step `start` on; after each chunk, yield its number of images and losses.
 
         The next chunk is on its way to the devices while they compute this one.
@@ -102,17 +98,16 @@ class JaxTrainer:
             batch = labels.shape[-1]
             self._state, losses = self._programs[batch](self._state, pixels, labels, np.int32(steps))
             chunk = next(chunks, None)
-            yield steps * batch, np.asarray(losses)[:, :steps]
+            yield steps * batch, np.asarray(losses)[0, :steps]
 
-    def evaluate(self) -> tuple[PerNetwork, PerNetwork]:
-        """Each network's mean loss and accuracy (0 … 1) over the whole test set."""
+    def evaluate(self) -> tuple[float, float]:
+        """Return the mean loss and the accuracy (0 … 1) over the whole test set."""
         scores = self._evaluate(self._state.params, *self._test_set)
-        return np.asarray(scores.loss_sum) / self._test_size, np.asarray(scores.correct) / self._test_size
+        return float(scores.loss_sum[0]) / self._test_size, float(scores.correct[0]) / self._test_size
 
-    def weights(self) -> list[TorchDict]:
-        """Each network's current weights under PyTorch's names and layouts."""
-        params = jax.tree.map(np.asarray, self._state.params)
-        return [self._to_torch(jax.tree.map(itemgetter(at), params)) for at in range(len(self.seeds))]
+    def weights(self) -> TorchDict:
+        """Return the current weights under PyTorch's names and layouts."""
+        return self._to_torch(jax.tree.map(lambda leaf: np.asarray(leaf)[0], self._state.params))
 
     def state(self) -> AdamState:
         """The whole state of the first network, copied: the next step overwrites the original."""
