@@ -1,7 +1,7 @@
-"""A run's whole state in one file that either framework reads: safetensors, nothing that executes. NumPy alone.
+"""The whole state of a run in one safetensors file that either framework reads. Reading it executes nothing.
 
-The tensors carry PyTorch's names and layouts: `fc1.weight`, `first_moment.fc1.weight`, `second_moment.fc1.weight`. All
-else is JSON in the file's metadata, with a SHA-256 over both.
+The tensors have PyTorch's names and layouts: `fc1.weight`, `first_moment.fc1.weight`, `second_moment.fc1.weight`.
+Everything else is JSON in the file's metadata, with a SHA-256 over both.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of, recognise
 
 FORMAT = "1"
 MOMENTS = ("first_moment", "second_moment")
-MAX_BYTES = 2**28  # the largest network (--hidden 8192) in float64 has 156 MB; what is larger than this is not read
+MAX_BYTES = 2**28  # larger files are refused; the largest network (--hidden 8192) in float64 takes 156 MB
 
 
 class AdamState(NamedTuple):
-    """The whole state of a training run, in PyTorch's names and layouts; moments of the trainable tensors only."""
+    """The state of a training run under PyTorch's names and layouts: weights, Adam's moments, and steps so far."""
 
     weights: TorchDict
     first_moment: TorchDict
@@ -33,37 +33,36 @@ class AdamState(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
-    """Where a run is: what has to be known to go on as if nothing had happened."""
+    """How far a run is, and what it has measured so far."""
 
     epoch: int
-    """The epoch that is under way, counted from 0."""
+    """The epoch under way, counted from 0."""
     steps: int
-    """Steps of it that are done."""
+    """Steps of this epoch that are done."""
     loss_sum: float
-    """Sum of the losses of its images so far."""
+    """Sum of the losses of this epoch's images so far."""
     seconds: float
-    """Time it has taken so far."""
+    """Training time of this epoch so far."""
     rows: list[dict[str, Any]]
-    """The finished epochs' lines of metrics.jsonl."""
+    """The lines of metrics.jsonl, one for each finished epoch."""
 
     def __post_init__(self) -> None:
-        whole = (self.epoch, self.steps)
-        numbers = (self.loss_sum, self.seconds)
+        counts, sums = (self.epoch, self.steps), (self.loss_sum, self.seconds)
         if not (
-            all(type(number) is int and number >= 0 for number in whole)
-            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            all(type(number) is int and number >= 0 for number in counts)
+            and all(type(number) in (int, float) and math.isfinite(number) for number in sums)
             and isinstance(self.rows, list)
             and all(isinstance(row, dict) for row in self.rows)
             and len(self.rows) == self.epoch
         ):
-            raise ValueError("its progress is not a run's")
+            raise ValueError("the progress of the run is not valid")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All of it."""
+    """Everything that is needed to continue a run as if it had not stopped."""
 
     state: AdamState
     progress: Progress
@@ -72,14 +71,14 @@ class Checkpoint:
 
 
 class Unusable(Exception):
-    """A file that is no checkpoint, or no longer one, with the reason."""
+    """The file is not a checkpoint, or is damaged. The message is the reason."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the file whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        OSError: the disk is full, the folder cannot be written, or is gone.
+        OSError: the disk is full, or the folder cannot be written or does not exist.
     """
     tensors = flatten(checkpoint.state)
     content = {
@@ -94,10 +93,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a file.
+    """Read and verify a checkpoint.
 
     Raises:
-        Unusable: it is missing, damaged, of another format, or its numbers are not finite.
+        Unusable: the file is missing, damaged, or of another format, or a number in it is not finite.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -111,17 +110,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise Unusable(f"not a readable safetensors file ({error})") from None
     text = metadata.get("checkpoint")
     if text is None:
-        raise Unusable("it holds weights alone, no checkpoint")
+        raise Unusable("it holds weights only, not a checkpoint")
     if metadata.get("sha256") != checksum(text, tensors):
         raise Unusable("its contents do not match its checksum")
     return interpret(text, tensors)
 
 
 def interpret(text: str, tensors: TorchDict) -> Checkpoint:
-    """Make a checkpoint of what was read.
+    """Build the checkpoint from the JSON text of the metadata and the tensors.
 
     Raises:
-        Unusable: it does not say what a checkpoint says.
+        Unusable: the text or the tensors are not those of a checkpoint.
     """
     try:
         content = json.loads(text)
@@ -131,17 +130,17 @@ def interpret(text: str, tensors: TorchDict) -> Checkpoint:
         progress = Progress(**content["progress"])
         return Checkpoint(state, progress, dict(content["run"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Unusable(f"its contents are not a checkpoint's ({type(error).__name__}: {error})") from None
+        raise Unusable(f"its contents are not valid ({type(error).__name__}: {error})") from None
 
 
 def flatten(state: AdamState) -> TorchDict:
-    """One dictionary for the file."""
+    """Return all arrays of a state in one dictionary, the moments under prefixed names."""
     moments = {f"{moment}.{name}": array for moment in MOMENTS for name, array in getattr(state, moment).items()}
     return {name: np.ascontiguousarray(array) for name, array in (state.weights | moments).items()}
 
 
 def unflatten(tensors: Mapping[str, np.ndarray], step: int) -> AdamState:
-    """The state, out of the file's tensors.
+    """Return the state that `flatten` made these tensors from.
 
     Raises:
         ValueError: a tensor is missing, unknown, misshapen, of another dtype than the others, or not finite.
@@ -152,11 +151,11 @@ def unflatten(tensors: Mapping[str, np.ndarray], step: int) -> AdamState:
         part, name = (head, tail) if head in MOMENTS else ("weights", full_name)
         parts[part][name] = array
     layout = layout_of(recognise(parts["weights"]))
-    for named in parts.values():
-        check_shapes(named, layout)
+    for part_tensors in parts.values():
+        check_shapes(part_tensors, layout)
     dtypes = {array.dtype for array in tensors.values()}
     if len(dtypes) != 1 or not np.issubdtype(min(dtypes, key=str), np.floating):
-        raise ValueError(f"tensors of {', '.join(sorted(map(str, dtypes)))}")
+        raise ValueError(f"tensors have the dtypes {', '.join(sorted(map(str, dtypes)))}")
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise ValueError(f"tensor {name} holds NaN or infinity")
@@ -164,7 +163,7 @@ def unflatten(tensors: Mapping[str, np.ndarray], step: int) -> AdamState:
 
 
 def checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the text and every tensor's name, dtype, shape and bytes."""
+    """Return the SHA-256 of the text and of every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])

@@ -1,8 +1,10 @@
-"""Every number of a run, written once. Both training commands build their command line from `TrainConfig`."""
+"""Every number of a run, written once. Each command builds its command line from one of these classes.
+
+The docstring of a field is its text in `--help`.
+"""
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,9 +26,6 @@ LIMITS = {
     "hidden": (1, 8192),
     "limit_train": (1, TRAIN_SIZE),
     "limit_test": (1, TEST_SIZE),
-}
-JAX_LIMITS = {
-    "seeds": (1, 1_000),
     "devices": (1, 1_000_000),
     "num_processes": (1, 1_000_000),
 }
@@ -40,17 +39,47 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
+class FolderConfig:
+    """The folders of a command."""
+
+    data_dir: Path = Path("data")
+    """Folder of the data set. Files that are missing are downloaded into it."""
+    out_dir: Path = Path("runs")
+    """Folder for the results. Earlier results in it are moved aside, not overwritten."""
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """The seed of a command."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the images."""
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """How much a command trains and tests."""
+
+    epochs: int = 5
+    """Number of passes over the training set."""
+    limit_train: int | None = None
+    """Train on the first N images only."""
+    limit_test: int | None = None
+    """Test on the first N test images only."""
+
+
+@dataclass(frozen=True)
 class AdamConfig:
-    """Adam as in Kingma & Ba, 2015 (arXiv:1412.6980), Algorithm 1; PyTorch's and optax's defaults."""
+    """Adam as in Kingma & Ba, 2015 (arXiv:1412.6980), Algorithm 1, with the defaults of PyTorch and optax."""
 
     learning_rate: float = 1e-3
-    """Step size, alpha in the paper."""
+    """Adam's step size, alpha in the paper."""
     b1: float = 0.9
-    """Decay of the mean of the gradients."""
+    """Adam's decay of the running mean of the gradients."""
     b2: float = 0.999
-    """Decay of the mean of their squares."""
+    """Adam's decay of the running mean of the squared gradients."""
     eps: float = 1e-8
-    """Added outside the square root, in torch and in optax alike."""
+    """Adam's constant in the denominator, added outside the square root."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -63,14 +92,13 @@ class AdamConfig:
 
 
 class Network(NamedTuple):
-    """Which network, in either framework."""
+    """One of the networks, in either framework. Only the mlp uses `hidden`."""
 
     model: Model = "cnn"
     hidden: int = HIDDEN
-    """Of the mlp alone."""
 
     def __str__(self) -> str:
-        """The flags that ask for it."""
+        """Return the flags that ask for this network."""
         return f"--model {self.model}" + (f" --hidden {self.hidden}" if self.model == "mlp" else "")
 
 
@@ -78,41 +106,29 @@ CNN = Network()
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(FolderConfig, SeedConfig, LimitConfig):
     """One training run on FashionMNIST, in either framework."""
 
     model: Model = "cnn"
     """linear is softmax regression, mlp has one hidden layer, cnn is SimpleCNN."""
     hidden: int = HIDDEN
-    """Units of the mlp's hidden layer; 2050 give it as many parameters as the cnn has."""
-    epochs: int = 5
-    """Passes over the training set."""
+    """Units of the mlp's hidden layer. With 2050 it has as many parameters as the cnn."""
     batch_size: int = 64
-    """Images in a step; the last batch of an epoch holds what is left over."""
+    """Images in a training step. The last batch of an epoch may be smaller."""
     adam: AdamConfig = field(default_factory=AdamConfig)
-    seed: int = 0
-    """Seeds the initial weights and the order of the images."""
-    data_dir: Path = Path("data")
-    """Where the data set is, or is put."""
-    out_dir: Path = Path("runs")
-    """Where results are written. A run that is already there is moved aside, not overwritten."""
     device: Device = "auto"
-    """auto takes an accelerator if the framework sees one."""
+    """Device to train on. auto takes an accelerator if the framework sees one."""
     precision: Precision = "float32"
-    """Of weights, activations and gradients. bfloat16 (JAX only) keeps weights and Adam's moments in float32."""
+    """Dtype of weights, activations and gradients. bfloat16 (JAX only) keeps weights and Adam's moments in float32."""
     init_weights: Path | None = None
-    """Start from this safetensors file (PyTorch's names and layouts) instead of drawing weights."""
-    limit_train: int | None = None
-    """Train on the first N images only."""
-    limit_test: int | None = None
-    """Score the first N test images only."""
+    """Start from this safetensors file (PyTorch's names and layouts) instead of random weights."""
     resume: bool = False
-    """Go on from the newest checkpoint in out-dir, exactly where it stopped."""
+    """Continue from the newest checkpoint in --out-dir, exactly where the run stopped."""
     checkpoint_seconds: float = 30.0
-    """Save the whole state so often, and at the end of every epoch."""
+    """Seconds between checkpoints. A checkpoint is also written after every epoch."""
 
     def __post_init__(self) -> None:
-        check_limits(self, LIMITS)
+        check_limits(self)
         if self.hidden != HIDDEN and self.model != "mlp":
             raise UserError(f"--hidden {self.hidden} is the mlp's: add --model mlp, or leave it out")
         if not self.checkpoint_seconds >= 0:
@@ -120,58 +136,54 @@ class TrainConfig:
 
     @property
     def network(self) -> Network:
-        """Which network it trains."""
+        """The network that the run trains."""
         return Network(self.model, self.hidden)
 
     @property
     def weights_dtype(self) -> Literal["float32", "float64"]:
-        """Of weights and moments, which mixed precision keeps wider than what it computes with."""
+        """Dtype of weights and moments. With bfloat16 they are wider than what the run computes with."""
         return "float64" if self.precision == "float64" else "float32"
 
 
 @dataclass(frozen=True)
 class JaxTrainConfig(TrainConfig):
-    """A training run with what only the JAX version offers: dialects, and several networks, devices and processes."""
+    """A training run with what only the JAX version offers: dialects, and several devices and processes."""
 
     dialect: Dialect = "linen"
     """How the network is written: in Flax Linen, in Flax NNX, or as plain functions. The results are the same."""
-    seeds: int = 1
-    """Train so many networks at once: with seed, seed + 1, and so on."""
     devices: int | None = None
-    """Share each batch among so many devices of all processes; 1, or all where there are several processes."""
+    """Number of devices, of all processes together, that share each batch. The default is 1, or with several processes
+    all."""
     coordinator: str | None = None
-    """Where several processes meet: host:port of the first, or `cluster` (Slurm, Open MPI, TPU pod) to be told."""
+    """Address host:port of the first of several processes, or `cluster` to ask Slurm, Open MPI or the TPU pod."""
     num_processes: int | None = None
-    """How many processes meet there; `cluster` knows."""
+    """Number of processes at that address. With `cluster` it is known."""
     process_id: int | None = None
-    """Which of them this one is, from 0; `cluster` knows."""
+    """Number of this process, counted from 0. With `cluster` it is known."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_limits(self, JAX_LIMITS)
-        if self.resume and self.seeds > 1:
-            raise UserError("--resume goes with --seeds 1 only: no checkpoints are kept of several networks at once")
-        place, numbers = self.coordinator, (self.num_processes, self.process_id)
-        if place in (None, CLUSTER):
+        address, numbers = self.coordinator, (self.num_processes, self.process_id)
+        if address in (None, CLUSTER):
             if numbers != (None, None):
                 raise UserError("--num-processes and --process-id need --coordinator HOST:PORT, where processes meet")
-        elif not re.fullmatch(r".+:\d{1,5}", str(place)):
-            raise UserError(f"--coordinator must be HOST:PORT or {CLUSTER}, not {place}")
+        elif not re.fullmatch(r".+:\d{1,5}", str(address)):
+            raise UserError(f"--coordinator must be HOST:PORT or {CLUSTER}, not {address}")
         elif self.num_processes is None or self.process_id is None:
-            raise UserError(f"--coordinator {place} needs --num-processes and --process-id as well")
+            raise UserError(f"--coordinator {address} needs --num-processes and --process-id as well")
         elif not 0 <= self.process_id < self.num_processes:
             last = self.num_processes - 1
             raise UserError(f"--process-id must be between 0 and {last} (--num-processes - 1), not {self.process_id}")
 
 
-def check_limits(config: TrainConfig, limits: Mapping[str, tuple[int, int]]) -> None:
-    """Hold a config's numbers to their limits.
+def check_limits(config: FolderConfig | SeedConfig | LimitConfig) -> None:
+    """Check those fields of a configuration that are in `LIMITS`.
 
     Raises:
-        UserError: one is outside.
+        UserError: a number is outside its limits.
     """
-    for name, (least, most) in limits.items():
-        value = getattr(config, name)
+    for name, (least, most) in LIMITS.items():
+        value = getattr(config, name, None)
         if value is not None and not least <= value <= most:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")

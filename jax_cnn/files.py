@@ -1,14 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Writing files so that a crash leaves the old file or the new one, and a failure is one line for the user."""
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from jax_cnn.config import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename, and flush the folder: a crash leaves the old or the new.
+    """Write under a temporary name, flush to disk, rename, and flush the folder.
 
     Raises:
-        OSError: the disk is full, the folder cannot be written, or is gone. What was there before stays.
+        OSError: the disk is full, or the folder cannot be written or does not exist. The old file stays.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -23,8 +28,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     flush_folder(path.parent)
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON atomically. Paths, dtypes and other values that JSON lacks are written as text.
+
+    Raises:
+        OSError: as `write_atomically`.
+        ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(content, indent=1, default=str, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
 def flush_folder(folder: Path) -> None:
-    """Make a rename last; Windows has no such call and needs none."""
+    """Make a rename permanent. Windows has no such call and needs none."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -32,3 +48,16 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(path: Path, flag: str = "--out-dir") -> Iterator[None]:
+    """Turn an OSError inside the block into one line for the user: `path` is the value of this flag.
+
+    Raises:
+        UserError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None

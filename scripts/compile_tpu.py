@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
-from jax_cnn.files import write_atomically
+from jax_cnn.files import write_atomically, writing
 from jax_cnn.run import command_line
-from jax_cnn.run.folder import check_out_dir, writing
+from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:

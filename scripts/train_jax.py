@@ -9,7 +9,7 @@ from jax_cnn.data import load_fashion_mnist
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.loop import fit, follow
-from jax_cnn.run.resume import check_resumable
+from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import load_weights
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
-    check_resumable(config, "jax", print)
+    checkpoint = find_checkpoint(config, "jax", print)
 
     import jax  # only now: a slip should not wait for JAX to load
 
@@ -35,9 +35,9 @@ def main() -> None:
     console.print(f"jax: compiling for {devices[0].platform}")
     trainer = JaxTrainer(config, data, devices, initial, config.dialect)
     if first:
-        fit(config, trainer, console)
+        fit(config, trainer, console, checkpoint)
     else:
-        follow(config, trainer)
+        follow(config, trainer, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""SimpleCNN on FashionMNIST in PyTorch, as a course would write it: the reference of every comparison."""
+"""SimpleCNN on FashionMNIST in PyTorch, written as in a course: the reference for every comparison."""

@@ -1,4 +1,4 @@
-"""FashionMNIST as torchvision serves it: a data set of images and a loader of batches."""
+"""FashionMNIST with torchvision: a data set of images and a loader of batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,9 @@ Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
 def load_dataset(data_dir: Path, *, train: bool, limit: int | None = None) -> Dataset[tuple[Tensor, Tensor]]:
-    """The training or the test set; an item is an image [1, 28, 28] in 0 … 1 (torch's default dtype) and its class.
+    """Return the training or the test set. An item is an image [1, 28, 28] in 0 … 1 and its class.
+
+    The images have torch's default dtype.
 
     Raises:
         RuntimeError: the files are not in `data_dir`.
@@ -24,5 +26,5 @@ def load_dataset(data_dir: Path, *, train: bool, limit: int | None = None) -> Da
 def load_batches(
     dataset: Dataset[tuple[Tensor, Tensor]], batch_size: int, order: Sequence[int] | None = None
 ) -> Batches:
-    """Batches of images [batch, 1, 28, 28] and classes [batch], in the given order; the last may be smaller."""
+    """Return batches of images [batch, 1, 28, 28] and classes [batch], in this order. The last may be smaller."""
     return DataLoader(dataset, batch_size=batch_size, sampler=order)

@@ -1,6 +1,6 @@
 """The reference networks.
 
-Each takes images [batch, 1, 28, 28] with values in 0 … 1 and returns logits [batch, 10], in the dtype of its weights.
+Each takes images [batch, 1, 28, 28] with values in 0 … 1 and returns logits [batch, 10] in the dtype of its weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,7 +68,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {"linear": SoftmaxRegression, "
 
 
 def make_model(name: str = "cnn", hidden: int = 512) -> nn.Module:
-    """The network of that name, with weights that PyTorch draws.
+    """Build the network of that name, with PyTorch's own random weights.
 
     Args:
         name: linear, mlp or cnn.

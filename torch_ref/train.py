@@ -13,7 +13,7 @@ criterion = nn.CrossEntropyLoss()
 def train_one_epoch(
     model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Iterator[tuple[int, float]]:
-    """Train on every batch once; after each, yield how many images it held and their mean loss before the step."""
+    """Train on every batch once. After each step, yield its number of images and their mean loss before the step."""
     model.train()
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
@@ -28,7 +28,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, device: torch.device) -> tuple[float, float]:
-    """Mean loss and accuracy (0 … 1) over all images, whatever the batch size."""
+    """Return the mean loss and the accuracy (0 … 1) over all images, whatever the sizes of the batches."""
     model.eval()
     loss_sum, correct, count = 0.0, 0, 0
     for images, labels in batches:

@@ -1,21 +1,22 @@
 """PyTorch's half of a run: the model, its optimizer and its data, ready to train epoch by epoch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 
+from torch_ref.config import Config
 from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
 from torch_ref.train import evaluate, train_one_epoch
 
 Arrays = dict[str, np.ndarray]
-State = tuple[Arrays, Arrays, Arrays, int]
+
+TEST_BATCH_SIZE = 1000
 
 
 class TorchTrainer:
-    """A run in progress: the model, the optimizer and the loaders, as a course's script holds them in globals."""
+    """A run in progress: what a course's script holds in global variables."""
 
     framework = "torch"
     packages: tuple[str, ...] = ("torch", "torchvision", "numpy")
@@ -23,52 +24,36 @@ class TorchTrainer:
 
     def __init__(
         self,
+        config: Config,
         *,
-        data_dir: Path,
-        epoch_order: Callable[[int, int], Sequence[int]],
-        batch_size: int,
-        learning_rate: float,
-        betas: tuple[float, float],
-        eps: float,
-        seed: int,
+        epoch_order: Callable[[int, int], np.ndarray],
         device: torch.device,
-        model: str = "cnn",
-        hidden: int = 512,
-        dtype: torch.dtype = torch.float32,
         initial: Mapping[str, np.ndarray] | None = None,
-        limit_train: int | None = None,
-        limit_test: int | None = None,
     ) -> None:
-        """Draw or load the weights and open the data set.
+        """Draw or load the weights, and open the data set.
 
         Args:
-            data_dir: folder that holds the data set in torchvision's layout.
-            epoch_order: (epoch, size) -> the order in which that epoch visits the training set.
-            batch_size: images in a step.
-            learning_rate: Adam's step size.
-            betas: Adam's decays.
-            eps: added outside the square root.
-            seed: of the initial weights.
+            config: the settings of the run. Its precision becomes torch's default dtype.
+            epoch_order: (epoch, size) -> the order in which that epoch visits the training set, integers [size].
             device: where to train.
-            model: linear, mlp or cnn.
-            hidden: width of the mlp's hidden layer.
-            dtype: float32 or float64; becomes torch's default, which ToTensor and the layers follow.
             initial: weights by name, or None to draw PyTorch's own.
-            limit_train: train on the first so many images only.
-            limit_test: score the first so many only.
         """
-        torch.set_default_dtype(dtype)
-        torch.manual_seed(seed)
-        self._model = make_model(model, hidden)
+        torch.set_default_dtype(getattr(torch, config.precision))  # ToTensor and the layers follow it
+        torch.manual_seed(config.seed)
+        self._model = make_model(config.model, config.hidden)
         if initial is not None:
             self._model.load_state_dict({name: torch.from_numpy(array) for name, array in initial.items()})
-        self._device = device
         self._model.to(device)
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=learning_rate, betas=betas, eps=eps)
+        adam = config.adam
+        self._optimizer = torch.optim.Adam(
+            self._model.parameters(), lr=adam.learning_rate, betas=(adam.b1, adam.b2), eps=adam.eps
+        )
+        self._device = device
+        self._batch_size = config.batch_size
         self._epoch_order = epoch_order
-        self._batch_size = batch_size
-        self._train_set = load_dataset(data_dir, train=True, limit=limit_train)
-        self._test_batches = load_batches(load_dataset(data_dir, train=False, limit=limit_test), batch_size=1000)
+        self._train_set = load_dataset(config.data_dir, train=True, limit=config.limit_train)
+        test_set = load_dataset(config.data_dir, train=False, limit=config.limit_test)
+        self._test_batches = load_batches(test_set, TEST_BATCH_SIZE)
 
     @property
     def train_size(self) -> int:
@@ -77,44 +62,40 @@ class TorchTrainer:
 
     @property
     def device(self) -> str:
-        """What the run computes on, for the record."""
+        """The device, as the run's record names it."""
         return f"gpu ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else "cpu"
 
     def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, float]]:
-        """Train on every image once, from step `start` on; after each, yield how many images it held and their loss."""
+        """Train on every image once, from step `start` on. After each step, yield its number of images and its loss."""
         order = self._epoch_order(epoch, self.train_size)[start * self._batch_size :]
-        batches = load_batches(self._train_set, self._batch_size, order)
+        batches = load_batches(self._train_set, self._batch_size, order.tolist())
         return train_one_epoch(self._model, batches, self._optimizer, self._device)
 
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy (0 … 1) over the whole test set."""
+        """Return the mean loss and the accuracy (0 … 1) over the whole test set."""
         return evaluate(self._model, self._test_batches, self._device)
 
-    def weights(self) -> list[dict[str, np.ndarray]]:
-        """The current weights by name, of the one network that it trains."""
-        return [{name: tensor.detach().cpu().numpy() for name, tensor in self._model.state_dict().items()}]
+    def weights(self) -> Arrays:
+        """Return the current weights by name."""
+        return {name: tensor.numpy(force=True) for name, tensor in self._model.state_dict().items()}
 
-    def state(self) -> State:
-        """The weights, both of Adam's moments, and its step count, copied: the next step overwrites the original."""
-        named = dict(self._model.named_parameters())
-        kept = {name: self._optimizer.state[parameter] for name, parameter in named.items()}
-        step = int(next(iter(kept.values())).get("step", 0))
+    def state(self) -> tuple[Arrays, Arrays, Arrays, int]:
+        """Return copies of the weights and both of Adam's moments by name, and the number of steps so far."""
+        parameters = dict(self._model.named_parameters())
+        adam = {name: self._optimizer.state[parameter] for name, parameter in parameters.items()}  # empty before step 1
 
-        def moment(key: str) -> dict[str, np.ndarray]:
-            zeros = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-            return {name: kept[name].get(key, zeros[name]).numpy(force=True).copy() for name in named}
+        def moment(key: str) -> Arrays:
+            return {
+                name: adam[name].get(key, torch.zeros_like(parameter)).numpy(force=True).copy()
+                for name, parameter in parameters.items()
+            }
 
-        weights = {name: parameter.numpy(force=True).copy() for name, parameter in named.items()}
+        weights = {name: parameter.numpy(force=True).copy() for name, parameter in parameters.items()}
+        step = int(next(iter(adam.values())).get("step", 0))
         return weights, moment("exp_avg"), moment("exp_avg_sq"), step
 
-    def restore(
-        self,
-        weights: Mapping[str, np.ndarray],
-        first_moment: Mapping[str, np.ndarray],
-        second_moment: Mapping[str, np.ndarray],
-        step: int,
-    ) -> None:
-        """Go on from such a state."""
+    def restore(self, weights: Arrays, first_moment: Arrays, second_moment: Arrays, step: int) -> None:
+        """Continue from such a state."""
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(torch.from_numpy(weights[name]))
@@ -126,7 +107,7 @@ class TorchTrainer:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that kind; `auto` takes a GPU if there is one.
+    """Return the device of that kind. `auto` takes a GPU if there is one.
 
     Raises:
         ValueError: PyTorch sees no such device.

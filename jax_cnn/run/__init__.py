@@ -1,1 +1,1 @@
-"""The shell around both training commands: command line, progress, files. Every side effect, no framework."""
+"""The run loop that both training commands share: command line, progress, files. It imports neither framework."""

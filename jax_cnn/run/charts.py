@@ -1,11 +1,14 @@
 """The palette of every chart in this project, and the chart of a run."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from jax_cnn.files import write_atomically
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart (Color Universal Design, 2008).
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -15,7 +18,11 @@ FRAMEWORK_COLOURS = {"jax": BLUE, "torch": VERMILION}
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw loss and accuracy by epoch into a PNG."""
+    """Draw the losses and the test accuracy of each epoch (rows of metrics.jsonl) into a PNG.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -31,4 +38,15 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, atomically.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write_atomically(path, png.getvalue())

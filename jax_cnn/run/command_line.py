@@ -1,22 +1,59 @@
-"""From the command line to a config, and from a slip to one line."""
+"""From the command line to a configuration, from an error to one line, and from Ctrl-C to a clean end."""
 
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import tyro
 
 from jax_cnn.config import UserError
-from jax_cnn.run.interrupts import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Config = TypeVar("Config")
 
 
+class Interrupted(Exception):
+    """The run was asked to stop by the signal `number`, and did. The message is one line for the user."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit with its status.
+
+    The status is 0 after success, 2 after a `UserError` (one line on stderr), 128 + n after signal n, and 141, quietly,
+    when the reader of its output has gone (`| head`), as in a shell.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        sys.exit(141)
+    sys.exit(0)
+
+
 def parse(default: Config, description: str, args: Sequence[str] | None = None) -> Config:
-    """Build a config from the command line; nested configs add their flags without a prefix.
+    """Build a configuration from the command line. A nested configuration adds its flags without a prefix.
 
     Raises:
         UserError: a flag is unknown, lacks its value, or has a value that does not fit.
@@ -31,56 +68,52 @@ def parse(default: Config, description: str, args: Sequence[str] | None = None) 
             config=(tyro.conf.OmitArgPrefixes,),
         )
 
-    complaint = PlainText()
+    message = PlainText()
     try:
         with contextlib.redirect_stderr(PlainText()):
             return read()
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-    # Once more for the message: tyro looks at stdout to choose colours and characters for it.
+    # Read once more for the message alone: tyro chooses its colours and characters by looking at stdout.
     with (
         contextlib.redirect_stdout(PlainText()),
-        contextlib.redirect_stderr(complaint),
+        contextlib.redirect_stderr(message),
         contextlib.suppress(SystemExit),
     ):
         read()
-    raise UserError(f"{first_sentence(complaint.getvalue())} (--help lists every flag)")
+    raise UserError(f"{first_sentence(message.getvalue())} (--help lists every flag)")
 
 
 class PlainText(io.StringIO):
-    """No terminal, so no colours; UTF-8, so the frame that `first_sentence` knows."""
+    """A stream for tyro's message: not a terminal, so without colours; UTF-8, so with the frame of `first_sentence`."""
 
     encoding = "utf-8"
 
 
 def first_sentence(box: str) -> str:
-    """What tyro's framed message says above its first rule, on one line."""
+    """Return on one line what tyro's framed message says above its first rule."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rule = next((at for at, line in enumerate(lines) if line.startswith("─")), len(lines))
+    rule = next((index for index, line in enumerate(lines) if line.startswith("─")), len(lines))
     return " ".join(lines[:rule]).rstrip(".")
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command: status 0 when it is done, 2 with one line on stderr for a slip, 128 + n after signal n.
+@contextlib.contextmanager
+def postponed_interrupts() -> Iterator[Callable[[], int | None]]:
+    """Inside the block, note Ctrl-C or SIGTERM instead of stopping. A second signal ends the process at once.
 
-    Quiet with 141 when nobody reads its output any more (`| head`), as a shell counts the death by SIGPIPE.
+    Yields a function that returns the number of the signal, or None as long as there was none.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
     try:
-        main()
-        sys.stdout.flush()
-    except UserError as slip:
-        print(f"error: {slip}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would complain
-        sys.exit(141)
-    sys.exit(0)
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

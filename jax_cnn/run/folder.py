@@ -1,21 +1,19 @@
-"""The files of a run. A valid run's files are never overwritten: an earlier run is moved aside first."""
+"""The files of a run. The files of an earlier run are never overwritten: they are moved aside first."""
 
 import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.files import write_atomically
+from jax_cnn.files import write_atomically, write_json, writing
 from jax_cnn.torch_layout import save_weights
 
 CONFIG = "config.json"
@@ -28,13 +26,13 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """Where one run writes, and nobody else meanwhile; made when the run has all it needs to start."""
+    """The folder that a run writes into. It is locked against other runs until the block ends."""
 
     def __init__(self, path: Path, say: Callable[[str], None], resume: bool = False) -> None:
-        """Take the folder. Unless the run in it is to go on, its files go to `earlier-1`, `earlier-2`, … inside it.
+        """Lock the folder. Without `resume`, move the files of an earlier run to `earlier-1`, `earlier-2`, … inside it.
 
         Raises:
-            UserError: the folder cannot be made or written, or another process writes there.
+            UserError: the folder cannot be made or written, or another process writes into it.
         """
         self.path = path
         check_out_dir(path)
@@ -47,20 +45,23 @@ class RunFolder:
             set_aside(path, [*FILES, *(file.name for file in path.glob(CHECKPOINTS))], say)
 
     def __enter__(self) -> "RunFolder":
-        """Hold the folder until the block ends."""
+        """Keep the lock until the block ends."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Let others write there."""
+    def __exit__(self, *error: object) -> None:
+        """Release the lock."""
         self._lock.release()
 
     def write_config(self, config: TrainConfig, provenance: dict[str, Any]) -> None:
-        """Write config.json: what was asked for, by which command, on which machine, with which versions."""
-        self._write(CONFIG, json.dumps({"config": asdict(config)} | provenance, indent=2, default=str))
+        """Write config.json: the configuration, the command, the machine and the versions."""
+        with writing(self.path):
+            write_json(self.path / CONFIG, {"config": asdict(config)} | provenance)
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write metrics.jsonl, a line to an epoch; all of it each time, so that no line is ever cut or repeated."""
-        self._write(METRICS, "\n".join(json.dumps(row, allow_nan=False) for row in rows))
+        """Write metrics.jsonl, one line for each epoch. It is always written whole, so no line is cut or repeated."""
+        lines = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        with writing(self.path):
+            write_atomically(self.path / METRICS, lines.encode())
 
     def write_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write weights.safetensors."""
@@ -69,20 +70,16 @@ class RunFolder:
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         """Draw curves.png."""
-        # It would tell on stderr that it makes its list of fonts, or finds no place to keep it: nothing for the user.
+        # Matplotlib reports on stderr that it builds its list of fonts: nothing that the user has to know.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        from jax_cnn.run.charts import plot_curves  # only now: no slip and no --help should wait for matplotlib
+        from jax_cnn.run.charts import plot_curves  # only now: --help and errors should not wait for matplotlib
 
         with writing(self.path):
             plot_curves(rows, title, self.path / CURVES)
 
-    def _write(self, name: str, text: str) -> None:
-        with writing(self.path):
-            write_atomically(self.path / name, f"{text}\n".encode())
-
 
 def set_aside(path: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
-    """Move those of the files that are in the folder to `earlier-1`, `earlier-2`, … inside it, and say so.
+    """Move the files with these names, where they exist, to `earlier-1`, `earlier-2`, … in the folder, and say so.
 
     Raises:
         UserError: the folder cannot be written.
@@ -97,17 +94,8 @@ def set_aside(path: Path, names: Sequence[str], say: Callable[[str], None]) -> N
         say(f"{path} held an earlier run: it is now in {aside}")
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out-dir {path}: cannot write there ({error.strerror}); choose another folder") from None
-
-
 def check_out_dir(path: Path) -> None:
-    """Make the folder if need be and try a file in it, before any work is done.
+    """Make the folder if it does not exist, and try to write a file into it, before any work is done.
 
     Raises:
         UserError: it cannot be made or written.

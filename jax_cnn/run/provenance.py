@@ -1,4 +1,4 @@
-"""Where a figure comes from: versions, hardware, command. It goes into the same file as the figure."""
+"""Provenance of a result: versions, hardware, command. It is stored in the same file as the result."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
-    """Collect the command line, the time (UTC, ISO 8601), the machine, and the versions of Python and packages."""
+    """Return the command line, the time (UTC, ISO 8601), the machine, and the versions of Python and these packages."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -22,22 +22,22 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+    """Return the name of the processor, or its architecture where the system does not give a name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def package_version(name: str) -> str:
-    """The installed version of a package."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:

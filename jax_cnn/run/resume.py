@@ -1,125 +1,167 @@
-"""Going on with a run: what may differ from when it started, and the command that goes on."""
+"""The checkpoints of a run: written in the background, found again, and compared with what is asked for now."""
 
 import json
+import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from jax_cnn.checkpoint import Checkpoint
+from jax_cnn.checkpoint import Checkpoint, Unusable, load_checkpoint, save_checkpoint
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.run.checkpoints import newest_checkpoint
+from jax_cnn.run.folder import CHECKPOINTS
 
-# What changes no weight's bits, or not the weights of the epochs that are done. All else has to be as it was.
+KEPT = 2  # checkpoints in a folder: the newest, and one before it in case the newest is damaged
+# Fields that may change when a run is resumed: they change no bit of the weights of the epochs that are done.
 FREE = {
     *("epochs", "data_dir", "out_dir", "resume", "checkpoint_seconds"),
     *("dialect", "coordinator", "num_processes", "process_id"),
 }
-ROUNDING = {"device", "devices"}  # what may change a weight's last bits
+ROUNDING = {"device", "devices"}  # fields that may change too, but with them the last bits of the weights
+
+Record = dict[str, Any]
 
 
-def run_record(config: TrainConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run: the configuration as JSON, and where and with what it is computed."""
-    loaded: dict[str, Any] = json.loads(json.dumps({"config": asdict(config)} | record, default=str))
-    return loaded
+class CheckpointWriter:
+    """Writes one checkpoint at a time in its own thread, so that training goes on meanwhile."""
+
+    def __init__(self, folder: Path, interval: float) -> None:
+        """Write into this folder. A checkpoint is due `interval` seconds after the one before."""
+        self._folder = folder
+        self._interval = interval
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return time.monotonic() - self._last >= self._interval
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Begin to write a checkpoint, as soon as the one before is on disk.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._last = time.monotonic()
+        self._pending = self._thread.submit(self._write, checkpoint)
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            OSError: the checkpoint could not be written. Earlier ones are still there.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        step = checkpoint.state.step
+        save_checkpoint(self._folder / f"checkpoint-{step:09}.safetensors", checkpoint)
+        older = [path for other, path in checkpoint_files(self._folder) if other < step]
+        for path in older[KEPT - 1 :]:
+            path.unlink(missing_ok=True)
 
 
-def check_resumable(config: TrainConfig, framework: str, say: Callable[[str], None]) -> None:
-    """Refuse what `checkpoint_to_resume` would refuse, before anything is loaded or compiled.
-
-    Args:
-        config: what is asked for; nothing is done unless it asks to resume.
-        framework: that is to compute it.
-        say: shows a line to the user: the checkpoints that were passed over, if none is left.
-
-    Raises:
-        UserError: there is no checkpoint in its folder, or it belongs to another run.
-    """
-    if not config.resume:
-        return
-    passed_over: list[str] = []
-    try:
-        found = newest_checkpoint(config.out_dir, passed_over.append)
-    except UserError:
-        for line in passed_over:
-            say(line)
-        raise
-    origin = {"framework": framework, "versions": {}, "machine": {"cpu": None}}  # the rest is no reason to refuse
-    refuse_another_run(config, found, run_record(config, origin))
+def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
+    """Return the step and the path of each checkpoint in the folder, the newest first."""
+    names = ((re.fullmatch(r"checkpoint-(\d{9,})\.safetensors", path.name), path) for path in folder.glob(CHECKPOINTS))
+    return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
 
-def checkpoint_to_resume(config: TrainConfig, run: dict[str, Any], say: Callable[[str], None]) -> Checkpoint:
-    """Find the newest good checkpoint of this very run in its folder.
+def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest good checkpoint in the run's folder, or None without --resume.
+
+    It needs neither framework, so that a mistake is reported before anything is loaded or compiled.
 
     Args:
         config: what is asked for now.
-        run: its `run_record`.
-        say: shows a line to the user: what was passed over, and what is no longer as it was.
+        framework: what will train, "jax" or "torch".
+        say: shows a line to the user: each checkpoint that cannot be used, and why.
 
     Raises:
-        UserError: there is none, or it belongs to another run.
+        UserError: there is no good checkpoint, it belongs to another run, or it has gone further than is asked for.
     """
-    found = newest_checkpoint(config.out_dir, say)
-    refuse_another_run(config, found, run)
-    if changed := differences(config, found, run):
-        listing = "; ".join(describe(name, *pair) for name, pair in changed.items())
-        say(f"not as it was: {listing}. The weights may differ in their last bits from an uninterrupted run's")
-    return found
+    if not config.resume:
+        return None
+    checkpoint = newest_checkpoint(config.out_dir, say)
+    now = settings(run_record(config, {"framework": framework}))
+    defaults = settings(run_record(type(config)(), {"framework": framework}))
+    before = defaults | settings(checkpoint.run)  # a field that is newer than the checkpoint had its default
+    changed = differences(before, now, now.keys() - FREE - ROUNDING - {"cpu"})
+    if changed:
+        raise UserError(
+            f"--resume: {config.out_dir} holds another run: {'; '.join(changed)}; give the same flags as before, or "
+            "choose another --out-dir"
+        )
+    if checkpoint.progress.epoch > config.epochs:
+        raise UserError(
+            f"--resume: the run in {config.out_dir} has finished {checkpoint.progress.epoch} epochs, more than "
+            f"--epochs {config.epochs}; ask for as many or more"
+        )
+    return checkpoint
 
 
-def refuse_another_run(config: TrainConfig, found: Checkpoint, run: dict[str, Any]) -> None:
-    """Hold a checkpoint to what is asked for.
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
+    """Return the newest checkpoint that is not damaged.
 
     Raises:
-        UserError: it would not be the same run, or it has gone further already.
+        UserError: there is none.
     """
-    changed = differences(config, found, run)
-    last_bits = {*ROUNDING, "cpu", *run["versions"], *dict(found.run["versions"])}
-    other = [describe(name, *pair) for name, pair in changed.items() if name not in last_bits]
-    if other:
-        raise UserError(
-            f"--resume: {config.out_dir} holds another run: {'; '.join(other)}; ask for what it was, or choose another "
-            "--out-dir"
-        )
-    if found.progress.epoch > config.epochs:
-        raise UserError(
-            f"--resume: the run in {config.out_dir} has finished {found.progress.epoch} epochs, more than --epochs "
-            f"{config.epochs}; ask for as many or more"
-        )
+    for _, path in checkpoint_files(folder):
+        try:
+            return load_checkpoint(path)
+        except Unusable as reason:
+            say(f"passing over {path}: {reason}")
+    raise UserError(f"--resume: no usable checkpoint in {folder}; leave --resume out to start anew, or check --out-dir")
 
 
-def differences(config: TrainConfig, found: Checkpoint, run: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What may matter and was otherwise: before and now, under the names of the flags.
+def rounding_changes(checkpoint: Checkpoint, record: Record) -> list[str]:
+    """Return what is no longer as it was and may change the last bits of the weights: device, processor, versions."""
+    before, now = settings(checkpoint.run), settings(record)
+    return differences(before, now, {*ROUNDING, "cpu", *record["versions"]})
 
-    A flag that an earlier version did not know had its default then.
+
+def run_record(config: TrainConfig, origin: Record) -> Record:
+    """Return what a checkpoint stores about its run: the configuration, and where and with what it is computed."""
+    record: Record = json.loads(json.dumps({"config": asdict(config)} | origin, default=str))
+    return record
+
+
+def settings(record: Record) -> Record:
+    """Return a run's record as a flat dictionary: the fields of the configuration, and what computes the run.
+
+    Raises:
+        UserError: the record is not complete.
     """
-    defaults = flat(run_record(type(config)(), {name: run[name] for name in ("framework", "versions", "machine")}))
-    before, now = flat(found.run), flat(run)
-    for name in asdict(config).keys() & defaults.keys():
-        before.setdefault(name, defaults[name])
-    pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in FREE}
-
-
-def flat(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run is made of, under the names of the flags; versions under those of the packages."""
     try:
-        config = dict(run["config"])
-        config |= config.pop("adam")
-        return config | dict(run["versions"]) | {"framework": run["framework"], "cpu": run["machine"]["cpu"]}
+        config = dict(record["config"])
+        adam = dict(config.pop("adam"))
+        machine, versions = dict(record.get("machine", {})), dict(record.get("versions", {}))
+        return config | adam | versions | {"framework": record["framework"], "cpu": machine.get("cpu")}
     except (KeyError, TypeError, ValueError):
         raise UserError(
             "--resume: the checkpoint does not say what run it belongs to; start without --resume"
         ) from None
 
 
-def describe(name: str, before: object, now: object) -> str:
-    """One difference."""
-    return f"{name.replace('_', '-')} was {before}, not {now}"
+def differences(before: Record, now: Record, names: set[str]) -> list[str]:
+    """Return a description of each of the named settings that has changed."""
+    return [
+        f"{name.replace('_', '-')} was {before.get(name)}, not {now.get(name)}"
+        for name in sorted(names)
+        if before.get(name) != now.get(name)
+    ]
 
 
 def how_to_resume() -> str:
-    """The command that goes on where this one stops."""
+    """Return the command that resumes the run of this process."""
     flags = [word for word in sys.argv[1:] if word != "--resume"]
     return shlex.join(["python", sys.argv[0], *flags, "--resume"])

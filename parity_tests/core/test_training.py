@@ -11,10 +11,9 @@ import pytest
 import torch
 from jax import numpy as jnp
 
-from experiments.torch_options import torch_options
 from jax_cnn import model, torch_layout, train
 from jax_cnn.config import AdamConfig, TrainConfig
-from jax_cnn.data import FashionMNIST
+from jax_cnn.data import FashionMNIST, epoch_order
 from jax_cnn.model import apply
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import cross_entropy, to_images
@@ -34,14 +33,15 @@ def jax_trainer(data: FashionMNIST, initial: TorchDict, **changes: Any) -> JaxTr
 def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
     """The same run as train_torch.py makes it."""
     config = TrainConfig(data_dir=data_dir, limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST)
-    return TorchTrainer(**torch_options(config), initial=initial)
+    order = partial(epoch_order, config.seed)
+    return TorchTrainer(config, epoch_order=order, device=torch.device("cpu"), initial=initial)
 
 
 def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
     """Train one epoch; its mean training loss, then the test loss and the accuracy after it."""
     counts, losses = zip(*((count, np.mean(loss)) for count, loss in trainer.train_epoch(0)), strict=True)
     assert sum(counts) == LIMIT_TRAIN
-    return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *map(np.squeeze, trainer.evaluate())])
+    return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *trainer.evaluate()])
 
 
 def test_the_same_weights_and_batches_give_the_same_losses(

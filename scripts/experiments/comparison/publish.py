@@ -15,7 +15,8 @@ from experiments.comparison import charts, formats, panels
 from experiments.comparison.highlighting import highlighted, style_sheet
 from experiments.comparison.sources import read
 from experiments.comparison.theme import DARK, LIGHT, THEMES, Theme, drawing, save
-from jax_cnn.run.folder import set_aside, writing
+from jax_cnn.files import writing
+from jax_cnn.run.folder import set_aside
 
 Json = dict[str, Any]
 PAGE, REPORT, FIGURES = "report.html", "report.json", "figures"

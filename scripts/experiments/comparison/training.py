@@ -12,7 +12,8 @@ from experiments.comparison.earlier import read_benchmark, read_parity
 from experiments.comparison.settings import ROOT, CompareConfig
 from experiments.studies.runs import ENVIRONMENT, as_json, flags, read_metrics, read_record
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.run.folder import CHECKPOINTS, FILES, WEIGHTS, set_aside, writing
+from jax_cnn.files import writing
+from jax_cnn.run.folder import CHECKPOINTS, FILES, WEIGHTS, set_aside
 from jax_cnn.run.provenance import provenance
 from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 

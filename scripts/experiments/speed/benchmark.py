@@ -12,7 +12,8 @@ from experiments.speed.commands import commands
 from experiments.speed.progress import Steps
 from experiments.speed.settings import BenchmarkConfig
 from experiments.speed.team import Json
-from jax_cnn.run.folder import set_aside, writing
+from jax_cnn.files import writing
+from jax_cnn.run.folder import set_aside
 from jax_cnn.run.provenance import provenance, usable_cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy")

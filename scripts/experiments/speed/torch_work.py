@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from experiments.speed.contenders import Task, Unavailable
 from experiments.speed.work import DOTS_PER_ROUND, Training, Work, dot_factors
-from experiments.torch_options import torch_options
 from jax_cnn.config import AdamConfig, TrainConfig
 from jax_cnn.data import epoch_order, load_fashion_mnist
 from torch_ref.model import SimpleCNN
@@ -45,7 +45,7 @@ def course_trainer(task: Task) -> TorchTrainer:
     config = TrainConfig(
         data_dir=task.data_dir, batch_size=task.batch_size, seed=task.seed, limit_train=task.images, limit_test=1
     )
-    return TorchTrainer(**torch_options(config))
+    return TorchTrainer(config, epoch_order=partial(epoch_order, config.seed), device=torch.device("cpu"))
 
 
 class InMemoryLoop:

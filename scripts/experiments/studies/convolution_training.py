@@ -5,7 +5,7 @@ time. The weights are the training commands' own, bit by bit (`test_convolution_
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -14,10 +14,9 @@ import torch
 from rich.console import Console
 
 from experiments.studies.runs import Framework, Run, as_asked
-from experiments.torch_options import torch_options
 from jax_cnn.config import TrainConfig
-from jax_cnn.data import FashionMNIST, load_fashion_mnist
-from jax_cnn.run.interrupts import Interrupted
+from jax_cnn.data import FashionMNIST, epoch_order, load_fashion_mnist
+from jax_cnn.run.command_line import Interrupted
 from jax_cnn.run.loop import Trainer, fit
 from jax_cnn.trainer import JaxTrainer
 from torch_ref.train import evaluate, train_one_epoch
@@ -33,7 +32,7 @@ class InMemoryTrainer(TorchTrainer):
 
     def __init__(self, config: TrainConfig, data: FashionMNIST) -> None:
         """Draw the weights, and put the images into memory."""
-        super().__init__(**torch_options(config))
+        super().__init__(config, epoch_order=partial(epoch_order, config.seed), device=torch.device("cpu"))
         self._training = as_tensors(data.train_images[: config.limit_train], data.train_labels[: config.limit_train])
         self._test = as_tensors(data.test_images[: config.limit_test], data.test_labels[: config.limit_test])
 
@@ -41,7 +40,7 @@ class InMemoryTrainer(TorchTrainer):
         """Train on every image once."""
         order = self._epoch_order(epoch, self.train_size)[start * self._batch_size :]
         batches = [
-            tuple(part[chosen] for part in self._training) for chosen in torch.tensor(order).split(self._batch_size)
+            tuple(part[chosen] for part in self._training) for chosen in torch.from_numpy(order).split(self._batch_size)
         ]
         return train_one_epoch(self._model, batches, self._optimizer, self._device)  # type: ignore[arg-type]  # a list
 
