@@ -1,4 +1,4 @@
-"""How XLA compiles here: options that make its CPU programs faster, and where compiled programs are kept."""
+"""XLA's options for faster CPU programs, and the folder in which compiled programs are kept."""
 
 import functools
 import os
@@ -17,13 +17,16 @@ CPU_OPTIONS: dict[str, str | bool] = {
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Those of `CPU_OPTIONS` that this jaxlib knows: unlike a name in XLA_FLAGS, an unknown option can be left out."""
+    """Return the options of `CPU_OPTIONS` that this jaxlib knows; none on another platform.
+
+    An unknown name in the variable XLA_FLAGS would end the process.
+    """
     return {name: value for name, value in CPU_OPTIONS.items() if accepted(name)} if platform == "cpu" else {}
 
 
 @functools.cache
 def accepted(name: str) -> bool:
-    """Whether XLA takes this option, found by compiling nothing with it."""
+    """Return whether XLA accepts this option: compile an empty program with it."""
     try:
         jax.jit(lambda: 0, compiler_options={name: CPU_OPTIONS[name]}).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -32,14 +35,14 @@ def accepted(name: str) -> bool:
 
 
 def keep_compiled_programs() -> None:
-    """Let JAX keep compiled programs between runs, in the user's cache folder; a second run then starts faster.
+    """Let JAX keep compiled programs in the user's cache folder, so that the next run starts faster.
 
-    JAX finds a program again by its code, its options, the versions of jaxlib and XLA, and the devices; of a CPU, its
-    name and every instruction that it knows, so that machines of different kinds may share a home folder. Whoever sets
-    JAX_COMPILATION_CACHE_DIR chooses another folder. Where nothing can be kept or read, all is compiled as before.
+    JAX finds a program by its code, its options, the versions of jaxlib and XLA, and the devices. For a CPU these
+    include its name and instructions, so machines of different kinds can share a home folder. The variable
+    JAX_COMPILATION_CACHE_DIR chooses another folder. If the folder cannot be read or written, everything is compiled.
 
-    A jaxlib before 0.10.2 loads what it kept on a CPU with AVX-512 under protest, in many lines on stderr
-    (jax-ml/jax#38445): there nothing is kept.
+    A jaxlib before 0.10.2 prints many lines on stderr when it loads a program that it kept on a CPU with AVX-512
+    (jax-ml/jax#38445). With such a version nothing is kept.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = programs_folder()
@@ -51,9 +54,9 @@ def keep_compiled_programs() -> None:
 
 
 def programs_folder() -> Path | None:
-    """In the user's cache folder; None for a user without a home."""
+    """Return the folder for compiled programs, or None for a user without a home."""
     try:
         folder = user_cache_path("jax-cnn-parity") / "programs"
-    except RuntimeError:  # as later versions of platformdirs say it
+    except RuntimeError:  # later versions of platformdirs raise, earlier ones return "~"
         return None
-    return folder if folder.is_absolute() else None  # and earlier ones: "~"
+    return folder if folder.is_absolute() else None

@@ -24,12 +24,12 @@ Share = tuple[slice, ...]
 
 
 def join_processes(config: JaxTrainConfig) -> None:
-    """Meet the run's other processes, if it has any. Before anything else that JAX does.
+    """Connect to the run's other processes, if it has any. Call it before any other function of JAX.
 
-    Whoever is alone after `JOIN_TIMEOUT` ends here, with exit status 2.
+    A process that is still alone after `JOIN_TIMEOUT` seconds ends with exit status 2.
 
     Raises:
-        UserError: no cluster is there to ask, or the meeting fails at once.
+        UserError: there is no cluster that tells where the processes meet, or the connection fails at once.
     """
     if config.coordinator is None:
         return
@@ -51,7 +51,7 @@ def join_processes(config: JaxTrainConfig) -> None:
 
 
 def give_up(coordinator: str) -> None:
-    """End the process. JAX's own time-out aborts it, with a stack trace: nothing that could be caught."""
+    """End the process with one line. JAX's own time-out would abort it with a stack trace that cannot be caught."""
     print(
         f"error: --coordinator {coordinator}: the processes did not meet within {JOIN_TIMEOUT} s; check that all of "
         "them were started, and that each can reach the first at this address",
@@ -62,34 +62,36 @@ def give_up(coordinator: str) -> None:
 
 
 def pick_devices(config: JaxTrainConfig) -> list[jax.Device]:
-    """The run's devices. `auto` is JAX's own choice: TPU, then GPU, then CPU.
+    """Return the run's devices. `auto` is JAX's own choice: TPU, then GPU, then CPU.
 
-    A CPU counts as one device; asked for several, JAX splits it, so that a laptop can rehearse a run on many.
+    A CPU is one device, but JAX splits it if several are asked for, so that a laptop can rehearse a run on many.
 
     Raises:
-        UserError: JAX sees no such device, or not so many, or cannot share a batch among them.
+        UserError: JAX sees no such device, or too few of them, or a batch cannot be shared among them.
     """
     processes = config.num_processes or 1
     if config.devices and config.device in ("auto", "cpu"):
         if config.devices % processes:
             raise UserError(f"--devices {config.devices} cannot be shared among {processes} processes")
         jax.config.update("jax_num_cpu_devices", config.devices // processes)
-    seen = devices_of(config.device)
-    count = config.devices or (len(seen) if jax.process_count() > 1 else 1)
-    if count > len(seen):
-        raise UserError(f"--devices {count}: JAX sees {len(seen)} of kind {seen[0].platform} here; ask for fewer")
+    available = find_devices(config.device)
+    count = config.devices or (len(available) if jax.process_count() > 1 else 1)
+    if count > len(available):
+        raise UserError(
+            f"--devices {count}: JAX sees {len(available)} of kind {available[0].platform} here; ask for fewer"
+        )
     if config.batch_size % count:
         raise UserError(
             f"--batch-size {config.batch_size} cannot be shared among {count} devices; "
             f"--batch-size {math.ceil(config.batch_size / count) * count} can"
         )
-    if count < len(seen) and jax.process_count() > 1:
-        raise UserError(f"--devices {count}: a run of several processes takes all of their {len(seen)} devices")
-    return seen[:count]
+    if count < len(available) and jax.process_count() > 1:
+        raise UserError(f"--devices {count}: a run of several processes takes all of their {len(available)} devices")
+    return available[:count]
 
 
-def devices_of(kind: Device) -> list[jax.Device]:
-    """All devices of that kind, of all processes.
+def find_devices(kind: Device) -> list[jax.Device]:
+    """Return all devices of a kind, over all processes.
 
     Raises:
         UserError: JAX sees none.

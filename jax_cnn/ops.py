@@ -1,12 +1,13 @@
-"""Convolution, bias and max-pool with backward passes that stay fast on the CPU.
+"""Convolution, bias and max-pool with backward passes that are fast on the CPU.
 
-All equal their XLA counterparts in value and in gradient (ties included); only how these are computed differs:
-- the gradient of `lax.conv_general_dilated` inside `lax.scan` runs in a naive loop, because XLA brings convolutions
-  into the form that its CPU kernels know in the entry computation alone: the step takes 271 ms;
-- the gradient of `lax.reduce_window` runs on one thread: 41 ms;
-- the gradient of a bias, a sum over all pixels, does too.
-The figures in the docstrings are what one training step of 64 images loses without the trick, of 10 ms with all of
-them (2 cores with AVX-512, float32, jax 0.10.2, inside `lax.scan`).
+Each operation has the value and the gradient of its XLA counterpart, ties included. Only the way to compute them
+differs, because three of XLA's own ways are slow on a CPU:
+- The gradient of `lax.conv_general_dilated` inside `lax.scan` runs in a naive loop, because XLA rewrites convolutions
+  for its fast kernels only outside of loops: a step takes 271 ms.
+- The gradient of `lax.reduce_window` runs on one thread: a step takes 41 ms.
+- The gradient of a bias, which is a sum over all pixels, runs on one thread too.
+A step with all operations of this file takes 10 ms (64 images, 2 cores with AVX-512, float32, jax 0.10.2, inside
+`lax.scan`). The times in the docstrings are what the step loses without the operation.
 """
 
 import functools
@@ -24,19 +25,19 @@ Pooled = Float[Array, "batch height/2 width/2 channels"]
 
 
 def conv3x3(images: Images, kernel: Float[Array, "3 3 channels features"]) -> Features:
-    """3x3 convolution, stride 1, zero padding 1, no bias: `nn.Conv2d(channels, features, 3, padding=1, bias=False)`.
+    """Apply a 3x3 convolution: stride 1, zero padding 1, no bias, as `nn.Conv2d(…, 3, padding=1, bias=False)`.
 
-    The first layer's single channel would leave a convolution nine products per output to work with; as one matrix
-    product over all patches it is faster, forward and backward (0.2 to 0.6 ms).
+    With one channel, a matrix product over all patches is faster than a convolution of nine products per output, both
+    forward and backward (0.2 to 0.6 ms).
     """
     if images.shape[-1] > 1:
         return _canonical_conv_with_vjp(images, kernel)
-    # Two-dimensional on both sides: of a product of more dimensions, XLA transposes the output gradient (8 ms).
+    # Both operands have two dimensions: with more, XLA transposes the output gradient (8 ms).
     return (_patches(images) @ kernel.reshape(9, -1)).reshape(*images.shape[:-1], -1)
 
 
 def _patches(images: Float[Array, "batch height width 1"]) -> Float[Array, "batch*height*width 9"]:
-    """The 3x3 neighbourhood of every pixel, row-major, zero outside of the image."""
+    """Return the 3x3 neighbourhood of every pixel, row by row, with zeros outside the image."""
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, row : row + height, column : column + width] for row in range(3) for column in range(3)]
@@ -44,7 +45,7 @@ def _patches(images: Float[Array, "batch height width 1"]) -> Float[Array, "batc
 
 
 def _canonical_conv(images: Array, kernel: Array) -> Array:
-    """The one form of convolution that XLA's fast CPU kernels take inside a loop: NHWC images, HWIO kernel."""
+    """Convolve in the one form that XLA's fast CPU kernels accept inside a loop: NHWC images, HWIO kernel."""
     padding = ((1, 1), (1, 1))
     return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -57,11 +58,11 @@ def _canonical_conv_forward(images: Array, kernel: Array) -> tuple[Array, tuple[
 
 
 def _canonical_conv_backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    """Both gradients are convolutions as well, written in the canonical form."""
+    """Compute both gradients as convolutions in the same form."""
     images, kernel = residuals
-    # A pixel gathers from the 3x3 outputs that it fed: the kernel turned by 180 degrees, its channels swapped.
+    # A pixel's gradient comes from the 3x3 outputs that it fed: the kernel turned by 180 degrees, channels swapped.
     images_grad = _canonical_conv(grad, kernel[::-1, ::-1].swapaxes(2, 3))
-    # The output gradient slides over the images as a kernel of their own size; the batch is what is summed over.
+    # The output gradient is a kernel as large as the images, and the sum runs over the batch.
     kernel_grad = _canonical_conv(images.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3))
     return images_grad, kernel_grad.transpose(1, 2, 0, 3)
 
@@ -71,9 +72,9 @@ _canonical_conv_with_vjp.defvjp(_canonical_conv_forward, _canonical_conv_backwar
 
 @jax.custom_vjp
 def add_bias(features: Features, bias: Float[Array, " features"]) -> Features:
-    """`features + bias`, with a bias gradient that is summed over the batch first, on all threads and vectorised.
+    """Add a bias. Its gradient is summed over the batch first, on all threads and vectorised.
 
-    The sum over all pixels at once becomes a windowed reduction on one thread (0.9 ms).
+    XLA computes the sum over all pixels at once on one thread (0.9 ms).
     """
     return features + bias
 
@@ -88,10 +89,10 @@ add_bias.defvjp(lambda features, bias: (features + bias, None), lambda _, grad: 
 
 @jax.custom_vjp
 def max_pool2x2(x: Images) -> Pooled:
-    """2x2 max-pool, stride 2, of an even height and width; the first of equals gets the gradient, as in PyTorch.
+    """Apply a 2x2 max-pool of stride 2. Of equal values the first gets the gradient, as in PyTorch.
 
-    The forward pass is `reduce_window` because XLA fuses a maximum of slices into every reader, to be computed each
-    time (0.4 ms).
+    Height and width are even. The forward pass is `reduce_window`, because XLA would compute a maximum of slices again
+    for every operation that reads it (0.4 ms).
     """
     return _window_maximum(x)
 
@@ -101,7 +102,7 @@ def _window_maximum(x: Images) -> Pooled:
 
 
 def _first_maximum(x: Images) -> Int[Array, "batch height/2 width/2 channels"]:
-    """The place in each 2x2 window, 0 to 3 row-major, of the first element that attains the maximum."""
+    """Return the place (0 to 3, row by row) of the first maximum in each 2x2 window."""
     batch, height, width, channels = x.shape
     windows = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
     left, right = windows[:, :, :, :, 0], windows[:, :, :, :, 1]
@@ -113,7 +114,7 @@ def _first_maximum(x: Images) -> Int[Array, "batch height/2 width/2 channels"]:
 def _to_first_maximum(x: Images, grad: Pooled) -> Images:
     """Send each window's gradient to its first maximum.
 
-    Finding that again fuses into the masking; storing its place in the forward pass was slower (1 ms).
+    Searching the maximum again is faster than storing its place in the forward pass (1 ms).
     """
     place = _first_maximum(x)[:, :, None, :, None, :]
     places = jnp.arange(4, dtype=place.dtype).reshape(2, 1, 2, 1)  # a window's rows and columns; the rest is broadcast
@@ -126,12 +127,12 @@ max_pool2x2.defvjp(lambda x: (max_pool2x2(x), x), lambda x, grad: (_to_first_max
 
 @jax.custom_vjp
 def bias_relu_max_pool2x2(features: Features, bias: Float[Array, " features"]) -> Pooled:
-    """`max_pool2x2(relu(add_bias(features, bias)))`, with bias and ReLU behind the pool (1.3 of 13.5 ms).
+    """Compute `max_pool2x2(relu(add_bias(features, bias)))` with bias and ReLU after the pool (1.3 of 13.5 ms).
 
-    The value is the same bit by bit: adding a bias, rounded, and ReLU keep the order of what they are applied to, so
-    that they may come after the maximum, where there is a quarter of the numbers. So is the gradient by the features:
-    it goes to the first maximum of the biased features, and nowhere where that is not above zero. Only the gradient by
-    the bias is summed in another order.
+    The value is the same bit by bit: neither a rounded addition nor ReLU changes the order of numbers, so both can
+    follow the maximum, where a quarter of the numbers is left. The gradient by the features is the same bit by bit too:
+    it goes to the first maximum of the features with their bias, or nowhere if that is not above zero. Only the
+    gradient by the bias is summed in another order.
     """
     return jax.nn.relu(_window_maximum(features) + bias)
 
@@ -153,11 +154,11 @@ bias_relu_max_pool2x2.defvjp(_bias_relu_max_pool2x2_forward, _bias_relu_max_pool
 def conv_bias_relu_pool(
     images: Images, kernel: Float[Array, "3 3 channels features"], bias: Float[Array, " features"]
 ) -> Float[Array, "batch height/2 width/2 features"]:
-    """`bias_relu_max_pool2x2(conv3x3(images, kernel), bias)`: a block of the network.
+    """Compute a block of the network: `bias_relu_max_pool2x2(conv3x3(images, kernel), bias)`.
 
-    Of one channel, and where no gradient is asked for, it takes no matrix product: 36 multiplications and a maximum
-    make one number of the output, in registers (0.17 of the 0.66 s that the evaluation of 10,000 images takes). A
-    training step needs the features again on its way back, and is not faster with it.
+    With one channel and no gradient it needs no matrix product: each number of the output is the maximum of four sums
+    of nine products, in registers (0.17 of the 0.66 s of evaluating 10,000 images). A training step needs the features
+    again in the backward pass, and is not faster with it.
     """
     return (_block_of_one_channel if images.shape[-1] == 1 else _block)(images, kernel, bias)
 
@@ -168,12 +169,12 @@ def _block(images: Array, kernel: Array, bias: Array) -> Array:
 
 @jax.custom_vjp
 def _block_of_one_channel(images: Array, kernel: Array, bias: Array) -> Array:
-    dtype = jnp.promote_types(images.dtype, jnp.float32)  # to add up in, as matrix products of bfloat16 do
+    dtype = jnp.promote_types(images.dtype, jnp.float32)  # sums are float32, as in matrix products of bfloat16
     _, height, width, _ = images.shape
     padded = jnp.pad(images.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
 
     def features(row: int, column: int) -> Array:
-        """Those of the pixels at this place in their windows."""
+        """Return the features of the pixels at this place of their 2x2 windows."""
         total = jnp.zeros((), dtype)
         for (down, right), weights in zip(np.ndindex(3, 3), kernel.astype(dtype).reshape(9, -1), strict=True):
             rows = slice(row + down, row + down + height - 1, 2)

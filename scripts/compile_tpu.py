@@ -1,4 +1,4 @@
-"""Compile the training program for TPUs that are not here, and show what their compiler says of it."""
+"""Compile the training program for TPUs that are not here, and show the compiler's figures."""
 
 import json
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ RESULTS = "compilations.json"
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """For which chips to compile."""
+    """The chips to compile for."""
 
     topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x2", "v5e:16x16")
-    """Generation and rows x columns of chips, which share each batch."""
+    """TPUs to compile for: generation, and rows x columns of chips that share each batch."""
     batch_per_chip: int = 64
-    """Images in a chip's share of a batch."""
+    """Number of images of each batch on a chip."""
     precisions: tuple[TpuPrecision, ...] = ("float32", "bfloat16")
-    """To compute in; weights and Adam's moments are float32 in both."""
+    """Dtypes to compute in. Weights and Adam's moments are float32 with both."""
     out_dir: Path = Path("runs/tpu")
-    """Where compilations.json is written."""
+    """Folder for compilations.json."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_per_chip <= TRAIN_SIZE:
@@ -63,10 +63,10 @@ def main() -> None:
 
 
 def compilation_table(compilations: "Sequence[Compilation]") -> Table:
-    """One compilation to a row."""
+    """Return a table with one compilation in each row."""
     caption = (
-        "Of one chip: MFLOP and exchange of a step; MB of arguments, of outputs in\n"
-        "places of their own, of temporaries and code. s: seconds to compile"
+        "Per chip: MFLOP and exchange of a step; MB of arguments, of outputs that do not\n"
+        "replace arguments, of temporaries and of code. s: seconds to compile"
     )
     table = Table(box=SIMPLE, padding=0, caption=caption)
     for heading in ("TPU", "precision"):

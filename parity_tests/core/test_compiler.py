@@ -1,9 +1,7 @@
-"""Programs compile with the options that this jaxlib knows, and are found again in the next run, or else made anew."""
+"""Programs are compiled with options that this jaxlib knows; the next run finds them again, or compiles them anew."""
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +10,15 @@ import jax
 import pytest
 
 from jax_cnn import compiler
-from parity_tests.support import ROOT
+from parity_tests.support import run_command
 
 SMALL = ("--epochs", "1", "--limit-train", "128", "--limit-test", "100", "--device", "cpu")
 WHERE = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")  # what decides where programs are kept
-TIMEOUT = 300.0  # seconds, on a machine that is busy with other things
 UNKNOWN = "xla_cpu_option_of_another_version"
 
 
 class Run(NamedTuple):
-    """A training that has ended well."""
+    """What a training wrote and printed."""
 
     weights: bytes
     messages: str
@@ -32,16 +29,14 @@ Train = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """The training command, in an environment with these variables and no other word on where programs are kept."""
+    """Run the training command with these environment variables, and no others that say where programs are kept."""
 
     def run(**variables: str) -> Run:
         environment = {name: value for name, value in os.environ.items() if name not in WHERE} | variables
-        environment["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))  # which looks for a home, too
+        environment["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))  # Matplotlib looks for a home, too
         results = tmp_path_factory.mktemp("run")
-        line = [sys.executable, str(ROOT / "scripts" / "train_jax.py"), *SMALL, "--data-dir", str(data_dir)]
-        done = subprocess.run(
-            [*line, "--out-dir", str(results)], capture_output=True, text=True, timeout=TIMEOUT, env=environment
-        )
+        flags = (*SMALL, "--data-dir", data_dir, "--out-dir", results)
+        done = run_command("train_jax", *flags, cwd=results, env=environment)
         assert done.returncode == 0, done.stderr
         return Run((results / "weights.safetensors").read_bytes(), done.stderr)
 
@@ -50,7 +45,7 @@ def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 @pytest.fixture(scope="module")
 def first(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A first run of a user without a home, and where it kept its programs."""
+    """Return the first run of a user without a home, and the folder in which it kept its programs."""
     cache = tmp_path_factory.mktemp("cache")
     return train(XDG_CACHE_HOME=str(cache)), cache / "jax-cnn-parity" / "programs"
 
@@ -61,7 +56,8 @@ def test_programs_are_kept_in_the_users_cache_and_found_there_by_the_next_run(
     run, folder = first
     assert run.messages == ""
     kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert sum(name.startswith("jit_run-") for name in kept) == 2  # the training and the evaluation
+    for program in ("train_chunk", "evaluate"):
+        assert sum(name.startswith(f"jit_{program}-") for name in kept) == 1, sorted(kept)
     assert train(JAX_COMPILATION_CACHE_DIR=str(folder)) == run
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == kept  # nothing was written anew
 
@@ -83,7 +79,7 @@ def test_where_nothing_can_be_kept_all_is_compiled(train: Train, first: tuple[Ru
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | None]]:
-    """Ask to keep programs, and tell where JAX was told to: nothing of it outlasts the test."""
+    """Return a function that asks to keep programs and returns the folder that JAX is then set to use."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -100,7 +96,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | N
 
 
 @pytest.mark.filterwarnings("default")  # asking sets filters of its own
-def test_nothing_is_kept_without_a_home_or_where_jaxlib_would_protest(
+def test_nothing_is_kept_without_a_home_or_by_a_jaxlib_that_would_warn(
     configured: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

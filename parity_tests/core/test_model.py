@@ -19,12 +19,12 @@ PARAMETERS = 1_630_090
 
 
 def jax_logits(params: Params | torch_layout.Tree, images: np.ndarray) -> np.ndarray:
-    """JAX's answer to images [batch, 28, 28, 1]."""
+    """Compute JAX's logits of images [batch, 28, 28, 1]."""
     return np.asarray(apply(jax.tree.map(jnp.asarray, params), jnp.asarray(images)))
 
 
 def torch_logits(weights: TorchDict, images: np.ndarray) -> np.ndarray:
-    """The reference's answer to images [batch, 28, 28, 1]."""
+    """Compute PyTorch's logits of images [batch, 28, 28, 1]."""
     network = SimpleCNN()
     network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
     with torch.no_grad():
@@ -72,13 +72,13 @@ def test_jaxs_weights_give_the_same_logits_in_torch(jax_weights: Params, images:
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Logits in float32: the worst difference seen over 20 draws of weights was 7.3e-8, for logits up to 0.14."""
+    """Compare logits in float32. The worst difference over 20 draws of weights was 7.3e-8, for logits up to 0.14."""
     assert ours.shape == theirs.shape
     error = float(np.abs(ours - theirs).max())
     assert error <= 1e-6, f"logits differ by {error:.1e}"
 
 
-def test_a_wrong_flatten_order_would_be_seen(torch_weights: TorchDict, images: np.ndarray) -> None:
+def test_a_wrong_flatten_order_is_noticed(torch_weights: TorchDict, images: np.ndarray) -> None:
     params = torch_layout.to_flax(torch_weights)
     params["fc1"]["kernel"] = np.ascontiguousarray(torch_weights["fc1.weight"].T)  # as if torch flattened like Flax
     with pytest.raises(AssertionError, match="logits differ"):
@@ -113,7 +113,7 @@ def test_pixels_are_scaled_as_to_tensor_does_to_the_last_bit() -> None:
     assert np.array_equal(ours, every_value.astype(np.float32) / np.float32(255))
 
 
-def test_float64_is_a_matter_of_the_weights(images: np.ndarray) -> None:
+def test_the_network_computes_in_the_dtype_of_its_weights(images: np.ndarray) -> None:
     with jax.enable_x64(True):
         params = init_params(jax.random.key(0), jnp.float64)
         assert apply(params, jnp.asarray(images, jnp.float64)).dtype == jnp.float64

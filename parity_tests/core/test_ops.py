@@ -14,17 +14,17 @@ FLOAT64_BOUND = 1e-12  # worst seen over 20 seeds: 5.7e-14, for gradients up to 
 
 
 def xla_conv(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution without our backward pass."""
+    """Apply XLA's convolution with its own backward pass."""
     return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def xla_max_pool(images: jax.Array) -> jax.Array:
-    """Max-pooling without our backward pass: select-and-scatter sends the gradient to the first maximum."""
+    """Apply XLA's max-pool: its backward pass, select-and-scatter, sends the gradient to the first maximum."""
     return lax.reduce_window(images, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def gradients(function: Callable[..., jax.Array], *arguments: jax.Array) -> tuple[np.ndarray, ...]:
-    """Gradients of a function's output, weighted unevenly so that no two places can be swapped unseen."""
+    """Return gradients of an output whose places have different weights, so that exchanged places are noticed."""
 
     def weighted(*arguments: jax.Array) -> jax.Array:
         output = function(*arguments)
@@ -53,18 +53,18 @@ def test_max_pool_sends_the_gradient_to_the_first_maximum(levels: int) -> None:
 
 
 def stage_by_stage(features: jax.Array, bias: jax.Array) -> jax.Array:
-    """What the merged operation stands for."""
+    """Compute the three stages that the merged operation replaces."""
     return ops.max_pool2x2(jax.nn.relu(ops.add_bias(features, bias)))
 
 
 def rounded_together(shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of which many are equal only after a bias of 1 is added: their last bits do not fit beside it."""
+    """Return float32 numbers many of which become equal when a bias of 1 is added, because their last bits are lost."""
     rng = np.random.default_rng(0)
     return (rng.integers(-2, 3, shape) + rng.integers(5, size=shape) * 2.0**-25).astype(np.float32)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 1000, None], ids=["all ties", "many ties", "few ties", "ties by rounding"])
-def test_bias_relu_and_pool_in_one_are_the_three_bit_by_bit(levels: int | None) -> None:
+def test_the_merged_bias_relu_and_pool_equals_the_three_stages_bit_by_bit(levels: int | None) -> None:
     rng, shape = np.random.default_rng(0), (4, 14, 10, 8)
     features = jnp.asarray(rounded_together(shape) if levels is None else rng.integers(levels, size=shape) - levels / 2)
     bias = jnp.asarray(np.ones(8) if levels is None else rng.normal(size=8), jnp.float32)
@@ -75,8 +75,8 @@ def test_bias_relu_and_pool_in_one_are_the_three_bit_by_bit(levels: int | None) 
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-5)  # summed in another order
 
 
-def test_ties_by_rounding_need_the_bias_before_the_first_maximum_is_sought() -> None:
-    """The test above would see a gradient that goes to the maximum of the features without their bias."""
+def test_the_first_maximum_with_the_bias_is_another_one_than_without() -> None:
+    """So the test above fails if the gradient goes to the maximum of the features without their bias."""
     features = jnp.asarray(rounded_together((4, 14, 10, 8)))
     with_bias, without = (np.asarray(ops._first_maximum(values)) for values in (features + 1, features))
     assert (with_bias != without).mean() > 0.01
@@ -84,7 +84,7 @@ def test_ties_by_rounding_need_the_bias_before_the_first_maximum_is_sought() -> 
 
 @pytest.mark.parametrize("channels", [1, 32])
 def test_a_block_is_convolution_bias_relu_and_pool(channels: int) -> None:
-    """Of one channel its value is computed in another way than where a gradient is asked for."""
+    """With one channel, the value alone is computed in another way than the value with a gradient."""
 
     def in_turn(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return stage_by_stage(xla_conv(images, kernel), bias)
@@ -99,8 +99,8 @@ def test_a_block_is_convolution_bias_relu_and_pool(channels: int) -> None:
         assert np.abs(our - their).max() <= FLOAT64_BOUND
 
 
-def test_a_block_adds_bfloat16_up_in_float32() -> None:
-    """As a matrix product does: a block of one channel that rounded after every addition would be seen."""
+def test_a_block_sums_bfloat16_products_in_float32() -> None:
+    """A block of one channel that rounded after every addition would agree in fewer places."""
     rng = np.random.default_rng(0)
     shapes = (64, 14, 10, 1), (3, 3, 1, 8), (8,)
     images, kernel, bias = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)

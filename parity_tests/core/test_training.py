@@ -1,4 +1,4 @@
-"""Each framework trains for real from the same weights, on the same batches."""
+"""Both frameworks train from the same weights on the same batches, with the trainers of the commands."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,20 +25,20 @@ LIMIT_TEST = 650  # not a multiple of the evaluation's batch
 
 
 def jax_trainer(data: FashionMNIST, initial: TorchDict, **changes: Any) -> JaxTrainer:
-    """A run as train_jax.py makes it."""
+    """Return a trainer as train_jax.py makes it."""
     config = TrainConfig(limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST, **changes)
     return JaxTrainer(config, data, jax.devices("cpu")[:1], initial)
 
 
 def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
-    """The same run as train_torch.py makes it."""
+    """Return a trainer of the same run as train_torch.py makes it."""
     config = TrainConfig(data_dir=data_dir, limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST)
     order = partial(epoch_order, config.seed)
     return TorchTrainer(config, epoch_order=order, device=torch.device("cpu"), initial=initial)
 
 
 def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
-    """Train one epoch; its mean training loss, then the test loss and the accuracy after it."""
+    """Train one epoch; return its mean training loss, and the test loss and accuracy after it."""
     counts, losses = zip(*((count, np.mean(loss)) for count, loss in trainer.train_epoch(0)), strict=True)
     assert sum(counts) == LIMIT_TRAIN
     return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *trainer.evaluate()])
@@ -47,7 +47,7 @@ def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
 def test_the_same_weights_and_batches_give_the_same_losses(
     data: FashionMNIST, data_dir: Path, torch_weights: TorchDict
 ) -> None:
-    """In float32 the two drift apart by rounding. Worst seen over 5 seeds: losses 0.0009, accuracy 1 of 650 images."""
+    """In float32 rounding drives the two apart. Worst over 5 seeds: losses 0.0009, accuracy 1 of 650 images."""
     expected = scores(torch_trainer(data_dir, torch_weights))
     bounds = np.array([0.003, 0.003, 8 / LIMIT_TEST])
 
@@ -67,7 +67,7 @@ def test_a_network_scores_the_same_in_both_frameworks(
 
 
 def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weights: TorchDict) -> None:
-    """650 images are two batches of 250 and one of 150: a mean over batches would weigh the last 150 too much."""
+    """650 images are two batches of 250 and one of 150: a mean over batches would give the last 150 too much weight."""
     trainer = jax_trainer(data, torch_weights)
     params = jax.tree.map(jnp.asarray, torch_layout.to_flax(torch_weights))
     pixels, labels = jnp.asarray(data.test_images[:LIMIT_TEST]), jnp.asarray(data.test_labels[:LIMIT_TEST])
@@ -88,7 +88,7 @@ def test_labels_of_every_integer_dtype_give_pytorchs_loss(dtype: str) -> None:
 
 @pytest.mark.parametrize("label", [10, 255])
 def test_a_label_beyond_the_classes_makes_the_loss_nan(label: int) -> None:
-    """PyTorch raises; compiled code cannot, but it must not score the image as of some other class."""
+    """PyTorch raises an error. Compiled code cannot, but it must not score the image as one of another class."""
     logits = jnp.zeros((2, 10))
     assert np.isnan(cross_entropy(logits, jnp.array([3, label], jnp.uint8))).tolist() == [False, True]
     clipped = cross_entropy(logits, jnp.clip(jnp.array([3, label], jnp.uint8), 0, 9))  # the check can fail
@@ -96,7 +96,7 @@ def test_a_label_beyond_the_classes_makes_the_loss_nan(label: int) -> None:
 
 
 def lowered_step(loss_fn: train.LossFn) -> str:
-    """The program that a fresh trace of a training step makes."""
+    """Trace a training step anew, and return the text of its program."""
     optimizer = train.make_optimizer(AdamConfig())
     state = jax.eval_shape(lambda: train.init_state(model.init_params(jax.random.key(0)), optimizer))
     images, labels = jax.ShapeDtypeStruct((8, 28, 28, 1), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.uint8)
@@ -105,7 +105,7 @@ def lowered_step(loss_fn: train.LossFn) -> str:
 
 
 def test_tracing_a_step_twice_gives_the_same_program() -> None:
-    """Nothing that Python counts or draws while it traces gets into the program."""
+    """No counter and no random number of Python becomes part of the program."""
     assert lowered_step(train.loss_fn) == lowered_step(train.loss_fn)
 
     def noisy(*batch: Any) -> jax.Array:
@@ -116,12 +116,12 @@ def test_tracing_a_step_twice_gives_the_same_program() -> None:
 
 @pytest.fixture(scope="module")
 def trainer(data: FashionMNIST) -> JaxTrainer:
-    """A run of three full batches and a remainder, compiled."""
+    """Return a compiled trainer whose epoch has three full batches and a remainder."""
     return JaxTrainer(TrainConfig(limit_train=3 * 64 + 8, limit_test=100), data, jax.devices("cpu")[:1])
 
 
 def compilations(run: Callable[[], object], log: pytest.LogCaptureFixture) -> list[str]:
-    """What JAX says of its compilations meanwhile."""
+    """Return JAX's messages about what it compiles during a call."""
     log.clear()
     with jax.log_compiles():
         run()
@@ -129,13 +129,13 @@ def compilations(run: Callable[[], object], log: pytest.LogCaptureFixture) -> li
 
 
 def test_an_epoch_compiles_nothing(trainer: JaxTrainer, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither the first batch nor the smaller last one pays for a compilation."""
+    """All is compiled before: neither the first batch nor the smaller last one waits for a compilation."""
     assert not compilations(lambda: (list(trainer.train_epoch(0)), trainer.evaluate()), caplog)
     assert compilations(lambda: jax.jit(lambda: 0)(), caplog)  # the check can fail
 
 
 def test_a_chunk_is_reported_when_it_is_done(trainer: JaxTrainer) -> None:
-    """The time of an epoch is that of its work, not of its dispatch."""
+    """So the measured time of an epoch includes its work, and not only its dispatch."""
 
     def done() -> bool:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(trainer._state))
@@ -148,6 +148,6 @@ def test_a_chunk_is_reported_when_it_is_done(trainer: JaxTrainer) -> None:
 
 
 def late(leaf: jax.Array) -> jax.Array:
-    """The same, after a second or so: XLA multiplies by a constant in plain loops."""
+    """Return the same leaf after about a second: XLA computes these products in plain loops."""
     square = jnp.full((700, 700), 1 / 700)
     return leaf + (0 * jnp.linalg.matrix_power(square, 8).sum()).astype(leaf.dtype)

@@ -1,7 +1,7 @@
-"""Compile the training program for TPUs that are not here, and read what their compiler says of it.
+"""Compile the training program for TPUs that are not here, and read its compiler's figures.
 
-libtpu holds the TPU's compiler, and needs no TPU to compile (`jax.experimental.topologies`). What it makes is the
-program that the TPUs would load: the same one that `JaxTrainer` runs. Nothing is run here, and no speed is known.
+libtpu contains the TPU's compiler, which needs no TPU (`jax.experimental.topologies`). The program is the one that
+`JaxTrainer` runs. Nothing runs here, so no speed is known.
 """
 
 import importlib.util
@@ -24,8 +24,8 @@ from jax_cnn.devices import AnyMesh, make_mesh, replicated
 from jax_cnn.model import init_params
 from jax_cnn.train import init_state, make_optimizer
 
-# What libtpu would ask the machine about its TPU, and complain about on stderr where there is none; no log files, and
-# leave to compile in two processes at once.
+# libtpu would ask the machine about its TPU and complain on stderr that there is none. It also writes no log files
+# with these settings, and two processes can compile at once.
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -34,7 +34,7 @@ NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# In compiled HLO: `%name = shapes all-reduce(…`. Of an asynchronous one, `-start` is counted and `-done` is not.
+# In compiled HLO: `%name = shapes all-reduce(…`. An asynchronous exchange is counted at its `-start`.
 COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<operation>all-reduce|all-gather|reduce-scatter|(ragged-)?all-to-all|"
     r"collective-(permute|broadcast)|send|recv)(-start)?\("
@@ -44,53 +44,46 @@ SHAPE = re.compile(r"\b[a-z]+(?P<bits>\d*)\w*\[(?P<sizes>[\d,]*)\]")  # f32[3,3,
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between chips, in every training step."""
+    """One exchange between chips, in every training step. `bytes` is the size of its result on each chip."""
 
     operation: str
     bytes: int
-    """What it leaves on each chip."""
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """What the compiler says of one training program. All figures are of one chip."""
+    """The compiler's figures for one training program: FLOP of a step, and bytes of memory, on one chip."""
 
     topology: str
     chips: int
     precision: str
-    batch_size: int
-    """Of all chips together."""
+    batch_size: int  # of all chips together
     flops: float
-    """Of one training step."""
-    arguments: int
-    """Bytes: the state and a chunk of images."""
-    outputs: int
-    """Bytes that do not take the place of arguments."""
-    temporaries: int
-    """Bytes in the chip's main memory (HBM); what fits into faster memory is not counted."""
+    arguments: int  # the state and a chunk of images
+    outputs: int  # without those that take the place of arguments
+    temporaries: int  # in the chip's main memory (HBM)
     code: int
-    """Bytes of the program itself."""
     collectives: tuple[Collective, ...]
     compile_seconds: float
 
     @property
     def memory(self) -> int:
-        """Bytes of HBM that the program needs."""
+        """Bytes of main memory that the program needs on a chip."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
 def find_chips(topology: str) -> list[jax.Device]:
-    """The chips of a TPU that need not exist, such as `v5e:2x2`, for a program to be compiled for.
+    """Return the chips of a TPU such as `v5e:2x2`, which need not be here, as devices to compile for.
 
     Raises:
-        UserError: the TPU compiler is not installed, or knows no such TPU.
+        UserError: the TPU compiler is not installed, or does not know this TPU.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed here; pip install --editable '.[tpu]' brings it (libtpu)")
     for name, answer in NO_TPU_HERE.items():
         os.environ.setdefault(name, answer)
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here, or is busy, is of no concern
-    # The chips of one host are 2x2 unless told otherwise.
+    jax.config.update("jax_platforms", "cpu")  # do not start a TPU that is here
+    # By default a host has 2x2 chips.
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **bounds).devices)
@@ -112,15 +105,15 @@ def training_program(mesh: AnyMesh, batch_size: int, precision: str) -> tuple[Wr
 
 
 def compile_training(topology: str, batch_size: int, precision: TpuPrecision) -> Compilation:
-    """Compile the training program for all chips of a TPU that need not exist.
+    """Compile the training program for all chips of a TPU, which need not be here.
 
     Args:
-        topology: `v5e:2x2` is four chips of a TPU v5e.
-        batch_size: of all chips together, which share it evenly.
-        precision: to compute in.
+        topology: `v5e:2x2` means four chips of a TPU v5e.
+        batch_size: images in a batch, which all chips share evenly.
+        precision: dtype to compute in.
 
     Raises:
-        UserError: the TPU compiler is not installed, or knows no such TPU; or the program does not fit into its memory.
+        UserError: the TPU compiler is not installed or does not know this TPU, or the program does not fit its memory.
     """
     chips = find_chips(topology)
     program, arguments = training_program(make_mesh(chips), batch_size, precision)
@@ -133,7 +126,7 @@ def compile_training(topology: str, batch_size: int, precision: TpuPrecision) ->
         raise UserError(f"--topologies {topology}: the program does not compile: {reason}") from None
     seconds = time.perf_counter() - started
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory is not None  # as of other compilers, which tell nothing
+    assert memory is not None  # it is None for other compilers
     assert costs is not None
     assert text is not None
     return Compilation(
@@ -152,12 +145,12 @@ def compile_training(topology: str, batch_size: int, precision: TpuPrecision) ->
 
 
 def find_collectives(hlo: str) -> tuple[Collective, ...]:
-    """The exchanges between chips in a compiled program's text."""
-    return tuple(Collective(found["operation"], count_bytes(found["shapes"])) for found in COLLECTIVE.finditer(hlo))
+    """Return the exchanges between chips in the text of a compiled program."""
+    return tuple(Collective(match["operation"], count_bytes(match["shapes"])) for match in COLLECTIVE.finditer(hlo))
 
 
 def count_bytes(shapes: str) -> int:
-    """Of one shape or a tuple of them, as HLO writes them; `pred` is a byte."""
+    """Return the bytes of one shape or of a tuple of shapes in HLO's notation. A `pred` is a byte."""
     return sum(
         math.prod(int(size) for size in shape["sizes"].split(",") if size) * int(shape["bits"] or 8) // 8
         for shape in SHAPE.finditer(shapes)
