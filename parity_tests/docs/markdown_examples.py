@@ -1,10 +1,10 @@
-"""A page whose examples are run: what it prints, the figures that it tells and the tests that it names stay true.
+"""Run the examples of a Markdown page, and check its outputs, its table and the tests that it names.
 
-A page is Markdown. Its first block of Python prepares what all examples use. Every other one is an example, and the
-text block behind it is what it prints. A table has a row for every section of the third level: a link to the section,
-the size of the effect, and links to the tests that guard against it.
+The first Python block of a page prepares what all examples use. Every other Python block is an example, and the text
+block after it is its output. The table has one row for each section of the third level: a link to the section, the size
+of the effect, and links to the tests that guard against it.
 
-`python -m parity_tests.docs.markdown_examples docs/differences.md` prints the page with what its examples print now.
+`python -m parity_tests.docs.markdown_examples docs/differences.md` prints the page with new outputs.
 """
 
 import ast
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FACTOR = 4.0  # between a number with an exponent and the same on another processor: rounding errors and step sizes
+FACTOR = 4.0  # allowed between two numbers with an exponent: another processor rounds differently
 
 PYTHON = re.compile(r"^```python\n((?:(?!```).)*)^```$", re.MULTILINE | re.DOTALL)
-EXAMPLE = re.compile(PYTHON.pattern + r"\n\n^```text\n((?:(?!```).)*)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(PYTHON.pattern + r"\n\n^```text\n((?:(?!```).)*)^```$", re.MULTILINE | re.DOTALL)  # code, output
 SECTION = re.compile(r"^### (.+)\n((?:(?!^##).*\n?)*)", re.MULTILINE)
 ROW = re.compile(r"^\| \[(.+?)\]\(#(.+?)\) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 GUARD = re.compile(r"\[`(.+?)`\]\(\.\./parity_tests/((?:\w+/)*test_\w+\.py)\)")
@@ -27,15 +27,8 @@ SCIENTIFIC = re.compile(r"\d\.\de[+-]\d\d")
 FIGURE = re.compile(r"\d[\d.,]*(?:e[+-]\d+| %)?")
 
 
-class Example(NamedTuple):
-    """A block of code and what the page says that it prints."""
-
-    code: str
-    output: str
-
-
 class Row(NamedTuple):
-    """A line of the table: a section, the size of its effect, and (test, file) for each test that guards against it."""
+    """A row of the table. `guards` has (test, file) for each test."""
 
     title: str
     anchor: str
@@ -43,90 +36,86 @@ class Row(NamedTuple):
     guards: list[tuple[str, str]]
 
 
-def examples(page: str) -> list[Example]:
-    """Every example, in order."""
-    return [Example(*match.groups()) for match in EXAMPLE.finditer(page)]
-
-
-def rows(page: str) -> list[Row]:
-    """The table."""
+def find_rows(page: str) -> list[Row]:
+    """Return the rows of the table."""
     return [Row(title, anchor, size, GUARD.findall(guards)) for title, anchor, size, guards in ROW.findall(page)]
 
 
-def refreshed(page: str) -> str:
-    """Run every example, each in a namespace of its own behind the preparation; the page with what they print now."""
-    preparation = PYTHON.search(page)
+def refresh(page: str) -> str:
+    """Run every example in its own namespace, and return the page with the new outputs."""
     prepared: dict[str, Any] = {}
-    if preparation:
+    if preparation := PYTHON.search(page):
         exec(compile(preparation[1], "<preparation>", "exec"), prepared)
 
-    def rerun(match: re.Match[str]) -> str:
+    def run(example: re.Match[str]) -> str:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             try:
-                exec(compile(match[1], "<example>", "exec"), dict(prepared))
-            except Exception as error:  # is what the example prints, then: the others can still be compared
+                exec(compile(example[1], "<example>", "exec"), dict(prepared))
+            except Exception as error:  # becomes the output, so that the other examples are still compared
                 print(f"{type(error).__name__}: {error}")
-        return match[0].replace(f"```text\n{match[2]}", f"```text\n{output.getvalue()}")
+        return example[0].replace(f"```text\n{example[2]}", f"```text\n{output.getvalue()}")
 
-    return EXAMPLE.sub(rerun, page)
-
-
-def wrong_outputs(page: str, fresh: str) -> Iterator[str]:
-    """Examples that print something else than the page says."""
-    if len(examples(page)) != len(PYTHON.findall(page)) - 1:
-        yield "every block of Python but the first needs a text block behind it, with what it prints"
-    for stated, printed in zip(examples(page), examples(fresh), strict=True):
-        if not agrees(stated.output, printed.output):
-            yield f"{stated.code}\nprints\n\n{printed.output}\nand the page says\n\n{stated.output}"
+    return EXAMPLE.sub(run, page)
 
 
-def agrees(stated: str, printed: str) -> bool:
-    """Whether two outputs are the same to the letter, but for FACTOR between numbers with an exponent."""
-    if SCIENTIFIC.sub("", stated) != SCIENTIFIC.sub("", printed):
+def agrees(expected: str, actual: str) -> bool:
+    """Return whether two outputs are equal. Numbers with an exponent may differ by a factor of up to `FACTOR`."""
+    if SCIENTIFIC.sub("", expected) != SCIENTIFIC.sub("", actual):
         return False
-    pairs = zip(map(float, SCIENTIFIC.findall(stated)), map(float, SCIENTIFIC.findall(printed)), strict=True)
+    pairs = zip(map(float, SCIENTIFIC.findall(expected)), map(float, SCIENTIFIC.findall(actual)), strict=True)
     return all(max(pair) <= FACTOR * min(pair) for pair in pairs)
 
 
-def wrong_rows(page: str) -> Iterator[str]:
-    """Where the table and the sections disagree: titles, links, and figures that no example of the section prints."""
+def check_outputs(page: str, refreshed: str) -> Iterator[str]:
+    """Yield a message for each example whose output differs from the page."""
+    examples, new_examples = EXAMPLE.findall(page), EXAMPLE.findall(refreshed)
+    if len(examples) != len(PYTHON.findall(page)) - 1:
+        yield "every Python block except the first needs a text block with its output after it"
+    for (code, expected), (_, actual) in zip(examples, new_examples, strict=True):
+        if not agrees(expected, actual):
+            yield f"{code}\nprints\n\n{actual}\nbut the page says\n\n{expected}"
+
+
+def check_rows(page: str) -> Iterator[str]:
+    """Yield a message for each title, link or figure of the table that does not fit its section."""
     sections = dict(SECTION.findall(page))
-    if [row.title for row in rows(page)] != list(sections):
-        yield f"the table has {[row.title for row in rows(page)]}, the sections are {list(sections)}"
-    for row in rows(page):
+    if (titles := [row.title for row in find_rows(page)]) != list(sections):
+        yield f"the table has the rows {titles}, but the page has the sections {list(sections)}"
+    for row in find_rows(page):
         if row.anchor != re.sub(r"[^\w -]", "", row.title.lower()).replace(" ", "-"):
-            yield f"{row.title}: the link goes to #{row.anchor}"
-        printed = "".join(example.output for example in examples(sections.get(row.title, "")))
+            yield f"{row.title}: wrong link #{row.anchor}"
+        outputs = [output for _, output in EXAMPLE.findall(sections.get(row.title, ""))]
+        printed = FIGURE.findall("".join(outputs))
         for figure in FIGURE.findall(row.size):
-            if figure.rstrip(".,") not in FIGURE.findall(printed):
-                yield f"{row.title}: the table says {figure}, which the section's examples do not print"
+            if figure.rstrip(".,") not in printed:
+                yield f"{row.title}: the table says {figure}, but no example of the section prints it"
 
 
-def wrong_guards(page: str, tests: Mapping[str, Set[str]]) -> Iterator[str]:
-    """Rows that no test guards, and tests that are not there."""
-    for row in rows(page):
+def check_guards(page: str, tests: Mapping[str, Set[str]]) -> Iterator[str]:
+    """Yield a message for each row without a guard and for each guard that is not in `tests`, by file."""
+    for row in find_rows(page):
         if not row.guards:
-            yield f"{row.title}: no test guards it"
+            yield f"{row.title}: no test guards against it"
         for test, file in row.guards:
             if test not in tests.get(file, ()):
                 yield f"{row.title}: there is no test {test} in {file}"
 
 
-def tests_by_file(folder: Path) -> dict[str, set[str]]:
-    """The tests of the default run, by the file that they are in: those that no mark leaves out."""
-
-    def runs(function: ast.FunctionDef) -> bool:
-        marks = " ".join(map(ast.unparse, function.decorator_list))
-        return function.name.startswith("test_") and not re.search(r"mark\.(slow|tpu)", marks)
-
-    return {
-        str(path.relative_to(folder)): {
-            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and runs(node)
+def find_default_tests(folder: Path) -> dict[str, set[str]]:
+    """Return the tests of the default run by file: all tests without the marks `slow` and `tpu`."""
+    tests = {}
+    for path in folder.rglob("test_*.py"):
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+        functions = [statement for statement in statements if isinstance(statement, ast.FunctionDef)]
+        tests[str(path.relative_to(folder))] = {
+            function.name
+            for function in functions
+            if function.name.startswith("test_")
+            and not re.search(r"mark\.(slow|tpu)", " ".join(map(ast.unparse, function.decorator_list)))
         }
-        for path in folder.rglob("test_*.py")
-    }
+    return tests
 
 
 if __name__ == "__main__":
-    print(refreshed(Path(sys.argv[1]).read_text()), end="")
+    print(refresh(Path(sys.argv[1]).read_text(encoding="utf-8")), end="")

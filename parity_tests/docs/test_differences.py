@@ -1,4 +1,4 @@
-"""docs/differences.md tells the truth: its examples print what it says, and every difference is guarded by a test."""
+"""The examples of docs/differences.md print what the page says, and a test guards against every difference."""
 
 import os
 import subprocess
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.docs import markdown_examples
+from parity_tests.docs.markdown_examples import check_guards, check_outputs, check_rows, find_default_tests, refresh
 from parity_tests.harness.faults import FAULTS
 from parity_tests.support import ROOT
 
-PAGE = (ROOT / "docs/differences.md").read_text()
-SMALL = """# Small
+PATH = ROOT / "docs" / "differences.md"
+PAGE = PATH.read_text(encoding="utf-8")
+SMALL_PAGE = """# Small
 
 | difference | size | guarded by |
 |---|---|---|
@@ -34,81 +35,55 @@ print(one / 2, f"{1.5e-8:.1e}")
 """
 
 
-def refresh(path: Path) -> str:
-    """The page with what its examples print now, in a process of their own, where every warning is an error."""
-    command = [sys.executable, "-W", "error", "-m", "parity_tests.docs.markdown_examples", str(path)]
-    cpu = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=cpu, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def known_tests() -> dict[str, set[str]]:
-    """Every test of the default run by file; the planted faults are tests of their own."""
-    found = markdown_examples.tests_by_file(ROOT / "parity_tests")
-    found["parity/test_faults.py"] |= {fault.name for fault in FAULTS}
-    return found
-
-
 @pytest.mark.usefixtures("data_dir")
 def test_every_example_prints_what_the_page_says() -> None:
-    assert len(markdown_examples.examples(PAGE)) > 20
-    problems = list(markdown_examples.wrong_outputs(PAGE, refresh(ROOT / "docs/differences.md")))
+    assert PAGE.count("\n```text\n") > 20
+    command = [sys.executable, "-W", "error", "-m", "parity_tests.docs.markdown_examples", str(PATH)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    problems = list(check_outputs(PAGE, done.stdout))
     assert not problems, "\n\n".join(problems)
 
 
 def test_the_table_has_every_section_and_the_figures_that_its_examples_print() -> None:
-    assert not list(markdown_examples.wrong_rows(PAGE))
+    assert not list(check_rows(PAGE))
 
 
 def test_every_difference_is_guarded_by_a_test_that_exists() -> None:
-    assert not list(markdown_examples.wrong_guards(PAGE, known_tests()))
-
-
-@pytest.mark.parametrize(
-    ("stated", "right"),
-    [
-        ("0.5 1.5e-08\n```", True),
-        ("0.5 5.9e-08\n```", True),  # another processor's rounding
-        ("0.5 6.1e-08\n```", False),
-        ("0.5 0.0e+00\n```", False),
-        ("0.5 -1.5e-08\n```", False),
-        ("0.6 1.5e-08\n```", False),
-        ("0.5\n```", False),
-    ],
-)
-def test_a_wrong_output_is_found(stated: str, right: bool) -> None:
-    planted = SMALL.replace("0.5 1.5e-08\n```", stated)
-    assert bool(list(markdown_examples.wrong_outputs(planted, markdown_examples.refreshed(planted)))) is not right
-
-
-def test_an_example_that_fails_or_has_no_output_is_found() -> None:
-    failing = SMALL.replace("one / 2", "two / 2")
-    assert "NameError" in next(markdown_examples.wrong_outputs(failing, markdown_examples.refreshed(failing)))
-    silent = SMALL + "\n```python\nprint(one)\n```\n"
-    assert "needs a text block" in next(markdown_examples.wrong_outputs(silent, markdown_examples.refreshed(silent)))
+    tests = find_default_tests(ROOT / "parity_tests")
+    tests["parity/test_faults.py"] |= {fault.name for fault in FAULTS}  # the page links to a fault by its name
+    assert not list(check_guards(PAGE, tests))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
+        ("{1.5e-8:", "{5.9e-8:", ""),  # another processor rounds differently
+        ("{1.5e-8:", "{6.1e-8:", "but the page says"),
+        ("{1.5e-8:", "{0:", "but the page says"),
+        ("{1.5e-8:", "{-1.5e-8:", "but the page says"),
+        ("one / 2", "0.6", "but the page says"),
+        (', f"{1.5e-8:.1e}"', "", "but the page says"),
+        ("one / 2", "two / 2", "NameError"),
+        ("### Half", "```python\nprint(one)\n```\n\n### Half", "needs a text block"),
         ("| 0.5, or", "| 0.6, or", "the table says 0.6"),
         ("or 1.5e-08 |", "or 1.6e-08 |", "the table says 1.6e-08"),
-        ("(#half-of-it)", "(#half)", "the link goes to #half"),
-        ("### Half of it", "### Half", "the sections are"),
+        ("(#half-of-it)", "(#half)", "wrong link #half"),
+        ("### Half of it", "### Half", "the page has the sections"),
+        ("`test_one`", "`test_two`", "there is no test test_two"),
+        ("[`test_one`](../parity_tests/test_some.py)", "-", "no test guards against it"),
     ],
 )
-def test_a_wrong_row_is_found(old: str, new: str, problem: str) -> None:
-    assert not list(markdown_examples.wrong_rows(SMALL))
-    assert problem in next(markdown_examples.wrong_rows(SMALL.replace(old, new)))
+def test_a_mistake_in_a_page_is_found(old: str, new: str, problem: str) -> None:
+    page = SMALL_PAGE.replace(old, new)
+    assert page != SMALL_PAGE
+    tests = {"test_some.py": {"test_one"}}
+    problems = "\n".join([*check_outputs(page, refresh(page)), *check_rows(page), *check_guards(page, tests)])
+    assert problem in problems
+    assert bool(problems) is bool(problem)
 
 
-def test_a_missing_guard_is_found(tmp_path: Path) -> None:
+def test_a_slow_test_is_not_in_the_default_run(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text("def test_one(): ...\n@pytest.mark.slow\ndef test_two(): ...\n")
-    tests = markdown_examples.tests_by_file(tmp_path)
-    assert not list(markdown_examples.wrong_guards(SMALL, tests))
-    for name in ("test_three", "test_two"):  # not there; left out of the default run
-        assert f"no test {name}" in next(markdown_examples.wrong_guards(SMALL.replace("test_one", name), tests))
-    assert "no test guards it" in next(
-        markdown_examples.wrong_guards(SMALL.replace("[`test_one`](../parity_tests/test_some.py)", "-"), tests)
-    )
+    assert find_default_tests(tmp_path) == {"test_some.py": {"test_one"}}
