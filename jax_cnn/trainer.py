@@ -103,7 +103,8 @@ class JaxTrainer:
     def evaluate(self) -> tuple[float, float]:
         """Return the mean loss and the accuracy (0 … 1) over the whole test set."""
         scores = self._evaluate(self._state.params, *self._test_set)
-        return float(scores.loss_sum[0]) / self._test_size, float(scores.correct[0]) / self._test_size
+        loss_sum, correct = (float(np.asarray(total)[0]) for total in (scores.loss_sum, scores.correct))
+        return loss_sum / self._test_size, correct / self._test_size
 
     def weights(self) -> TorchDict:
         """Return the current weights under PyTorch's names and layouts."""
