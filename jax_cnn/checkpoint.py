@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +37,15 @@ class AdamState(NamedTuple):
 class Progress:
     """How far a run is, and what it has measured so far."""
 
-    epoch: int
+    epoch: int = 0
     """The epoch under way, counted from 0."""
-    steps: int
+    steps: int = 0
     """Steps of this epoch that are done."""
-    loss_sum: float
+    loss_sum: float = 0.0
     """Sum of the losses of this epoch's images so far."""
-    seconds: float
+    seconds: float = 0.0
     """Training time of this epoch so far."""
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl, one for each finished epoch."""
 
     def __post_init__(self) -> None:

@@ -32,9 +32,9 @@ LIMITS = {
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line.
+    """A mistake of the user. The message is one line: what is wrong, where, and what to do.
 
-    The commands print the message without a traceback and exit with status 2.
+    The commands print it without a traceback and exit with status 2.
     """
 
 

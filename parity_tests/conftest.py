@@ -58,6 +58,13 @@ MOST_WORKERS = 4  # each holds both frameworks, some 3 GB
 LONGEST = ("test_parity.py", "test_checkpoint.py", "test_devices.py", "test_notebook.py")  # one to three minutes
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options of this project's tests."""
+    parser.addoption(
+        "--kills", type=int, default=6, help="how often `test_a_run_that_is_killed…` (slow) kills each training"
+    )
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Side by side where there are cores for it and a folder to test; a single file in this process, to be debugged.
 

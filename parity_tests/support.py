@@ -1,4 +1,4 @@
-"""What tests of several folders share: running the project's commands, and reading what they write."""
+"""Helpers for the tests of several folders: they run the project's commands, and read what these write."""
 
 import json
 import os
@@ -33,6 +33,13 @@ def run_command(
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def run_successfully(script: str, *arguments: object, cwd: Path) -> str:
+    """Run a command, assert that it succeeds and prints nothing on stderr, and return what it prints."""
+    done = run_command(script, *arguments, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
 def assert_slip(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """Assert that a command ended as it must after a user's slip: status 2 and one line that names these words."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -44,8 +51,15 @@ def assert_slip(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file and refuse NaN and Infinity, which Python's own reader accepts and others do not."""
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
 
-    def refuse(constant: str) -> NoReturn:
-        raise AssertionError(f"{path}: {constant} is not JSON")
 
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+def read_metrics(results: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics.jsonl: one dictionary for each epoch."""
+    lines = (results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse_constant) for line in lines]
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Fail on a number that is not JSON."""
+    raise AssertionError(f"{name} is not JSON")

@@ -9,7 +9,7 @@ class Adam(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Step size."""
+        """Size of a step."""
 
     @property
     def b1(self) -> float:

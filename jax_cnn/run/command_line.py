@@ -70,18 +70,12 @@ def parse(default: Config, description: str, args: Sequence[str] | None = None) 
 
     message = PlainText()
     try:
-        with contextlib.redirect_stderr(PlainText()):
+        # Tyro chooses the colours and characters of its message by looking at stdout.
+        with contextlib.redirect_stdout(PlainText()), contextlib.redirect_stderr(message):
             return read()
     except SystemExit as stop:
-        if stop.code in (0, None):  # --help
-            raise
-    # Read once more for the message alone: tyro chooses its colours and characters by looking at stdout.
-    with (
-        contextlib.redirect_stdout(PlainText()),
-        contextlib.redirect_stderr(message),
-        contextlib.suppress(SystemExit),
-    ):
-        read()
+        if stop.code in (0, None):
+            return read()  # --help: this time the text goes to the user, and the process ends
     raise UserError(f"{first_sentence(message.getvalue())} (--help lists every flag)")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees during long work: a bar on a terminal, plain lines in a pipe or a log, a table at the end."""
+"""Progress of long work, as a bar on a terminal or as plain lines in a pipe or a log, and the table of a run."""
 
 import time
 from collections.abc import Mapping, Sequence

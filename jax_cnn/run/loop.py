@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,6 @@ from rich.console import Console
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.files import writing
 from jax_cnn.run.command_line import Interrupted, postponed_interrupts
 from jax_cnn.run.display import ProgressBar, epoch_table
 from jax_cnn.run.folder import FILES, RunFolder
@@ -72,7 +71,8 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
     origin = {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
     with RunFolder(config.out_dir, bar.say, resume=checkpoint is not None) as folder:
         with postponed_interrupts() as signal_received:
-            run = Run(config, trainer, folder, bar, run_record(config, origin), signal_received)
+            checkpoints = CheckpointWriter(folder.path, config.checkpoint_seconds)
+            run = Run(config, trainer, folder, bar, checkpoints, run_record(config, origin), signal_received)
             if checkpoint is None:
                 folder.write_config(config, origin)
             else:
@@ -99,91 +99,81 @@ def follow(config: TrainConfig, trainer: Trainer, checkpoint: Checkpoint | None 
         trainer.evaluate()
 
 
+@dataclass
 class Run:
     """A run under way. `progress` says where it is and what it has measured so far."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        trainer: Trainer,
-        folder: RunFolder,
-        bar: ProgressBar,
-        record: dict[str, Any],
-        signal_received: Callable[[], int | None],
-    ) -> None:
-        """Begin at the first step of the first epoch."""
-        self.progress = Progress(epoch=0, steps=0, loss_sum=0.0, seconds=0.0, rows=[])
-        self._config = config
-        self._trainer = trainer
-        self._folder = folder
-        self._bar = bar
-        self._record = record
-        self._signal_received = signal_received
-        self._checkpoints = CheckpointWriter(config.out_dir, config.checkpoint_seconds)
+    config: TrainConfig
+    trainer: Trainer
+    folder: RunFolder
+    bar: ProgressBar
+    checkpoints: CheckpointWriter
+    record: dict[str, Any]
+    signal_received: Callable[[], int | None]
+    progress: Progress = field(default_factory=Progress)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, and write the files that belong to it."""
-        if changes := rounding_changes(checkpoint, self._record):
-            self._bar.say(
+        if changes := rounding_changes(checkpoint, self.record):
+            self.bar.say(
                 f"not as it was: {'; '.join(changes)}. The weights may differ in their last bits from an uninterrupted "
                 "run's"
             )
-        self._trainer.restore(*checkpoint.state)
+        self.trainer.restore(*checkpoint.state)
         self.progress = checkpoint.progress
-        self._folder.write_metrics(self.progress.rows)
+        self.folder.write_metrics(self.progress.rows)
         if self.progress.rows:
-            self._folder.write_weights(checkpoint.state.weights)  # in case they were cut off
-        self._bar.say(f"going on after step {checkpoint.state.step:,}")
+            self.folder.write_weights(checkpoint.state.weights)  # in case they were cut off
+        self.bar.say(f"going on after step {checkpoint.state.step:,}")
 
     def train(self) -> None:
         """Train the epochs that are left: train, evaluate, record, save."""
-        while self.progress.epoch < self._config.epochs:
-            self._train_epoch()
-            row = self._evaluate()
-            self._finish_epoch(row)
-            self._save()
-            self._stop_if_asked()
-        with writing(self._config.out_dir):
-            self._checkpoints.wait()
+        while self.progress.epoch < self.config.epochs:
+            self.train_epoch()
+            row = self.evaluate()
+            self.finish_epoch(row)
+            self.save()
+            self.stop_if_asked()
+        self.checkpoints.wait()
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         """Train what is left of the epoch."""
-        progress, size = self.progress, self._trainer.train_size
-        first_image = min(progress.steps * self._config.batch_size, size)
-        self._bar.begin(
-            f"epoch {progress.epoch + 1}/{self._config.epochs}",
+        progress, size = self.progress, self.trainer.train_size
+        first_image = min(progress.steps * self.config.batch_size, size)
+        self.bar.begin(
+            f"epoch {progress.epoch + 1}/{self.config.epochs}",
             completed=progress.epoch * size + first_image,
-            total=self._config.epochs * size,
+            total=self.config.epochs * size,
         )
         seconds_before, started = progress.seconds, time.perf_counter()
         images = first_image
-        for count, step_losses in self._trainer.train_epoch(progress.epoch, progress.steps):
+        for count, step_losses in self.trainer.train_epoch(progress.epoch, progress.steps):
             losses = np.atleast_1d(np.asarray(step_losses, np.float64))
-            self._check_finite(losses)
+            self.check_finite(losses)
             images += count
             progress.steps += len(losses)
             progress.loss_sum += float(losses.mean()) * count
             elapsed = time.perf_counter() - started
             progress.seconds = seconds_before + elapsed
-            self._report(images, images_per_second=(images - first_image) / elapsed)
-            if self._checkpoints.due and images < size:
-                self._save()
-            self._stop_if_asked()
+            self.report(images, images_per_second=(images - first_image) / elapsed)
+            if self.checkpoints.due and images < size:
+                self.save()
+            self.stop_if_asked()
 
-    def _report(self, images: int, images_per_second: float) -> None:
+    def report(self, images: int, images_per_second: float) -> None:
         """Show how far the epoch is, and how long the rest of the run will take."""
-        progress, size = self.progress, self._trainer.train_size
+        progress, size = self.progress, self.trainer.train_size
         completed = progress.epoch * size + images
-        seconds_left = (self._config.epochs * size - completed) / images_per_second
+        seconds_left = (self.config.epochs * size - completed) / images_per_second
         detail = f"{images:,} of {size:,} images, loss {progress.loss_sum / images:.3f}, "
         detail += f"{images_per_second:,.0f} images/s, {seconds_left:.0f} s left"
-        self._bar.report(detail, completed)
+        self.bar.report(detail, completed)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """Evaluate on the test set, and return the epoch's line of metrics.jsonl."""
         started = time.perf_counter()
-        test_loss, test_accuracy = self._trainer.evaluate()
-        progress, size = self.progress, self._trainer.train_size
+        test_loss, test_accuracy = self.trainer.evaluate()
+        progress, size = self.progress, self.trainer.train_size
         return {
             "epoch": progress.epoch + 1,
             "train_loss": progress.loss_sum / size,
@@ -191,51 +181,50 @@ class Run:
             "test_accuracy": float(test_accuracy),
             "train_seconds": progress.seconds,
             "eval_seconds": time.perf_counter() - started,
-            "compile_seconds": self._trainer.compile_seconds if progress.epoch == 0 else 0.0,
+            "compile_seconds": self.trainer.compile_seconds if progress.epoch == 0 else 0.0,
             "images_per_second": size / progress.seconds,
         }
 
-    def _finish_epoch(self, row: dict[str, Any]) -> None:
+    def finish_epoch(self, row: dict[str, Any]) -> None:
         """Record the epoch's measurements and weights, and go to the first step of the next epoch."""
         rows = [*self.progress.rows, row]
-        self._folder.write_metrics(rows)
-        self._folder.write_weights(self._trainer.weights())
-        self.progress = Progress(epoch=len(rows), steps=0, loss_sum=0.0, seconds=0.0, rows=rows)
-        self._bar.say(f"epoch {len(rows)}/{self._config.epochs}: test accuracy {row['test_accuracy']:.2%}")
+        self.folder.write_metrics(rows)
+        self.folder.write_weights(self.trainer.weights())
+        self.progress = Progress(epoch=len(rows), rows=rows)
+        self.bar.say(f"epoch {len(rows)}/{self.config.epochs}: test accuracy {row['test_accuracy']:.2%}")
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Begin to write a checkpoint of the whole state.
 
         Raises:
             UserError: the folder cannot be written, or a weight is no longer a number.
         """
-        state = AdamState(*self._trainer.state())
+        state = AdamState(*self.trainer.state())
         for name, weight in state.weights.items():
             if not np.isfinite(weight).all():
-                raise self._divergence(f"the weights {name} became NaN or infinite by step {state.step:,}")
-        with writing(self._config.out_dir):
-            self._checkpoints.write(Checkpoint(state, replace(self.progress), self._record))
+                raise self.divergence(f"the weights {name} became NaN or infinite by step {state.step:,}")
+        self.checkpoints.write(Checkpoint(state, replace(self.progress), self.record))
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """Save and stop after Ctrl-C or SIGTERM."""
-        number = self._signal_received()
+        number = self.signal_received()
         if number is None:
             return
-        self._save()
-        with writing(self._config.out_dir):
-            self._checkpoints.wait()
+        self.save()
+        self.checkpoints.wait()
         raise Interrupted(number, f"stopped, and saved. To go on: {how_to_resume()}")
 
-    def _check_finite(self, losses: np.ndarray) -> None:
+    def check_finite(self, losses: np.ndarray) -> None:
         """Stop a training that has diverged, before any of it is saved."""
         lost = np.flatnonzero(~np.isfinite(losses))
         if len(lost):
-            steps_per_epoch = -(-self._trainer.train_size // self._config.batch_size)
+            steps_per_epoch = -(-self.trainer.train_size // self.config.batch_size)
             step = self.progress.epoch * steps_per_epoch + self.progress.steps + int(lost[0]) + 1
-            raise self._divergence(f"the training loss became {losses[lost[0]]} at step {step:,}")
+            raise self.divergence(f"the training loss became {losses[lost[0]]} at step {step:,}")
 
-    def _divergence(self, what: str) -> UserError:
+    def divergence(self, what: str) -> UserError:
+        """Return the error for a loss or a weight that is no longer a number."""
         return UserError(
-            f"{what}, with --learning-rate {self._config.adam.learning_rate:g}: try a smaller one; "
-            f"what was saved before is in {self._config.out_dir}"
+            f"{what}, with --learning-rate {self.config.adam.learning_rate:g}: try a smaller one; "
+            f"what was saved before is in {self.config.out_dir}"
         )

@@ -13,15 +13,16 @@ from typing import Any
 
 from jax_cnn.checkpoint import Checkpoint, Unusable, load_checkpoint, save_checkpoint
 from jax_cnn.config import TrainConfig, UserError
+from jax_cnn.files import writing
 from jax_cnn.run.folder import CHECKPOINTS
 
 KEPT = 2  # checkpoints in a folder: the newest, and one before it in case the newest is damaged
-# Fields that may change when a run is resumed: they change no bit of the weights of the epochs that are done.
+# Settings that may change when a run is resumed: they change no bit of the weights of the epochs that are done.
 FREE = {
     *("epochs", "data_dir", "out_dir", "resume", "checkpoint_seconds"),
     *("dialect", "coordinator", "num_processes", "process_id"),
 }
-ROUNDING = {"device", "devices"}  # fields that may change too, but with them the last bits of the weights
+ROUNDING = {"device", "devices", "cpu"}  # settings that may change too, but may change the last bits of the weights
 
 Record = dict[str, Any]
 
@@ -46,7 +47,7 @@ class CheckpointWriter:
         """Begin to write a checkpoint, as soon as the one before is on disk.
 
         Raises:
-            OSError: the one before could not be written.
+            UserError: the one before could not be written.
         """
         self.wait()
         self._last = time.monotonic()
@@ -56,11 +57,12 @@ class CheckpointWriter:
         """Return when everything is on disk.
 
         Raises:
-            OSError: the checkpoint could not be written. Earlier ones are still there.
+            UserError: the checkpoint could not be written. Earlier ones are still there.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            with writing(self._folder):
+                pending.result()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         step = checkpoint.state.step
@@ -95,7 +97,7 @@ def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], No
     now = settings(run_record(config, {"framework": framework}))
     defaults = settings(run_record(type(config)(), {"framework": framework}))
     before = defaults | settings(checkpoint.run)  # a field that is newer than the checkpoint had its default
-    changed = differences(before, now, now.keys() - FREE - ROUNDING - {"cpu"})
+    changed = differences(before, now, now.keys() - FREE - ROUNDING)
     if changed:
         raise UserError(
             f"--resume: {config.out_dir} holds another run: {'; '.join(changed)}; give the same flags as before, or "
@@ -126,7 +128,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
 def rounding_changes(checkpoint: Checkpoint, record: Record) -> list[str]:
     """Return what is no longer as it was and may change the last bits of the weights: device, processor, versions."""
     before, now = settings(checkpoint.run), settings(record)
-    return differences(before, now, {*ROUNDING, "cpu", *record["versions"]})
+    return differences(before, now, {*ROUNDING, *record["versions"]})
 
 
 def run_record(config: TrainConfig, origin: Record) -> Record:

@@ -1,6 +1,6 @@
-"""Whatever a file holds, reading it gives the right answer or one clear error: no traceback, no endless loop, no flood.
+"""Damaged files: reading one gives the right answer or one clear error, without a traceback, a hang or a flood.
 
-10,000 damaged inputs, the same at every run (hypothesis, derandomised); `-m slow` tries ten times as many.
+There are 10,000 damaged inputs, the same at every run (hypothesis, derandomised). `-m slow` tries ten times as many.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,148 +21,151 @@ from PIL import Image
 from safetensors.numpy import save
 
 from experiments.studies.runs import Run, is_finished
-from jax_cnn.checkpoint import Checkpoint, Unusable, interpret, load_checkpoint
+from jax_cnn.checkpoint import Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.data import UnusableFile, _read_verified, decode_idx
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import read_picture
 from jax_cnn.torch_layout import SIMPLE_CNN, load_weights
 
-MEMORY = 2**29  # bytes that reading may add to the process's peak: twice the largest file that is read
-SCALES = (1, pytest.param(10, marks=pytest.mark.slow))
-scales = pytest.mark.parametrize("scale", SCALES)
+MEMORY = 2**29  # bytes that reading may add to the peak of the process: twice the largest file that is read
+
+Read = Callable[[bytes], None]
+Write = Callable[[bytes], Path]
+Hammer = Callable[[Read, st.SearchStrategy[bytes], int], None]
 
 
 @st.composite
 def damaged(draw: st.DrawFn, *originals: bytes) -> bytes:
-    """One of the originals after a few accidents: cut, bits turned, bytes put in, zeroed, or a length made huge."""
+    """Draw one of the originals and damage it up to three times."""
     content = bytearray(draw(st.sampled_from(originals)))
     for _ in range(draw(st.integers(0, 3))):
-        at = draw(st.integers(0, max(len(content) - 1, 0)))
+        place = draw(st.integers(0, max(len(content) - 1, 0)))
         match draw(st.integers(0, 4)):
-            case 0:
-                del content[at:]
-            case 1 if content:
-                content[at] ^= 1 << draw(st.integers(0, 7))
-            case 2:
-                content[at:at] = draw(st.binary(max_size=16))
-            case 3:
-                content[at : at + 64] = bytes(len(content[at : at + 64]))
-            case 4:
+            case 0:  # cut
+                del content[place:]
+            case 1 if content:  # flip a bit
+                content[place] ^= 1 << draw(st.integers(0, 7))
+            case 2:  # insert
+                content[place:place] = draw(st.binary(max_size=16))
+            case 3:  # zero
+                content[place : place + 64] = bytes(len(content[place : place + 64]))
+            case 4:  # a huge length at the start
                 content[:8] = struct.pack(draw(st.sampled_from("<>")) + "Q", draw(st.integers(0, 2**64 - 1)))
     return bytes(content)
 
 
-def hammer(read: Callable[[bytes], Any], inputs: st.SearchStrategy[bytes], count: int) -> None:
-    """Read so many inputs, and hold the process's memory to its bound."""
-    forget_peak()
-    before = peak_memory()
-    checks = [HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large]
-    tried = 0
+def read_all(read: Read, inputs: st.SearchStrategy[bytes], count: int) -> None:
+    """Read so many inputs, and assert that the memory of the process stays within its bound."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux then measures the peak anew
+    before, tried = peak_memory(), 0
 
     def counted(content: bytes) -> None:
         nonlocal tried
         tried += 1
         read(content)
 
-    run = settings(
-        report_multiple_bugs=False,
+    repeatable = settings(
         max_examples=count,
         derandomize=True,
         database=None,
         deadline=None,
-        suppress_health_check=checks,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large],
     )
-    run(given(inputs)(counted))()
+    repeatable(given(inputs)(counted))()
     assert peak_memory() - before <= MEMORY
     assert tried >= count, f"{tried} inputs of {count}: there are no more of this kind"
 
 
-def forget_peak() -> None:
-    """Let Linux measure this process's peak anew: other tests have had theirs."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory() -> int:
-    """Bytes that this process has held at most since then."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    """Return the most bytes that this process has held since the peak was cleared."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Callable[[bytes], Path]:
-    """Put an input where a file is expected."""
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.slow)])
+def hammer(request: pytest.FixtureRequest) -> Hammer:
+    """Return `read_all`, or in the slow tests one that reads ten times as many."""
+    return lambda read, inputs, count: read_all(read, inputs, count * request.param)
 
-    def write(content: bytes) -> Path:
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes an input where a file is expected."""
+
+    def write_input(content: bytes) -> Path:
         path = tmp_path / "input"
         path.write_bytes(content)
         return path
 
-    return write
+    return write_input
+
+
+# The data set
 
 
 def idx(shape: tuple[int, ...]) -> bytes:
-    """A small sound IDX file."""
-    header = b"\0\0\x08" + bytes([len(shape)]) + b"".join(struct.pack(">I", length) for length in shape)
-    return header + bytes(range(int(np.prod(shape))))
+    """Return a small sound IDX file."""
+    lengths = b"".join(struct.pack(">I", length) for length in shape)
+    return b"\0\0\x08" + bytes([len(shape)]) + lengths + bytes(range(int(np.prod(shape))))
 
 
-@scales
-def test_idx_files(scale: int) -> None:
+def test_idx_files(hammer: Hammer) -> None:
     def read(content: bytes) -> None:
-        try:
-            array = decode_idx(content)
-        except ValueError:
-            return
-        assert array.tobytes() == content[4 + 4 * content[3] :]
+        with contextlib.suppress(ValueError):
+            assert decode_idx(content).tobytes() == content[4 + 4 * content[3] :]
 
-    hammer(read, damaged(idx((3, 4, 5)), idx((7,)), idx(())) | st.binary(max_size=64), 3000 * scale)
+    hammer(read, damaged(idx((3, 4, 5)), idx((7,)), idx(())) | st.binary(max_size=64), 3000)
 
 
-@scales
-def test_packed_files(file: Callable[[bytes], Path], data_dir: Path, scale: int) -> None:
-    """The published bytes, or `UnusableFile`; a bomb of a gigabyte among them."""
+def test_packed_files_give_the_published_bytes_or_an_error(hammer: Hammer, tmp_path: Path, data_dir: Path) -> None:
+    """Among them is one that unpacks to a gigabyte."""
     name = "t10k-labels-idx1-ubyte"
     content = (data_dir / "FashionMNIST" / "raw" / name).read_bytes()
     bomb = gzip.compress(bytes(2**20)) * 1024
 
     def read(packed: bytes) -> None:
-        path = file(packed).with_suffix(".gz")
-        path.write_bytes(packed)
+        (tmp_path / "input.gz").write_bytes(packed)
         with contextlib.suppress(UnusableFile):
-            assert _read_verified(path, name) == content
+            assert _read_verified(tmp_path / "input.gz", name) == content
 
-    hammer(read, damaged(gzip.compress(content), gzip.compress(content[:100]), bomb), 1500 * scale)
+    hammer(read, damaged(gzip.compress(content), gzip.compress(content[:100]), bomb), 1500)
 
 
-def tensors(changes: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Weights of the right shapes, with some exchanged."""
-    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in SIMPLE_CNN.items()} | (changes or {})
+# Weights and checkpoints
+
+
+def tensors(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    """Return weights of the right shapes, with some replaced."""
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in SIMPLE_CNN.items()} | changes
 
 
 def header(**entries: Any) -> bytes:
-    """A safetensors file of a header alone."""
+    """Return a safetensors file with this header and 64 bytes of data."""
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text + bytes(64)
 
 
+def leaf_entry(dtype: str, shape: object) -> dict[str, Any]:
+    """Return the header's entry for a tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, 64]}
+
+
 HEADERS = (
-    header(
-        **{name: {"dtype": "F32", "shape": leaf.shape, "data_offsets": [0, 64]} for name, leaf in SIMPLE_CNN.items()}
-    ),
-    header(**{"fc2.bias": {"dtype": "F8_E4M3", "shape": [64], "data_offsets": [0, 64]}}),
-    header(**{"fc2.bias": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 64]}}),
-    header(__metadata__={"checkpoint": "{}", "sha256": ""}, a={"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}),
+    header(**{name: leaf_entry("F32", leaf.shape) for name, leaf in SIMPLE_CNN.items()}),
+    header(**{"fc2.bias": leaf_entry("F8_E4M3", [64])}),
+    header(**{"fc2.bias": leaf_entry("F32", [2**40, 2**40])}),
+    header(__metadata__={"checkpoint": "{}", "sha256": ""}, a=leaf_entry("I64", [8])),
     save({"conv1.bias": np.zeros(32, np.float32)}, {"checkpoint": "[]", "sha256": "0"}),
 )
 
 
-@scales
-def test_weights_files(file: Callable[[bytes], Path], scale: int) -> None:
+def test_weights_files(hammer: Hammer, write: Write) -> None:
     def read(content: bytes) -> None:
         try:
-            weights = load_weights(file(content), "float32")
+            weights = load_weights(write(content), "float32")
         except UserError:
             return
         assert {name: array.shape for name, array in weights.items()} == {
@@ -171,17 +173,17 @@ def test_weights_files(file: Callable[[bytes], Path], scale: int) -> None:
         }
         assert all(np.isfinite(array).all() for array in weights.values())
 
-    hammer(read, damaged(*HEADERS), 1500 * scale)
-    hammer(read, damaged(save(tensors()), save(tensors({"fc2.bias": np.full(10, np.inf, np.float32)}))), 60 * scale)
+    infinite = {"fc2.bias": np.full(10, np.inf, np.float32)}
+    hammer(read, damaged(*HEADERS), 1500)
+    hammer(read, damaged(save(tensors()), save(tensors(**infinite))), 60)
 
 
-@scales
-def test_checkpoint_files(file: Callable[[bytes], Path], scale: int) -> None:
+def test_checkpoint_files(hammer: Hammer, write: Write) -> None:
     def read(content: bytes) -> None:
         with pytest.raises(Unusable):
-            load_checkpoint(file(content))
+            load_checkpoint(write(content))
 
-    hammer(read, damaged(*HEADERS), 1500 * scale)
+    hammer(read, damaged(*HEADERS), 1500)
 
 
 JSON = st.recursive(
@@ -191,17 +193,11 @@ JSON = st.recursive(
 )
 
 
-@cache
-def sound_content() -> dict[str, Any]:
-    """What a checkpoint's metadata says."""
-    progress = {"epoch": 1, "steps": 2, "loss_sum": 0.5, "seconds": 1.0, "rows": [{"epoch": 1}]}
-    return {"format": "1", "step": 9, "progress": progress, "run": {"framework": "jax"}}
-
-
 @st.composite
-def contents(draw: st.DrawFn) -> bytes:
-    """A checkpoint's metadata with a value exchanged or left out, or any JSON, as damaged text."""
-    content: dict[str, Any] = json.loads(json.dumps(sound_content()))
+def checkpoint_texts(draw: st.DrawFn) -> bytes:
+    """Draw the JSON of a checkpoint with a value replaced or left out, or any JSON, as damaged text."""
+    progress = {"epoch": 1, "steps": 2, "loss_sum": 0.5, "seconds": 1.0, "rows": [{"epoch": 1}]}
+    content: dict[str, Any] = {"format": "1", "step": 9, "progress": progress, "run": {"framework": "jax"}}
     inside = draw(st.sampled_from([content, content["progress"], content["run"]]))
     key = draw(st.sampled_from(sorted(inside)))
     if draw(st.booleans()):
@@ -211,64 +207,49 @@ def contents(draw: st.DrawFn) -> bytes:
     return draw(damaged(json.dumps(content).encode(), json.dumps(draw(JSON)).encode()))
 
 
-@scales
-def test_what_a_checkpoint_says(scale: int) -> None:
-    moments = {
-        f"{moment}.{name}": array for moment in ("first_moment", "second_moment") for name, array in TENSORS.items()
-    }
+def test_the_text_of_a_checkpoint(hammer: Hammer) -> None:
+    weights = tensors()
+    moments = {f"{moment}.{name}": weights[name] for moment in ("first_moment", "second_moment") for name in weights}
 
     def read(text: bytes) -> None:
-        try:
-            found = interpret(text.decode(errors="replace"), TENSORS | moments)
-        except Unusable:
-            return
-        assert isinstance(found, Checkpoint)
-        assert len(found.progress.rows) == found.progress.epoch
+        with contextlib.suppress(Unusable):
+            progress = interpret(text.decode(errors="replace"), weights | moments).progress
+            assert len(progress.rows) == progress.epoch
 
-    hammer(read, contents(), 1000 * scale)
+    hammer(read, checkpoint_texts(), 1000)
 
 
-TENSORS = tensors()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run whose folder is there."""
-    return Run("short", "jax", replace(TrainConfig(), out_dir=tmp_path))
-
-
-@scales
-def test_a_finished_runs_files(run: Run, scale: int) -> None:
-    """Which a study or a comparison would use again: what is not a whole run is no finished one."""
-    folder = run.config.out_dir
-    (folder / "weights.safetensors").write_bytes(b"")
+def test_an_incomplete_run_is_not_a_finished_one(hammer: Hammer, tmp_path: Path) -> None:
+    """A study or a comparison would use a finished run again."""
+    run = Run("short", "jax", replace(TrainConfig(), out_dir=tmp_path))
+    (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'
 
     def read(content: bytes) -> None:
         half = len(content) // 2
-        (folder / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
-        (folder / "metrics.jsonl").write_bytes(rows if half % 2 else content)
+        (tmp_path / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
+        (tmp_path / "metrics.jsonl").write_bytes(rows if half % 2 else content)
         assert is_finished(run) is False
 
     texts = damaged(json.dumps(record).encode() * 2, json.dumps([record]).encode() * 2)
-    hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000 * scale)
+    hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000)
+
+
+# Pictures
 
 
 def picture(mode: str, kind: str, **options: Any) -> bytes:
-    """A small sound file."""
+    """Return a small sound picture file."""
     content = io.BytesIO()
     Image.linear_gradient("L").resize((20, 30)).convert(mode).save(content, kind, **options)
     return content.getvalue()
 
 
-@scales
-def test_pictures(file: Callable[[bytes], Path], scale: int) -> None:
-    """Whatever comes out goes into the network: 28x28 bytes."""
-
+def test_pictures_give_28_by_28_bytes_or_one_line(hammer: Hammer, write: Write) -> None:
     def read(content: bytes) -> None:
         try:
-            prepared = prepare_picture(read_picture(file(content)), "auto")
+            prepared = prepare_picture(read_picture(write(content)), "auto")
         except UserError as error:
             text = str(error)
         else:
@@ -278,21 +259,22 @@ def test_pictures(file: Callable[[bytes], Path], scale: int) -> None:
         assert "\n" not in text
 
     sound = (picture("L", "PNG"), picture("P", "PNG", transparency=0), picture("RGB", "JPEG"), picture("L", "GIF"))
-    hammer(read, damaged(*sound, picture("CMYK", "JPEG"), picture("RGBA", "WEBP"), b""), 1500 * scale)
+    hammer(read, damaged(*sound, picture("CMYK", "JPEG"), picture("RGBA", "WEBP"), b""), 1500)
 
 
-def test_the_checks_can_fail(file: Callable[[bytes], Path]) -> None:
-    """A reader that trusts its input is found out."""
+# The checks can fail
 
+
+def test_a_reader_that_trusts_a_length_or_takes_too_much_memory_is_noticed() -> None:
     def trusting(content: bytes) -> None:
         length = struct.unpack("<Q", content[:8])[0]
         json.loads(content[8 : 8 + length])
 
     with pytest.raises((struct.error, ValueError, RecursionError)):
-        hammer(trusting, damaged(*HEADERS), 200)
+        read_all(trusting, damaged(*HEADERS), 200)
 
     def greedy(_: bytes) -> None:
         np.ones(MEMORY // 4, np.float64)
 
     with pytest.raises((AssertionError, MemoryError)):
-        hammer(greedy, st.binary(max_size=4), 2)
+        read_all(greedy, st.binary(max_size=4), 2)

@@ -1,0 +1,95 @@
+"""The networks without convolution, as a person trains and uses them: their layouts, files and commands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_cnn.config import CNN, Network, UserError
+from jax_cnn.data import FashionMNIST
+from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, recognise, save_weights
+from parity_tests.run.training import TrainOnce
+from parity_tests.support import read_json, run_successfully
+from torch_ref.model import make_model
+
+SMALL = ("--limit-train", "200", "--limit-test", "100", "--epochs", "1", "--device", "cpu")
+MLP = ("--model", "mlp", "--hidden", "20", *SMALL)
+NETWORKS = (CNN, Network("mlp"), Network("mlp", 20), Network("mlp", 2050), Network("linear"))
+
+
+def zeros(network: Network) -> TorchDict:
+    """Return weights of a network that are all 0."""
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in layout_of(network).items()}
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_a_network_is_recognised_by_its_tensors(network: Network) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in make_model(*network).state_dict().items()}
+    assert shapes == {name: leaf.shape for name, leaf in layout_of(network).items()}
+    assert recognise(zeros(network)) == network
+
+
+def test_a_damaged_cnn_is_still_recognised_as_one(tmp_path: Path) -> None:
+    for missing in layout_of(CNN):
+        tensors = zeros(CNN)
+        del tensors[missing]
+        assert recognise(tensors) == CNN
+        save_weights(tmp_path / "weights", tensors)
+        with pytest.raises(UserError, match=f"{missing} is missing"):
+            load_weights(tmp_path / "weights", "float32", None)
+    assert recognise({}) == recognise({"x": np.zeros(1)}) == CNN
+
+
+@pytest.mark.parametrize("shape", [(), (0, 784), (20,), (20, 1, 28, 28)])
+def test_a_misshapen_mlp_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    save_weights(tmp_path / "weights", zeros(Network("mlp", 20)) | {"fc1.weight": np.zeros(shape, np.float32)})
+    with pytest.raises(UserError, match="has shape"):
+        load_weights(tmp_path / "weights", "float32", None)
+
+
+def test_an_mlp_of_another_width_is_refused(tmp_path: Path) -> None:
+    save_weights(tmp_path / "weights", zeros(Network("mlp", 20)))
+    with pytest.raises(UserError, match="of --model mlp --hidden 20, not of --model mlp --hidden 512"):
+        load_weights(tmp_path / "weights", "float32", Network("mlp"))
+
+
+def test_the_network_is_in_the_record_and_in_the_weights(train_once: TrainOnce, framework: str) -> None:
+    results = train_once(framework, *MLP).results
+    config = read_json(results / "config.json")["config"]
+    assert (config["model"], config["hidden"]) == ("mlp", 20)
+    assert recognise(load_weights(results / "weights.safetensors", "float32", None)) == Network("mlp", 20)
+
+
+def test_both_frameworks_continue_alike_from_the_same_weights(train_once: TrainOnce) -> None:
+    start = train_once("jax", *MLP).results / "weights.safetensors"
+    ours, theirs = (
+        train_once(framework, *MLP, "--seed", "1", "--init-weights", str(start)).results / "weights.safetensors"
+        for framework in ("jax", "torch")
+    )
+    theirs_by_name = load_weights(theirs, "float32", None)
+    for name, array in load_weights(ours, "float32", None).items():  # after four of Adam's steps, of 1e-3 each
+        assert np.abs(array - theirs_by_name[name]).max() < 1e-4
+
+
+def test_both_frameworks_predict_with_it(train_once: TrainOnce, data: FashionMNIST, tmp_path: Path) -> None:
+    Image.fromarray(data.test_images[0]).save(tmp_path / "boot.png")
+    flags = ("--weights", train_once("jax", *MLP).results / "weights.safetensors", "--json")
+    ours, theirs = (
+        json.loads(run_successfully("predict", "boot.png", *flags, "--framework", framework, cwd=tmp_path))
+        for framework in ("jax", "torch")
+    )
+    assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-6)
+
+
+def test_a_run_continues_in_another_dialect_with_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
+    flags = ("--model", "linear", *SMALL, "--data-dir", data_dir)
+    run_successfully("train_jax", *flags, "--epochs", 2, "--dialect", "nnx", "--out-dir", "whole", cwd=tmp_path)
+    run_successfully("train_jax", *flags, "--out-dir", "parts", cwd=tmp_path)
+    resume = ("--epochs", 2, "--dialect", "plain", "--out-dir", "parts", "--resume")
+    output = run_successfully("train_jax", *flags, *resume, cwd=tmp_path)
+    assert "going on after step 4" in output
+    assert "not as it was" not in output
+    whole, parts = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
