@@ -17,7 +17,7 @@ from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:
-    from experiments.tpu import Compilation
+    from experiments.tpu import Collective, Compilation
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 RESULTS = "compilations.json"
@@ -62,6 +62,12 @@ def main() -> None:
     console.print(f"Compiled, not run. Results are in {config.out_dir}", highlight=False, soft_wrap=True)
 
 
+def describe_exchange(exchange: "Collective") -> str:
+    """Return the name and the size of an exchange: `all-reduce 6.6 MB`."""
+    size = f"{exchange.bytes / 1e6:.1f} MB" if exchange.bytes >= 1e5 else f"{exchange.bytes} bytes"
+    return f"{exchange.operation} {size}"
+
+
 def compilation_table(compilations: "Sequence[Compilation]") -> Table:
     """Return a table with one compilation in each row."""
     caption = (
@@ -83,7 +89,7 @@ def compilation_table(compilations: "Sequence[Compilation]") -> Table:
             f"{compilation.batch_size:,}",
             f"{compilation.flops / 1e6:,.0f}",
             *(f"{size / 1e6:.1f}" for size in memory),
-            ", ".join(f"{one.operation} {one.bytes / 1e6:.1f} MB" for one in compilation.collectives) or "none",
+            ", ".join(map(describe_exchange, compilation.collectives)) or "none",
             f"{compilation.compile_seconds:.0f}",
         )
     return table
