@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from experiments.studies.runs import Run, is_finished
 from jax_cnn.checkpoint import Checkpoint, Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.data import UnusableFile, _read_verified, decode_idx
+from jax_cnn.data import UnusableFile, decode_idx, read_verified
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import read_picture
 from jax_cnn.torch_layout import SIMPLE_CNN, load_weights
@@ -132,7 +132,7 @@ def test_packed_files(file: Callable[[bytes], Path], data_dir: Path, scale: int)
         path = file(packed).with_suffix(".gz")
         path.write_bytes(packed)
         with contextlib.suppress(UnusableFile):
-            assert _read_verified(path, name) == content
+            assert read_verified(path, name) == content
 
     hammer(read, damaged(gzip.compress(content), gzip.compress(content[:100]), bomb), 1500 * scale)
 
