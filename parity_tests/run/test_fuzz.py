@@ -274,7 +274,7 @@ def test_pictures(file: Callable[[bytes], Path], scale: int) -> None:
         else:
             assert prepared.pixels.shape == (28, 28)
             assert prepared.pixels.dtype == np.uint8
-            text = prepared.how
+            text = prepared.summary
         assert "\n" not in text
 
     sound = (picture("L", "PNG"), picture("P", "PNG", transparency=0), picture("RGB", "JPEG"), picture("L", "GIF"))
