@@ -113,7 +113,7 @@ def decode_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
-    """Return the order in which an epoch (counted from 0) visits the training images: the indices 0 … size - 1.
+    """Return the order in which an epoch (counted from 0) visits the training images: 0 … size - 1, int64.
 
     Every seed and every epoch has its own permutation.
     """

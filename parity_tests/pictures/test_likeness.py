@@ -50,7 +50,7 @@ def test_without_one_limit_its_kind_passes(
     assert count_odd(images) < 0.95 * len(images)
 
 
-def test_only_clutter_tells_a_portrait_and_large_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_portrait_and_large_noise_are_found_by_their_clutter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled to 28x28 pixels, neither looks odd by the other measures."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 300)).astype(np.uint8)
     cluttered = [prepare_picture(read_picture(PORTRAIT)), prepare_picture(plain(noise))]

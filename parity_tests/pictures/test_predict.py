@@ -44,7 +44,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(trained: Path) -> Network:
-    """That network in PyTorch, as a function of images, uint8 [size, 28, 28], that returns probabilities."""
+    """The same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
     module = SimpleCNN()
     module.load_state_dict(safetensors.torch.load_file(trained / WEIGHTS))
 
@@ -134,8 +134,8 @@ def photographs(data: FashionMNIST) -> list[Picture]:
     return [photograph(image, index, index % 2 == 0) for index, image in enumerate(data.test_images[:PHOTOGRAPHS])]
 
 
-def count_right(network: Network, images: np.ndarray, data: FashionMNIST) -> float:
-    """Return the share of images [size, 28, 28] that the network recognises as the first test images."""
+def measure_accuracy(network: Network, images: np.ndarray, data: FashionMNIST) -> float:
+    """Return the share of images that the network gives the label of the test image at the same place."""
     return float((network(images).argmax(axis=1) == data.test_labels[:PHOTOGRAPHS]).mean())
 
 
@@ -143,8 +143,8 @@ def test_photographs_are_recognised_as_well_as_the_images_that_they_show(
     data: FashionMNIST, photographs: list[Picture], network: Network
 ) -> None:
     prepared = [prepare_picture(picture) for picture in photographs]
-    right = count_right(network, np.stack([picture.pixels for picture in prepared]), data)
-    best = count_right(network, data.test_images[:PHOTOGRAPHS], data)
+    right = measure_accuracy(network, np.stack([picture.pixels for picture in prepared]), data)
+    best = measure_accuracy(network, data.test_images[:PHOTOGRAPHS], data)
     assert right >= best - PHOTOGRAPH_LOSS, f"{right:.1%}, the images themselves {best:.1%}"
     assert not any(find_oddities(picture) for picture in prepared)
 
@@ -164,8 +164,8 @@ def test_photographs_prepared_with_a_fault_are_recognised_less_well(
     data: FashionMNIST, photographs: list[Picture], network: Network, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(prepare, *FAULTS[fault])
-    right = count_right(network, np.stack([prepare_picture(picture).pixels for picture in photographs]), data)
-    best = count_right(network, data.test_images[:PHOTOGRAPHS], data)
+    right = measure_accuracy(network, np.stack([prepare_picture(picture).pixels for picture in photographs]), data)
+    best = measure_accuracy(network, data.test_images[:PHOTOGRAPHS], data)
     assert right < best - PHOTOGRAPH_LOSS, f"{right:.1%}, the images themselves {best:.1%}"
 
 
@@ -199,8 +199,7 @@ def test_the_text_is_three_classes_the_preparation_and_a_warning(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are closed otherwise elsewhere")
-def test_a_reader_that_stops_reading_is_no_error(trained: Path, test_pngs: list[Path]) -> None:
-    """As with `| head`."""
+def test_output_that_nobody_reads_is_no_error(trained: Path, test_pngs: list[Path]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = command_line("predict", *test_pngs)

@@ -111,8 +111,7 @@ def test_proportions_stay_at_any_size(grey: np.ndarray, words: str) -> None:
     assert prepared.pixels.shape == (28, 28)
 
 
-def test_a_huge_photograph_is_read_in_part(tmp_path: Path) -> None:
-    """It has 48 million pixels."""
+def test_a_photograph_of_48_million_pixels_is_read_at_a_part_of_its_size(tmp_path: Path) -> None:
     picture = read_back(Image.fromarray(coat(100, 200)).resize((6_000, 8_000)), tmp_path / "large.jpg")
     assert picture.history[0] == "6000x8000 L"
     assert 2_000 <= max(picture.grey.shape) <= 4_000
