@@ -37,8 +37,7 @@ class PredictConfig:
     framework: Literal["jax", "torch"] = "jax"
     """The framework that computes; both give the same answer."""
     invert: Invert = "auto"
-    """Swap light and dark, because the network knows light on black only; auto does so where a picture is dark on
-    light."""
+    """Swap light and dark, as the network expects light on black; auto swaps a picture that is dark on light."""
     json: bool = False
     """Print one JSON object per picture instead, with the probabilities of all classes."""
 
