@@ -1,4 +1,6 @@
-"""The one map between PyTorch's tensors and the Flax tree: weights, gradients and both Adam moments. NumPy alone.
+"""The one map between PyTorch's tensors and the Flax tree, and the weights files. NumPy alone.
+
+The map carries weights, gradients and both Adam moments:
 
 | torch | Flax | what moves |
 |---|---|---|
@@ -6,6 +8,8 @@
 | linear weight [out, in] | kernel [in, out] | axes |
 | linear weight after a flatten [out, channel x row x column] | kernel [row x column x channel, out] | axes, row order |
 | bias [out] | bias [out] | nothing |
+
+A weights file is a safetensors file under PyTorch's names and layouts.
 """
 
 import math
@@ -20,12 +24,12 @@ from safetensors.numpy import load, save
 from jax_cnn.config import CNN, HIDDEN, Model, Network, UserError
 from jax_cnn.files import write_atomically
 
-TorchDict = dict[str, np.ndarray]
+TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
 Tree = dict[str, Any]  # nested dictionaries of arrays
 
 
 class Leaf(NamedTuple):
-    """Where one torch tensor stands in the JAX tree, its torch shape, and the way there and back."""
+    """Where one torch tensor stands in the JAX tree, its shape in torch, and the conversion in both directions."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
@@ -33,12 +37,10 @@ class Leaf(NamedTuple):
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
-Layout = Mapping[str, Leaf]
+Layout = Mapping[str, Leaf]  # the leaf of every torch tensor, by the tensor's name
 
 
-def same(array: np.ndarray) -> np.ndarray:
-    """Leave biases, and whatever needs no change, as they are."""
-    return array
+# The map
 
 
 def conv(name: str, inputs: int, outputs: int, size: int = 3) -> Layout:
@@ -79,11 +81,16 @@ def dense_after_flatten(name: str, chw: tuple[int, int, int], outputs: int) -> L
     }
 
 
+def same(array: np.ndarray) -> np.ndarray:
+    """Return a bias, or any array that needs no change, as it is."""
+    return array
+
+
 SOFTMAX_REGRESSION: Layout = dense("fc", 784, 10)
 
 
 def feed_forward(hidden: int = HIDDEN) -> Layout:
-    """Map the mlp. Its flatten has one channel, which leaves nothing to reorder."""
+    """Map the mlp. Its flatten has one channel, so there is no order to change."""
     return {**dense("fc1", 784, hidden), **dense("fc2", hidden, 10)}
 
 
@@ -103,29 +110,19 @@ TORCH_STAGES = {
 
 
 def layout_of(network: Network) -> Layout:
-    """The layout of this network."""
+    """Return the layout of this network."""
     layouts = {"linear": SOFTMAX_REGRESSION, "mlp": feed_forward(network.hidden), "cnn": SIMPLE_CNN}
     return layouts[network.model]
 
 
-def recognise(tensors: Mapping[str, np.ndarray]) -> Network:
-    """The network that these torch-named arrays are of, or are most likely meant for: the cnn where nothing tells."""
-
-    def likeness(model: Model) -> float:
-        names = layout_of(Network(model)).keys()
-        return len(names & tensors.keys()) / len(names | tensors.keys())
-
-    models: tuple[Model, ...] = ("cnn", "mlp", "linear")  # of equals, max takes the first
-    model = max(models, key=likeness)
-    width = tensors["fc1.weight"].shape[:1] if model == "mlp" and "fc1.weight" in tensors else ()
-    return Network(model, width[0] if any(width) else HIDDEN)
+# Torch-named arrays to the Flax tree and back
 
 
 def to_flax(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> Tree:
-    """Turn torch-named arrays into the Flax tree.
+    """Convert torch-named arrays to the Flax tree.
 
     Raises:
-        ValueError: a tensor is missing, unknown or misshapen.
+        ValueError: a tensor is missing or unknown or has another shape.
     """
     check_shapes(tensors, layout)
     tree: Tree = {}
@@ -139,10 +136,10 @@ def to_flax(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> T
 
 
 def to_torch(tree: Mapping[str, Any], layout: Layout = SIMPLE_CNN) -> TorchDict:
-    """Turn the Flax tree, of arrays that NumPy can read, into torch-named arrays.
+    """Convert the Flax tree, of arrays that NumPy can read, to torch-named arrays.
 
     Raises:
-        ValueError: a leaf is missing, unknown or misshapen.
+        ValueError: a leaf is missing or unknown or has another shape.
     """
     leaves = dict(walk(tree))
     known = {leaf.path for leaf in layout.values()}
@@ -157,7 +154,7 @@ def to_torch(tree: Mapping[str, Any], layout: Layout = SIMPLE_CNN) -> TorchDict:
 
 
 def walk(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Every leaf of nested dictionaries, with its path."""
+    """Return every leaf of nested dictionaries with its path."""
     leaves = []
     for name, value in tree.items():
         leaves += walk(value, (*path, name)) if isinstance(value, Mapping) else [((*path, name), value)]
@@ -165,10 +162,10 @@ def walk(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tupl
 
 
 def check_shapes(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> None:
-    """Hold torch-named arrays to a layout's names and shapes.
+    """Compare the names and shapes of torch-named arrays with a layout.
 
     Raises:
-        ValueError: names the first tensor that is missing, unknown or misshapen.
+        ValueError: names the first tensor that is missing or unknown or has another shape.
     """
     for name in [*layout, *(tensors.keys() - layout.keys())]:
         if name not in tensors:
@@ -179,58 +176,71 @@ def check_shapes(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN)
             raise ValueError(f"tensor {name} has shape {tensors[name].shape}, not {layout[name].shape}")
 
 
+# Weights files
+
+
 def save_weights(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the file whole or not at all.
+    """Write a weights file, whole or not at all.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder cannot be written to.
     """
     write_atomically(path, save(dict(tensors)))
 
 
 def load_weights(path: Path, dtype: str, network: Network | None = CNN) -> TorchDict:
-    """Read a network's weights.
+    """Read a weights file and convert its arrays to `dtype`.
 
-    Args:
-        path: of the file.
-        dtype: of the arrays to make of it.
-        network: whose weights they have to be; None takes any network's (`torch_layout.recognise` tells whose).
+    With a network, the weights have to be that network's; with None they may be any network's (see `recognise`).
 
     Raises:
-        UserError: the file is missing or not safetensors, or of another network, or a tensor is missing, unknown,
-            misshapen, not of a floating dtype, or not finite.
+        UserError: the file is missing or not safetensors, or holds another network, or a tensor is missing or unknown,
+            has another shape or no floating dtype, or is not finite.
     """
 
-    def wrong(what: str) -> UserError:
-        return UserError(f"weights file {path}: {what}; give a file that train_jax.py or train_torch.py wrote")
+    def user_error(problem: str) -> UserError:
+        return UserError(f"weights file {path}: {problem}; give a file that train_jax.py or train_torch.py wrote")
 
     try:
         tensors = load(path.read_bytes())
-        found = recognise(tensors)
-        if network not in (None, found) and fits(tensors, found):
-            raise wrong(f"it is of {found}, not of {network}")
-        check_shapes(tensors, layout_of(network or found))
+        recognised = recognise(tensors)
+        if network not in (None, recognised) and fits(tensors, recognised):
+            raise user_error(f"it is of {recognised}, not of {network}")
+        check_shapes(tensors, layout_of(network or recognised))
     except OSError as error:
-        raise wrong(error.strerror or str(error)) from None
+        raise user_error(error.strerror or str(error)) from None
     except SafetensorError as error:
-        raise wrong(f"not a readable safetensors file ({error})") from None
+        raise user_error(f"not a readable safetensors file ({error})") from None
     except KeyError as error:
-        raise wrong(f"a tensor has dtype {error.args[0]}, which NumPy lacks") from None
+        raise user_error(f"a tensor has dtype {error.args[0]}, which NumPy lacks") from None
     except ValueError as error:
-        raise wrong(str(error)) from None
+        raise user_error(str(error)) from None
     for name, array in tensors.items():
         if not np.issubdtype(array.dtype, np.floating):
-            raise wrong(f"tensor {name} has dtype {array.dtype}, not a floating one")
-    with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
+            raise user_error(f"tensor {name} has dtype {array.dtype}, not a floating one")
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
         converted = {name: array.astype(dtype) for name, array in tensors.items()}
     for name, array in converted.items():
         if not np.isfinite(array).all():
-            raise wrong(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
+            raise user_error(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
     return converted
 
 
+def recognise(tensors: Mapping[str, np.ndarray]) -> Network:
+    """Return the network whose tensors' names are most like these; the cnn if several are equally like them."""
+
+    def similarity(model: Model) -> float:
+        names = layout_of(Network(model)).keys()
+        return len(names & tensors.keys()) / len(names | tensors.keys())
+
+    models: tuple[Model, ...] = ("cnn", "mlp", "linear")  # max takes the first of equals
+    model = max(models, key=similarity)
+    shape = tensors["fc1.weight"].shape if model == "mlp" and "fc1.weight" in tensors else ()
+    return Network(model, shape[0] if shape and shape[0] else HIDDEN)
+
+
 def fits(tensors: Mapping[str, np.ndarray], network: Network) -> bool:
-    """Whether these are all of this network's tensors, and no others."""
+    """Return whether these are the tensors of this network, in names and shapes."""
     try:
         check_shapes(tensors, layout_of(network))
     except ValueError:

@@ -1,1 +1,1 @@
-"""From any picture to what the network was trained on: read, prepared, and compared with the training images."""
+"""Pictures from files: read, prepared as the training images were, and compared with them."""

@@ -1,18 +1,18 @@
-"""From any picture to what the network was trained on: 28x28, grey, light on black. NumPy and Pillow alone.
+"""Prepare any picture as the training images were: 28x28, grey, light on black. NumPy and Pillow alone.
 
 The training images are photographs on near-white that were trimmed to the garment, scaled until the longer edge is 28,
-sharpened, centred, negated and made grey (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747, section 2). The same is
-done here, except:
+sharpened, centred, inverted and made grey (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747, section 2). This module
+does the same, except:
 
-- Scaling averages (Lanczos) where they skip rows and columns, and nothing is sharpened: with a sharpening like theirs,
-  90.7 % of the photographs are recognised.
-- The contrast is stretched. The paper does not mention it, but each of the 70,000 images spans 0 to 254 or 255. Of
+- It scales with averages (Lanczos) where they skip rows and columns, and it sharpens nothing: with a sharpening like
+  theirs, 90.7 % of the photographs are recognised.
+- It stretches the contrast. The paper does not mention that, but each of the 70,000 images spans 0 to 254 or 255. Of
   photographs with half the contrast, 91 % instead of 84 % are recognised.
 - A picture of 28x28 pixels is at most inverted: a training image reaches the network as it is.
 
-Measured with a network after five epochs on photographs made of the first 2,000 test images: negated, eight times as
-large, on an even ground of 340x400 pixels, as a JPEG of quality 90. It recognises 91.0 % of them, and of the images
-themselves 91.9 %.
+All shares were measured with a network after five epochs, on photographs made from the first 2,000 test images:
+inverted, eight times as large, on an even background of 340x400 pixels, as a JPEG of quality 90. It recognises 91.0 %
+of them, and 91.9 % of the images themselves.
 """
 
 from typing import Literal, NamedTuple
@@ -21,102 +21,98 @@ import numpy as np
 from jaxtyping import Bool, Int16, UInt8
 from PIL import Image, ImageFilter
 
-from jax_cnn.pictures.read import LARGE, Picture
+from jax_cnn.pictures.read import LARGE_EDGE, Picture
 
 Invert = Literal["auto", "yes", "no"]
 
-EDGE = 28
-CLOSE = 12  # of 255: what is no farther from the ground is ground; the paper's 5 %
+EDGE = 28  # pixels
+TOLERANCE = 12  # of 255: a pixel that is no farther from the background belongs to it; 5 %, as in the paper
 
 
 class Prepared(NamedTuple):
-    """What the network gets, and how it was made."""
+    """A picture as the network takes it."""
 
     pixels: UInt8[np.ndarray, "28 28"]
-    how: str
-    """In one line."""
+    summary: str
+    """Size and mode of the file and each step of preparation, on one line."""
     clutter: float
-    """Share of the whole picture's border that stands out from its ground."""
+    """Share of the border of the whole picture that differs from the background."""
 
 
 def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
-    """Make a picture what the training images are: 28x28, light on black.
+    """Prepare a picture as the training images were.
 
-    `auto` inverts what is darker than its ground, as the data set's makers did with all of theirs: told from the
-    corners, none of the 70,000 images would be inverted and each of their negatives would. Not inverted, 11 % of the
-    test images' negatives are recognised, and most others are taken for bags with a confidence above 90 %.
+    `auto` inverts a picture that is darker than its background. It would invert none of the data set's 70,000 images,
+    and each of their negatives. Without it, 11 % of the test images' negatives are recognised, and most of the others
+    are taken for bags with a confidence above 90 %.
 
-    Transparent parts become the ground: white, as a shop shows them, or black with `no`. White keeps the test accuracy
+    Transparent parts become background: white, as a shop shows it, or black with `no`. White keeps the test accuracy
     for cut-outs of the negatives and leaves 56 % for cut-outs of the images themselves; black does the opposite.
     """
     grey, history = picture.grey, list(picture.history)
     if picture.opacity is not None:
-        ground, name = (0, "black") if invert == "no" else (255, "white")
-        grey = blend(grey, picture.opacity, ground)
+        background, name = (0, "black") if invert == "no" else (255, "white")
+        grey = blend(grey, picture.opacity, background)
         history.append(f"transparent parts made {name}")
-    if max(grey.shape) > LARGE:  # to save time: what is left is still half of that or more
-        small = Image.fromarray(grey).reduce(-(-max(grey.shape) // LARGE))
-        grey = np.asarray(small)
-        history.append(f"reduced to {small.width}x{small.height}")
-    standing_out = relief(grey)
-    dark_on_light = bool(standing_out.sum() < 0)
+    if max(grey.shape) > LARGE_EDGE:  # to save time; at least half of `LARGE_EDGE` is left
+        reduced = Image.fromarray(grey).reduce(-(-max(grey.shape) // LARGE_EDGE))
+        grey = np.asarray(reduced)
+        history.append(f"reduced to {reduced.width}x{reduced.height}")
+    difference = subtract_background(grey)
+    dark_on_light = bool(difference.sum() < 0)
     if invert == "yes" or (invert == "auto" and dark_on_light):
-        grey, standing_out = 255 - grey, -standing_out
+        grey, difference = 255 - grey, -difference
         history.append("inverted (dark on light)" if dark_on_light else "inverted (as asked)")
     elif dark_on_light:
         history.append("not inverted though dark on light (as asked)")
-    pixels = grey if grey.shape == (EDGE, EDGE) else fit(grey, standing_out > 0, history)
+    pixels = grey if grey.shape == (EDGE, EDGE) else fit(grey, difference > 0, history)
     first, *steps = history
-    how = f"{first}: {', '.join(steps)}" if steps else f"{first}, as it is"
-    border = np.concatenate([standing_out[[0, -1]].ravel(), standing_out[:, [0, -1]].ravel()])
-    return Prepared(pixels, how, clutter=float((border != 0).mean()))
+    summary = f"{first}: {', '.join(steps)}" if steps else f"{first}, as it is"
+    border = np.concatenate([difference[[0, -1]].ravel(), difference[:, [0, -1]].ravel()])
+    return Prepared(pixels, summary, clutter=float((border != 0).mean()))
 
 
 def blend(
-    grey: UInt8[np.ndarray, "height width"], opacity: UInt8[np.ndarray, "height width"], ground: int
+    grey: UInt8[np.ndarray, "height width"], opacity: UInt8[np.ndarray, "height width"], background: int
 ) -> UInt8[np.ndarray, "height width"]:
-    """Lay a picture on an even ground."""
-    mixed = grey.astype(np.uint16) * opacity + ground * (255 - opacity.astype(np.uint16))
+    """Lay a picture on an even background."""
+    mixed = grey.astype(np.uint16) * opacity + background * (255 - opacity.astype(np.uint16))
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def ground_of(grey: UInt8[np.ndarray, "height width"]) -> int:
-    """The median of the four corners, each as large as a corner pixel of 28x28 would be."""
-    rows, columns = (max(1, length // EDGE) for length in grey.shape)
-    return int(np.median(np.stack([grey[top, left] for top in ends(rows) for left in ends(columns)])))
+def find_background(grey: UInt8[np.ndarray, "height width"]) -> int:
+    """Return the median of the four corners, each as large as one pixel will be after scaling to 28x28."""
+    height, width = (max(1, length // EDGE) for length in grey.shape)
+    corners = [grey[:height, :width], grey[:height, -width:], grey[-height:, :width], grey[-height:, -width:]]
+    return int(np.median(np.stack(corners)))
 
 
-def relief(grey: UInt8[np.ndarray, "height width"]) -> Int16[np.ndarray, "height width"]:
-    """How far each pixel stands out from the ground; 0 where it is `CLOSE`.
+def subtract_background(grey: UInt8[np.ndarray, "height width"]) -> Int16[np.ndarray, "height width"]:
+    """Return the difference of each pixel from the background, or 0 where it is at most `TOLERANCE`.
 
-    Larger pictures are blurred before, or one speck would keep a whole row from being trimmed: of photographs with
-    noise (standard deviation 8 of 255), 91 % instead of 40 % are recognised.
+    A larger picture is blurred first, because a single speck would keep a whole row from being trimmed: of photographs
+    with noise (standard deviation 8 of 255), 91 % instead of 40 % are recognised.
     """
     smooth = blur(grey)
-    difference = smooth.astype(np.int16) - ground_of(smooth)
-    difference[np.abs(difference) <= CLOSE] = 0
+    difference = smooth.astype(np.int16) - find_background(smooth)
+    difference[np.abs(difference) <= TOLERANCE] = 0
     return difference
 
 
 def blur(grey: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
-    """Average over a hundredth of the longer edge; pictures of less than 200 pixels stay as they are."""
+    """Average over a hundredth of the longer edge. A picture of less than 200 pixels stays as it is."""
     return np.asarray(Image.fromarray(grey).filter(ImageFilter.BoxBlur(max(grey.shape) // 200)))
 
 
-def ends(size: int) -> tuple[slice, slice]:
-    """The first and the last so many of an axis."""
-    return slice(None, size), slice(-size, None)
-
-
 def fit(
-    grey: UInt8[np.ndarray, "height width"], standing_out: Bool[np.ndarray, "height width"], history: list[str]
+    grey: UInt8[np.ndarray, "height width"], foreground: Bool[np.ndarray, "height width"], history: list[str]
 ) -> UInt8[np.ndarray, "28 28"]:
-    """Trim a light-on-dark picture to what stands out, scale that to 28 by its longer edge, centre it on black.
+    """Trim a light-on-dark picture to its foreground, scale the longer edge to 28, centre it on black, stretch it.
 
-    Keeps the proportions, stretches the contrast to 0 … 255, and adds each step that changed something to `history`.
+    The proportions stay. Each step that changed something is added to `history`.
     """
-    light = (grey.astype(np.int16) - ground_of(grey)).clip(0, 255).astype(np.uint8)
-    rows, columns = (np.flatnonzero(standing_out.any(axis)) for axis in (1, 0))
+    light = (grey.astype(np.int16) - find_background(grey)).clip(0, 255).astype(np.uint8)
+    rows, columns = (np.flatnonzero(foreground.any(axis)) for axis in (1, 0))
     if rows.size:
         light = light[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = light.shape
@@ -136,10 +132,10 @@ def fit(
 
 
 def stretch(pixels: UInt8[np.ndarray, "28 28"], history: list[str]) -> UInt8[np.ndarray, "28 28"]:
-    """Make the lightest pixel 255, unless all are as dark as the ground."""
+    """Scale the contrast until the lightest pixel is 255, unless all pixels are as dark as the background."""
     peak = int(pixels.max())
-    if not CLOSE < peak < 255:
+    if not TOLERANCE < peak < 255:
         return pixels
-    if peak < 240:  # less is not worth a word
+    if peak < 240:  # a smaller stretch changes too little to be reported
         history.append(f"contrast stretched by {255 / peak:.1f}")
     return (pixels * (255 / peak)).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Pictures from files, upright and in grey; what is wrong with a file is told in one line. NumPy and Pillow alone."""
+"""Read pictures from files, upright and in grey. NumPy and Pillow alone."""
 
 import stat
 import warnings
@@ -11,100 +11,111 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jax_cnn.config import UserError
 
-# Not all that Pillow reads: for EPS it would start another program, and libtiff writes to stderr by itself.
+# Pillow reads more: but for EPS it starts another program, and for TIFF libtiff writes to stderr by itself.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM")
-LARGE = 2000  # pixels: a JPEG with edges several times as long is decoded to a part of its size, to save time
+LARGE_EDGE = 2000  # pixels: to save time, a JPEG with much longer edges is decoded at a half, a quarter or an eighth
 
 
 class Picture(NamedTuple):
-    """A picture as its file holds it, upright and in grey, and how it came to that."""
+    """A picture as its file holds it, upright and in grey."""
 
     grey: UInt8[np.ndarray, "height width"]
     opacity: UInt8[np.ndarray, "height width"] | None
-    """0 is transparent; None is a picture without transparent parts."""
+    """0 is transparent; None if no part of the picture is."""
     history: tuple[str, ...]
-    """First its size and mode, then every step, in words."""
+    """Size and mode of the file, then each step of reading it, in words."""
 
 
 def read_picture(path: Path) -> Picture:
-    """Read the first frame of a picture, upright and in grey.
+    """Read the first frame of a picture.
 
     Raises:
-        UserError: the file is missing, is not a regular one, is empty, damaged or no picture, or holds too many pixels.
+        UserError: the file cannot be opened, is not a regular file, is empty, damaged or no picture, or has too many
+            pixels.
     """
 
-    def wrong(what: str) -> UserError:
-        return UserError(f"{printable(str(path))}: {what}")
+    def user_error(problem: str) -> UserError:
+        return UserError(f"{printable(str(path))}: {problem}")
 
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise wrong("a folder, not a picture; give the files in it")
+            raise user_error("a folder, not a picture; give the files in it")
         if not stat.S_ISREG(status.st_mode):
-            raise wrong("not a regular file; save the picture to one and give that")
+            raise user_error("not a regular file; save the picture to one and give that")
         if status.st_size == 0:
-            raise wrong("an empty file (0 bytes); save the picture anew")
+            raise user_error("an empty file (0 bytes); save the picture again")
         file = path.open("rb")
     except OSError as error:
-        raise wrong(f"{error.strerror}; give a file that can be read") from None
+        raise user_error(f"{error.strerror}; give a file that can be read") from None
     try:
         with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is in the history or an exception
+            warnings.simplefilter("ignore")  # a damaged file raises an exception or is read, and nothing else
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 return decode_picture(image)
     except UnidentifiedImageError:
-        raise wrong(f"no picture of a kind that is read ({', '.join(FORMATS)}); save it as PNG or JPEG") from None
+        raise user_error(f"no picture of a kind that is read ({', '.join(FORMATS)}); save it as PNG or JPEG") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise wrong(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
-    except Exception as error:  # in a damaged file Pillow's decoders raise whatever they run into
+        raise user_error(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
+    except Exception as error:  # Pillow's decoders raise many types of errors for a damaged file
         reason = printable(str(error) or type(error).__name__)
-        raise wrong(f"cannot be decoded ({reason}); save it anew as PNG or JPEG") from None
+        raise user_error(f"cannot be decoded ({reason}); save it again as PNG or JPEG") from None
 
 
 def printable(text: str) -> str:
-    """A file's name, or what a library says of it, without line breaks and control codes."""
+    """Escape the text if it holds line breaks or control codes, as names of files and error messages may."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def decode_picture(image: Image.Image) -> Picture:
-    """Decode the first frame: turn it as its EXIF data say, split off its opacity, make it grey.
+    """Decode the first frame: turn it as its EXIF data say, separate its opacity, convert it to grey.
 
     Raises:
         ValueError: it has no pixels, or pixels of an unknown range.
-        Exception: whatever Pillow's decoders raise for a damaged file.
+        Exception: any error of Pillow's decoders, for a damaged file.
     """
     history = [f"{image.width}x{image.height} {image.mode}"]
-    image.draft(None, (LARGE, LARGE))  # to a half, a quarter or an eighth, but no smaller than this
+    image.draft(None, (LARGE_EDGE, LARGE_EDGE))
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         history.append(f"first of {frames} frames")
     upright = ImageOps.exif_transpose(image)
     if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         history.append("turned upright (EXIF)")
-    if 0 in upright.size or upright.mode == "F":
-        raise ValueError("no pixels" if 0 in upright.size else "floating-point pixels, whose range is unknown")
+    if 0 in upright.size:
+        raise ValueError("no pixels")
+    if upright.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
     if upright.mode.startswith("I"):
         grey, opacity = decode_16_bits(np.asarray(upright), upright.info.get("transparency"))
         history.append("reduced to 8 bits")
     else:
-        coloured = upright if upright.mode == "L" else upright.convert("RGB")
-        if upright.has_transparency_data:
-            coloured = upright.convert("RGBA")
-        opacity = np.asarray(coloured.getchannel("A")) if coloured.mode == "RGBA" else None
-        grey = np.asarray(coloured.convert("L"))  # Rec. 601 luma, exact where red, green and blue are equal
+        grey, opacity = decode_8_bits(upright)
         if upright.mode not in ("1", "L", "LA"):
             history.append("made grey")
-    return Picture(grey, opacity if opacity is not None and opacity.min() < 255 else None, tuple(history))
+    if opacity is not None and opacity.min() == 255:
+        opacity = None
+    return Picture(grey, opacity, tuple(history))
+
+
+def decode_8_bits(
+    image: Image.Image,
+) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.ndarray, "height width"] | None]:
+    """Return grey pixels by the Rec. 601 luma, exact where red, green and blue are equal, and the opacity if any."""
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        return np.asarray(coloured.convert("L")), np.asarray(coloured.getchannel("A"))
+    return np.asarray(image.convert("RGB").convert("L")), None
 
 
 def decode_16_bits(
     values: np.ndarray, transparent: int | None
 ) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.ndarray, "height width"] | None]:
-    """Scale 0 … 65,535 to 0 … 255; one value may stand for transparency.
+    """Scale 0 … 65,535 to 0 … 255, and return the opacity if one value stands for transparency.
 
     Raises:
-        ValueError: a value is beyond 16 bits.
+        ValueError: a value needs more than 16 bits.
     """
     wide = values.astype(np.int64)
     if wide.min() < 0 or wide.max() > 65_535:

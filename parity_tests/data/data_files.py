@@ -1,13 +1,15 @@
-"""The four files of Fashion-MNIST, as tests name them."""
+"""Names of the data set's files, and the folder that they lie in."""
 
 from pathlib import Path
 
 from jax_cnn.data import FILES
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-SETTLED = [".fashion_mnist.lock", "FashionMNIST", "FashionMNIST/raw", *(f"FashionMNIST/raw/{name}" for name in FILES)]
+COMPLETE = sorted(
+    [".fashion_mnist.lock", "FashionMNIST", "FashionMNIST/raw", *(f"FashionMNIST/raw/{name}" for name in FILES)]
+)
 
 
 def listing(folder: Path) -> list[str]:
-    """Every path under a folder, relative to it."""
+    """Return every path under a folder, relative to it; `COMPLETE` for a data folder that was fetched."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
+import pytest
 
 from jax_cnn.config import TRAIN_SIZE
 from jax_cnn.data import epoch_order, split_batches
@@ -15,31 +15,24 @@ def test_an_epoch_visits_every_image_once() -> None:
     assert np.array_equal(np.sort(order), np.arange(TRAIN_SIZE))
 
 
-def test_every_seed_and_every_epoch_has_its_own_order_and_keeps_it() -> None:
+def test_every_seed_and_every_epoch_has_an_order_of_its_own_and_keeps_it() -> None:
     orders = [epoch_order(seed, epoch, 1000) for seed in range(3) for epoch in range(3)]
     assert len({order.tobytes() for order in orders}) == 9
     assert np.array_equal(epoch_order(2, 1, 1000), orders[7])
 
 
-def test_the_last_32_images_train_too() -> None:
-    order = epoch_order(0, 0, TRAIN_SIZE)
+@pytest.mark.parametrize(("size", "steps", "remainder"), [(TRAIN_SIZE, 937, 32), (128, 2, 0)])
+def test_the_batches_of_an_epoch_hold_every_image_in_order(size: int, steps: int, remainder: int) -> None:
+    order = epoch_order(0, 0, size)
     full, rest = split_batches(order, 64)
-    assert full.shape == (937, 64)
-    assert rest.shape == (32,)
+    assert (full.shape, rest.shape) == ((steps, 64), (remainder,))
     assert np.array_equal(np.concatenate([full.ravel(), rest]), order)
-
-
-def test_a_set_that_divides_evenly_leaves_no_remainder() -> None:
-    full, rest = split_batches(np.arange(128), 64)
-    assert full.shape == (2, 64)
-    assert rest.size == 0
 
 
 def test_torchs_loader_serves_the_same_batches(data_dir: Path) -> None:
     limit = 200  # three full batches and one of 8
     order = epoch_order(5, 1, limit)
     loader = load_batches(load_dataset(data_dir, train=True, limit=limit), 64, order.tolist())
-    assert isinstance(loader, DataLoader)
     dataset = load_dataset(data_dir, train=True)
     full, rest = split_batches(order, 64)
     for (images, labels), indices in zip(loader, [*full, rest], strict=True):

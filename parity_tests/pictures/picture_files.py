@@ -9,24 +9,21 @@ from PIL import Image
 
 from jax_cnn.pictures.read import Picture, read_picture
 
+PORTRAIT = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")  # a photograph before a flag
+
 
 def save_png(pixels: np.ndarray, path: Path) -> Path:
-    """Write grey pixels, uint8 or uint16, as a PNG."""
+    """Write grey pixels as a PNG, and return its path."""
     Image.fromarray(pixels).save(path)
     return path
 
 
 def plain(grey: np.ndarray) -> Picture:
-    """Grey pixels as a picture that was read from a file."""
+    """Return grey pixels as if they had been read from a file."""
     return Picture(grey, None, (f"{grey.shape[1]}x{grey.shape[0]} L",))
 
 
 def read_back(image: Image.Image, path: Path, **options: Any) -> Picture:
-    """Write an image to a file and read that."""
+    """Write an image to a file and read that file."""
     image.save(path, **options)
     return read_picture(path)
-
-
-def portrait() -> Path:
-    """The photograph that comes with matplotlib."""
-    return Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from experiments.studies.runs import Run, is_finished
 from jax_cnn.checkpoint import Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.data import UnusableFile, _read_verified, decode_idx
+from jax_cnn.data import UnusableFile, decode_idx, read_verified
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import read_picture
 from jax_cnn.torch_layout import SIMPLE_CNN, load_weights
@@ -129,7 +129,7 @@ def test_packed_files_give_the_published_bytes_or_an_error(hammer: Hammer, tmp_p
     def read(packed: bytes) -> None:
         (tmp_path / "input.gz").write_bytes(packed)
         with contextlib.suppress(UnusableFile):
-            assert _read_verified(tmp_path / "input.gz", name) == content
+            assert read_verified(tmp_path / "input.gz", name) == content
 
     hammer(read, damaged(gzip.compress(content), gzip.compress(content[:100]), bomb), 1500)
 
@@ -255,7 +255,7 @@ def test_pictures_give_28_by_28_bytes_or_one_line(hammer: Hammer, write: Write) 
         else:
             assert prepared.pixels.shape == (28, 28)
             assert prepared.pixels.dtype == np.uint8
-            text = prepared.how
+            text = prepared.summary
         assert "\n" not in text
 
     sound = (picture("L", "PNG"), picture("P", "PNG", transparency=0), picture("RGB", "JPEG"), picture("L", "GIF"))

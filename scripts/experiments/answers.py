@@ -46,8 +46,8 @@ def _jax_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
     import jax
 
     network = recognise(weights)
-    with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.tree.map(jax.numpy.asarray, to_flax(weights, layout_of(network)))
+    # Unlike arrays made on a default device, arrays put on one keep the computation there.
+    params = jax.device_put(to_flax(weights, layout_of(network)), jax.devices("cpu")[0])
     return lambda pixels: np.asarray(_compiled(network)(params, pixels))
 
 

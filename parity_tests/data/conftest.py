@@ -1,0 +1,29 @@
+"""Fixtures for the tests of the data set."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jax_cnn.data import FILES
+from jax_cnn.data_sources import Source
+
+
+@pytest.fixture
+def shelf(good: Path) -> Source:
+    """A source that always has every file."""
+    return Source("the shelf", lambda names, workdir: good)
+
+
+@pytest.fixture
+def raw(good: Path, tmp_path: Path) -> Path:
+    """The raw folder of the data folder `tmp_path / "data"`, with hard links to the four real files."""
+    folder = tmp_path / "data" / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        try:
+            os.link(good / name, folder / name)
+        except OSError:  # the temporary folder lies on another disk
+            shutil.copyfile(good / name, folder / name)
+    return folder
