@@ -1,4 +1,4 @@
-"""The studies' committed results: their verdicts follow from their seeds, pages quote them, and a new seed fits them."""
+"""The committed results of the studies: verdicts follow from seeds, pages quote figures, and a new seed fits."""
 
 import json
 import math

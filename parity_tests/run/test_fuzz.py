@@ -233,16 +233,15 @@ TENSORS = tensors()
 @scales
 def test_a_finished_runs_files(tmp_path: Path, scale: int) -> None:
     """A study or a comparison does not reuse a run whose files are damaged."""
-    folder = tmp_path
-    (folder / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'
 
     def read(content: bytes) -> None:
         half = len(content) // 2
-        (folder / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
-        (folder / "metrics.jsonl").write_bytes(rows if half % 2 else content)
-        assert explain_mismatch(folder, "jax", TrainConfig())
+        (tmp_path / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
+        (tmp_path / "metrics.jsonl").write_bytes(rows if half % 2 else content)
+        assert explain_mismatch(tmp_path, "jax", TrainConfig())
 
     texts = damaged(json.dumps(record).encode() * 2, json.dumps([record]).encode() * 2)
     hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000 * scale)

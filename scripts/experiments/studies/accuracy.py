@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.records import NO_INFLUENCE, Json, as_json, read_metrics, read_record
+from experiments.records import NO_INFLUENCE, Json, as_json, read_metrics
 from experiments.studies.runs import (
     FRAMEWORKS,
     Run,
@@ -41,7 +41,6 @@ class AccuracyConfig(StudyConfig):
     """
 
     out_dir: Path = Path("runs/accuracy_study")
-    """Where runs and results are written. A finished run that is already there is not repeated."""
     results: Path | None = None
     """The results file; by default accuracy.json in out-dir."""
     short_train: int = 12_800
@@ -81,8 +80,7 @@ def conclude(runs: Sequence[Run]) -> Json:
     Raises:
         UserError: a run's weights contradict its metrics, or the runs are too few or too similar to be judged.
     """
-    records = [read_record(run.config.out_dir) for run in runs]
-    result = describe_origin(runs) | {"devices": {record["framework"]: record["device"] for record in records}}
+    result = describe_origin(runs)
     for setting in ("full", "short"):
         of_setting = [run for run in runs if run.name == setting]
         seeds = [describe_pair(*pair) for pair in zip(of_setting[::2], of_setting[1::2], strict=True)]

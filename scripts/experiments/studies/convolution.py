@@ -6,8 +6,7 @@ The terms are equal epochs, equal parameters and equal time. The time is that of
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import median, stdev
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -48,9 +47,7 @@ class ConvolutionConfig(StudyConfig):
     """
 
     seeds: int = 3
-    """Runs of each network in each framework, with the seeds 0, 1, …"""
     out_dir: Path = Path("runs/convolution")
-    """Where runs and results are written. A finished run that is already there is not repeated."""
     pace_train: int = 19_200
     """Images in each epoch of the short runs whose time decides how many epochs are equal time."""
 

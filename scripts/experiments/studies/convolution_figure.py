@@ -2,8 +2,7 @@
 
 import io
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import stdev
+from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

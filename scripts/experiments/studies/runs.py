@@ -158,12 +158,13 @@ def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
 
 
 def describe_origin(runs: Sequence[Run]) -> Json:
-    """Return the beginning of a results file: when, where and with which versions the runs were trained."""
-    started = sorted(read_record(run.config.out_dir)["started"] for run in runs)
+    """Return the beginning of a results file: when, on what and with which versions the runs were trained."""
+    records = sorted((read_record(run.config.out_dir) for run in runs), key=lambda record: record["started"])
     return {
         "provenance": provenance(PACKAGES),
         "environment": ENVIRONMENT,
-        "trained": {"first": started[0], "last": started[-1]},
+        "trained": {"first": records[0]["started"], "last": records[-1]["started"]},
+        "devices": {record["framework"]: record["device"] for record in records},
     }
 
 
