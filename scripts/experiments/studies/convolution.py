@@ -3,6 +3,7 @@
 The terms are equal epochs, equal parameters and equal time. The time is that of the training commands.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ ENTRIES = (
     Entry("feed-forward", Network("mlp")),
     Entry("feed-forward, equal time", Network("mlp"), equal_time=True),
     Entry("feed-forward, equal parameters", Network("mlp", SAME_PARAMETERS)),
-    Entry("SimpleCNN", CNN),
+    Entry("SimpleCNN", CNN),  # the last, with which the others are compared
 )
 
 
@@ -120,26 +121,13 @@ def read_pace(study: ConvolutionConfig, pace_runs: Sequence[Run]) -> Pace:
 
 def plan_runs(study: ConvolutionConfig, pace: Pace) -> list[Run]:
     """Return all runs in order. The frameworks alternate, so that a busy hour of the machine slows both."""
-    return [
-        make_run(
-            study,
-            entry.name,
-            framework,
-            seed,
-            model=entry.network.model,
-            hidden=entry.network.hidden,
-            epochs=epochs_of(entry, study.epochs, pace[framework]),
-        )
-        for seed in range(study.seeds)
-        for entry in ENTRIES
-        for framework in FRAMEWORKS
-    ]
-
-
-def epochs_of(entry: Entry, cnn_epochs: int, pace: Mapping[str, float]) -> int:
-    """Return how many epochs a network trains, given SimpleCNN's epochs and one framework's pace."""
-    share = pace[CNN.model] / pace[entry.network.model] if entry.equal_time else 1
-    return max(1, round(cnn_epochs * share))
+    runs = []
+    for seed, entry, framework in itertools.product(range(study.seeds), ENTRIES, FRAMEWORKS):
+        seconds = pace[framework]
+        share = seconds[CNN.model] / seconds[entry.network.model] if entry.equal_time else 1
+        changes = {"epochs": max(1, round(study.epochs * share))} | entry.network._asdict()
+        runs.append(make_run(study, entry.name, framework, seed, **changes))
+    return runs
 
 
 def conclude(study: ConvolutionConfig, runs: Sequence[Run], pace: Pace) -> Json:
@@ -185,9 +173,8 @@ def score_shifted(run: Run, distance: int) -> float:
     return round(float(np.mean([mark_answers(run, *shift) for shift in sorted(shifts)])), 6)
 
 
-def accuracies(result: Json, name: str, distance: int = 0, frameworks: Sequence[Framework] = FRAMEWORKS) -> list[float]:
-    """Return the accuracies of a network in percent, of all seeds in these frameworks."""
-    (entry,) = (entry for entry in result["entries"] if entry["name"] == name)
+def accuracies(entry: Json, distance: int = 0, frameworks: Sequence[Framework] = FRAMEWORKS) -> list[float]:
+    """Return the accuracies of a network in percent, on shifted images, of all seeds in these frameworks."""
     return [100 * value for framework in frameworks for value in entry[framework]["shifted"][str(distance)]]
 
 
@@ -210,22 +197,26 @@ def accuracy_table(result: Json) -> Table:
     for heading in ("parameters", "epochs", "JAX", "PyTorch", "by 1 px", "by 2 px"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in result["entries"]:
-        name = entry["name"]
-        by_framework = [mean_text(accuracies(result, name, frameworks=[framework])) for framework in FRAMEWORKS]
-        shifted = [f"{mean(accuracies(result, name, distance)):.1f}" for distance in SHIFTS[1:]]
-        parameters = f"{entry['parameters']:,}"
-        table.add_row(name.replace(", ", "\n  "), parameters, epochs_text(entry), *by_framework, *shifted)
+        table.add_row(
+            entry["name"].replace(", ", "\n  "),
+            f"{entry['parameters']:,}",
+            epochs_text(entry),
+            *(mean_text(accuracies(entry, frameworks=[framework])) for framework in FRAMEWORKS),
+            *(f"{mean(accuracies(entry, distance)):.1f}" for distance in SHIFTS[1:]),
+        )
     return table
 
 
 def sentences(result: Json) -> list[str]:
     """Return the answer in words, from the results alone."""
-    names = [entry["name"] for entry in result["entries"]]
-    cnn = accuracies(result, "SimpleCNN")
-    gains = [f"{mean(cnn) - mean(accuracies(result, name)):+.1f} on {name}" for name in names if name != "SimpleCNN"]
-    changes = [f"{name} {mean(accuracies(result, name, 2)) - mean(accuracies(result, name)):+.1f}" for name in names]
+    *others, cnn = result["entries"]
+    best = accuracies(cnn)
+    gains = [f"{mean(best) - mean(accuracies(entry)):+.1f} on {entry['name']}" for entry in others]
+    changes = [
+        f"{entry['name']} {mean(accuracies(entry, 2)) - mean(accuracies(entry)):+.1f}" for entry in (*others, cnn)
+    ]
     return [
-        f"SimpleCNN reaches {mean_text(cnn)} % (mean and standard deviation over {len(cnn)} runs); "
+        f"SimpleCNN reaches {mean_text(best)} % (mean and standard deviation over {len(best)} runs); "
         f"points gained: {', '.join(gains)}.",
         f"A shift of the test images by two pixels changes accuracy, in points: {', '.join(changes)}.",
     ]

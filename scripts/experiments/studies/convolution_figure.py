@@ -25,14 +25,13 @@ LINES = {
 
 def draw(result: Json, path: Path) -> None:
     """Draw the accuracy of every network, and how it falls on shifted test images, into a PNG."""
-    means = {entry["name"]: mean(accuracies(result, entry["name"])) for entry in result["entries"]}
-    cnn = means.pop("SimpleCNN")
+    *others, cnn = [mean(accuracies(entry)) for entry in result["entries"]]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_accuracies(result, left)
     draw_shifts(result, right)
     figure.suptitle(
-        f"SimpleCNN classifies {cnn:.1f} % correctly, the best network without convolution {max(means.values()):.1f} %"
+        f"SimpleCNN classifies {cnn:.1f} % correctly, the best network without convolution {max(others):.1f} %"
     )
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format="png")
@@ -43,12 +42,10 @@ def draw_accuracies(result: Json, axes: Axes) -> None:
     """Draw a row for each network, with a dot for each seed and framework."""
     for row, entry in enumerate(result["entries"]):
         for framework in FRAMEWORKS:
-            label, marker, offset = DOTS[framework]
-            values = accuracies(result, entry["name"], frameworks=(framework,))
-            dots = axes.plot(
-                values, [row + offset] * len(values), marker, color=FRAMEWORK_COLOURS[framework], alpha=0.75
-            )
-            dots[0].set_label(label if row == 0 else "")
+            name, marker, offset = DOTS[framework]
+            label, colour = name if row == 0 else None, FRAMEWORK_COLOURS[framework]
+            values = accuracies(entry, frameworks=[framework])
+            axes.plot(values, [row + offset] * len(values), marker, color=colour, alpha=0.75, label=label)
     labels = [
         f"{entry['name'].replace(', ', chr(10))}\n{entry['parameters']:,} parameters\n{epochs_text(entry)} epochs"
         for entry in result["entries"]
@@ -62,8 +59,9 @@ def draw_accuracies(result: Json, axes: Axes) -> None:
 
 def draw_shifts(result: Json, axes: Axes) -> None:
     """Draw a line for each network, with the deviation over seeds and frameworks."""
+    entries = {entry["name"]: entry for entry in result["entries"]}
     for name, (colour, marker, line) in LINES.items():
-        columns = [accuracies(result, name, distance) for distance in SHIFTS]
+        columns = [accuracies(entries[name], distance) for distance in SHIFTS]
         means, deviations = [mean(column) for column in columns], [stdev(column) for column in columns]
         axes.errorbar(SHIFTS, means, deviations, color=colour, marker=marker, linestyle=line, capsize=3, label=name)
     axes.set(title="On shifted images: mean ± deviation", xlabel="shift, pixels", ylabel="test accuracy, %")

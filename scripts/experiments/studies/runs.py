@@ -1,4 +1,4 @@
-"""What both studies share: their flags, their training runs, and the answers of the trained networks.
+"""The parts that both studies share: their flags, their training runs, and the answers of the trained networks.
 
 Every run is the training command in a process of its own, so a study judges what a user gets. Each framework draws its
 own initial weights from its own generator. Both visit the same images in the same order.
@@ -42,7 +42,7 @@ class StudyConfig:
     """Runs of each training in each framework, with the seeds 0, 1, …"""
     epochs: int = TrainConfig.epochs
     """Passes over the training set."""
-    out_dir: Path = Path("runs/study")
+    out_dir: Path = Path("runs")
     """Where runs and results are written. A finished run that is already there is not repeated."""
     data_dir: Path = TrainConfig.data_dir
     """Where the data set is, or is put."""
