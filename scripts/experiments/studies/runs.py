@@ -112,7 +112,7 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
     with ProgressBar(console) as bar:
         for run in missing:
             bar.begin(str(run), completed, total)
-            train(run, lambda line: bar.report(line[:60]) if line.startswith("epoch") else None)
+            train(run, lambda line: bar.report(line.split(", ")[0]) if line.startswith("epoch") else None)
             completed += cost(run)
             minutes = (time.perf_counter() - started) / completed * (total - completed) / 60
             accuracy = read_metrics(run.config.out_dir)[-1]["test_accuracy"]
