@@ -5,6 +5,7 @@ The docstring of a field is its text in `--help`.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -176,13 +177,13 @@ class JaxTrainConfig(TrainConfig):
             raise UserError(f"--process-id must be between 0 and {last} (--num-processes - 1), not {self.process_id}")
 
 
-def check_limits(config: FolderConfig | SeedConfig | LimitConfig) -> None:
-    """Check those fields of a configuration that are in `LIMITS`.
+def check_limits(config: object, limits: Mapping[str, tuple[int, int]] = LIMITS) -> None:
+    """Check those fields of a configuration that have limits.
 
     Raises:
         UserError: a number is outside its limits.
     """
-    for name, (least, most) in LIMITS.items():
+    for name, (least, most) in limits.items():
         value = getattr(config, name, None)
         if value is not None and not least <= value <= most:
             flag = "--" + name.replace("_", "-")

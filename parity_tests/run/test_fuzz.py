@@ -9,7 +9,6 @@ import io
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
-from experiments.studies.runs import Run, is_finished
+from experiments.records import explain_mismatch
 from jax_cnn.checkpoint import Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.data import UnusableFile, decode_idx, read_verified
@@ -221,7 +220,6 @@ def test_the_text_of_a_checkpoint(hammer: Hammer) -> None:
 
 def test_an_incomplete_run_is_not_a_finished_one(hammer: Hammer, tmp_path: Path) -> None:
     """A study or a comparison would use a finished run again."""
-    run = Run("short", "jax", replace(TrainConfig(), out_dir=tmp_path))
     (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'
@@ -230,7 +228,7 @@ def test_an_incomplete_run_is_not_a_finished_one(hammer: Hammer, tmp_path: Path)
         half = len(content) // 2
         (tmp_path / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
         (tmp_path / "metrics.jsonl").write_bytes(rows if half % 2 else content)
-        assert is_finished(run) is False
+        assert explain_mismatch(tmp_path, "jax", TrainConfig())
 
     texts = damaged(json.dumps(record).encode() * 2, json.dumps([record]).encode() * 2)
     hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000)

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import processes
 from experiments.comparison.earlier import read_benchmark, read_parity
 from experiments.comparison.settings import ROOT, CompareConfig
-from experiments.studies.runs import ENVIRONMENT, as_json, flags, read_metrics, read_record
+from experiments.records import ENVIRONMENT, as_json, flags, read_metrics, read_record
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import writing
 from jax_cnn.run.folder import CHECKPOINTS, FILES, WEIGHTS, set_aside
