@@ -22,10 +22,10 @@ from experiments.speed import benchmark, flop, sections
 from experiments.speed.contenders import DOTS, Task, Unavailable
 from experiments.speed.progress import Show, Steps
 from experiments.speed.settings import QUICK, BenchmarkConfig, planned
-from experiments.speed.spread import paired_ratios, spread, turns
 from experiments.speed.tables import short
 from experiments.speed.team import Json, Team, WorkerFailed
 from experiments.speed.work import DOT_FLOP
+from experiments.spread import paired_ratios, spread, turns
 from jax_cnn.config import UserError
 from parity_tests.support import ROOT
 

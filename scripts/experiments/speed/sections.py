@@ -9,9 +9,9 @@ from experiments.speed.contenders import CONTENDERS, DOTS, STAGES, Task
 from experiments.speed.flop import layer_flop, step_flop
 from experiments.speed.progress import Show, labelled
 from experiments.speed.settings import BenchmarkConfig
-from experiments.speed.spread import paired_ratios, spread
 from experiments.speed.team import Json, measure
 from experiments.speed.work import DOT_FLOP
+from experiments.spread import paired_ratios, spread
 from jax_cnn.config import UserError
 
 Measure = Callable[[Sequence[Task], int, Show], dict[str, Json]]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from experiments.speed.contenders import Task
 from experiments.speed.jax_work import make_trainer
-from experiments.speed.spread import turns
+from experiments.spread import turns
 from jax_cnn import ops
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import AdamConfig

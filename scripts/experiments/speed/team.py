@@ -16,8 +16,8 @@ from typing import Any, Self
 from experiments.processes import SCRIPTS
 from experiments.speed.contenders import CONTENDERS, Task, Unavailable
 from experiments.speed.progress import Show
-from experiments.speed.spread import turns
 from experiments.speed.worker import encode
+from experiments.spread import turns
 
 Json = dict[str, Any]
 
