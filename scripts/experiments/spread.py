@@ -1,13 +1,13 @@
-"""What many rounds say: median and spread, alone and in pairs. Plain numbers in, plain numbers out."""
+"""Median and spread of figures that were measured several times, alone and in pairs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypedDict
 
 import numpy as np
 
 
-class Spread(NamedTuple):
-    """A figure over rounds. The quartiles hold the middle half of them."""
+class Spread(TypedDict):
+    """A figure over all rounds, as a file of results holds it. Half of the rounds lie between the quartiles."""
 
     n: int
     median: float
@@ -18,27 +18,27 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Sum up the figures of all rounds.
+    """Return the number of values, their median, their quartiles, the least and the largest.
 
     Raises:
-        ValueError: there is none, or one is not finite.
+        ValueError: there are no values, or one is not finite.
     """
     if not values or not np.isfinite(values).all():
         raise ValueError(f"no median of {list(values)}")
     least, low, median, high, most = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
-    return Spread(len(values), median, low, high, least, most)
+    return Spread(n=len(values), median=median, low_quartile=low, high_quartile=high, least=least, most=most)
 
 
-def paired_ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """One's figure over the other's, round by round: what slowed a whole round cancels out.
+def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratio of every round. What slows both sides of a round down cancels out.
 
     Raises:
-        ValueError: they have not the same number of rounds.
+        ValueError: the two have different numbers of rounds.
     """
-    return [mine / theirs for mine, theirs in zip(one, other, strict=True)]
+    return [one / other for one, other in zip(numerators, denominators, strict=True)]
 
 
 def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """Who goes when: in every round all, in an order that starts one further each time."""
-    shifts = [number % len(names) for number in range(rounds)]
-    return [[*names[shift:], *names[:shift]] for shift in shifts]
+    """Return the order of the names in every round: each round begins one name later than the round before."""
+    starts = [number % len(names) for number in range(rounds)]
+    return [[*names[start:], *names[:start]] for start in starts]
