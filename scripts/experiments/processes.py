@@ -17,7 +17,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxr
 
 
 class Finished(NamedTuple):
-    """What a command needed."""
+    """The time and the memory of a command that has ended."""
 
     seconds: float
     """From before its process started to after its end."""

@@ -47,8 +47,8 @@ def run(config: BenchmarkConfig, progress: ProgressBar) -> Json:
     result = describe_run(config)
     if result["load_before"] > BUSY_LOAD * usable_cores():
         progress.say(
-            f"This machine is busy (load {result['load_before']:.1f} on {usable_cores()} cores): only ratios between "
-            "contenders mean something, and even they little."
+            f"This machine is busy (load {result['load_before']:.1f} on {usable_cores()} cores): only large "
+            "differences between contenders mean something."
         )
     sections = plan(config, result, progress.report)
     for number, (name, measure) in enumerate(sections.items()):

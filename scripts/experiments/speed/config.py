@@ -14,7 +14,7 @@ CAN_LIMIT_CORES = hasattr(os, "sched_setaffinity")  # Linux. JAX has no flag for
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure, and how often. An empty list of sizes, or 0 rounds, pairs or runs, leaves a section out."""
+    """The sizes and repetitions of the benchmark. An empty list of sizes leaves a section out."""
 
     quick: bool = False
     """Measure fewer rounds and sizes and no whole commands, unless other flags ask for them: a few minutes."""
@@ -33,17 +33,17 @@ class BenchmarkConfig:
     thread_counts: tuple[int, ...] | None = None
     """Numbers of threads with which both are timed; 1, 2, 4 and so on up to all cores if not given."""
     sweep_rounds: int = 5
-    """Rounds at each batch size and with each number of threads."""
+    """Rounds at each batch size and with each number of threads; 0 leaves both sections out."""
     train_sizes: tuple[int, ...] = (7_500, 15_000, 30_000, 60_000)
     """Numbers of training images for which a whole epoch of both is timed."""
     epoch_rounds: int = 3
-    """Rounds for each number of training images."""
+    """Rounds for each number of training images; 0 leaves the section out."""
     stage_rounds: int = 5
-    """Rounds in which each stage of a JAX step is timed alone."""
+    """Rounds in which each stage of a JAX step is timed alone; 0 leaves the section out."""
     checkpoint_pairs: int = 3
-    """Pairs of trainings of each framework, one with and one without a checkpoint, that are timed in turns."""
+    """Pairs of trainings of each framework, with and without a checkpoint, timed in turns; 0 leaves the section out."""
     command_runs: int = 2
-    """How many times train_jax.py and train_torch.py are run, in turns, from the start of the process to its end."""
+    """How many times train_jax.py and train_torch.py are run as whole commands; 0 leaves the section out."""
     command_epochs: int = TrainConfig.epochs
     """Epochs of each of these runs."""
     command_images: int | None = None

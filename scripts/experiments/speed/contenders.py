@@ -59,7 +59,7 @@ CONTENDERS: dict[str, Contender] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker runs. All fields are JSON: the task is the worker's command line."""
+    """The command line of a worker, as JSON."""
 
     contender: str
     batch_size: int

@@ -1,4 +1,4 @@
-"""What JAX's workers run: the training of train_jax.py, a large matrix product, and each stage of a step alone."""
+"""The work of JAX's workers: the training of train_jax.py, a large matrix product, and each stage of a step alone."""
 
 import time
 from collections.abc import Callable

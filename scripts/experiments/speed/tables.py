@@ -202,4 +202,5 @@ def in_percent(spread: Spread) -> str:
 
 def short(number: float) -> str:
     """Write three digits or more, but nothing smaller than hundredths."""
-    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+    size = abs(number)
+    return f"{number:.2f}" if size < 10 else f"{number:.1f}" if size < 100 else f"{number:,.0f}"

@@ -1,4 +1,4 @@
-"""What PyTorch's workers run: the fastest training loop, the loop of a course, and a large matrix product."""
+"""The work of PyTorch's workers: the fastest training loop, the loop of a course, and a large matrix product."""
 
 import time
 from collections.abc import Iterator

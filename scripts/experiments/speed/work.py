@@ -1,4 +1,4 @@
-"""What a worker times: the parts that do not depend on a framework."""
+"""The work that a worker times, as far as it does not depend on a framework."""
 
 import itertools
 import tempfile

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any, Self
 
 from experiments.processes import RSS_UNIT, SCRIPTS
@@ -93,8 +92,8 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the process and all that it has started: at once after an error, or else when it has had time to end."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process and all that it has started: at once after an error, else when it has had time to end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
