@@ -43,7 +43,7 @@ def make_trainer(task: Task) -> JaxTrainer:
 
 
 class Dot(Work):
-    """Large float32 matrix products, each of the result before it, in one program: no memory is allocated in between.
+    """Large float32 matrix products in one program, each with the result of the last. No memory is allocated meanwhile.
 
     It is compiled with the same options as the training.
     """
@@ -167,7 +167,7 @@ def repeat(function: Callable[..., Any], *inputs: Any) -> Loop:
 
 
 def mix_in(inputs: Any, results: Any) -> Any:
-    """Write one number made of the results, between -1 and 1, into the first place of every input but the biases.
+    """Write one number from the results, limited to -1 … 1, into the first place of every input but the biases.
 
     The array that a bias is added to changes anyway. If the bias changed too, XLA would first copy it to all pixels.
     """

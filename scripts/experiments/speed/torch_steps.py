@@ -85,7 +85,7 @@ class InMemoryLoop:
 
 
 class Dot(Work):
-    """Large float32 matrix products, each of the result before it. No memory is allocated in between."""
+    """Large float32 matrix products, each with the result of the last. No memory is allocated in between."""
 
     def __init__(self, seed: int) -> None:
         self._left, self._right = map(torch.from_numpy, dot_factors(seed))

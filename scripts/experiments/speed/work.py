@@ -15,7 +15,7 @@ from experiments.spread import turns
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
 from jax_cnn.run.checkpoints import CheckpointWriter
 
-if TYPE_CHECKING:  # a worker does not need all that this file loads
+if TYPE_CHECKING:  # the loop and its display would only add to the memory of every worker
     from jax_cnn.run.loop import Trainer
 
 DOT_SIZE = 2048  # rows and columns of the square matrices
@@ -62,7 +62,7 @@ class Training(Work):
 
 
 class Checkpointing(Work):
-    """Work whose round is two epochs, of which one writes a checkpoint while it trains.
+    """Work whose round is two epochs. One of them writes a checkpoint while it trains.
 
     A single checkpoint in 30 s of training would be lost in the noise of a step's time.
     """
