@@ -4,9 +4,9 @@ from rich.console import Console
 
 from experiments.comparison.settings import CompareConfig
 from experiments.comparison.training import check_given
-from experiments.speed.progress import Steps
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.run import command_line
+from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import check_out_dir
 
 
@@ -23,12 +23,12 @@ def main() -> None:
 
     console = Console()
     prepare_fashion_mnist(config.data_dir, console.print)
-    steps = Steps(console)
-    with steps:
-        measured = report.measure(config, steps)
-        page = publish.write(measured, config.out_dir, steps.say)
-    steps.say(measured["verdict"]["sentence"])
-    steps.say(f"The page is {page}: open it in a browser")
+    progress = ProgressBar(console)
+    with progress:
+        measured = report.measure(config, progress)
+        page = publish.write(measured, config.out_dir, progress.say)
+    progress.say(measured["verdict"]["sentence"])
+    progress.say(f"The page is {page}: open it in a browser")
 
 
 if __name__ == "__main__":

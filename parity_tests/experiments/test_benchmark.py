@@ -1,38 +1,37 @@
-"""The speed benchmark: what it counts, how it judges, and that the command does as it says. No speed is tested."""
+"""The speed benchmark: what it counts, how it compares, and that the command does what it says. No speed is tested."""
 
 import io
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.image
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.speed import benchmark, flop, sections
-from experiments.speed.contenders import DOTS, Task, Unavailable
-from experiments.speed.progress import Show, Steps
-from experiments.speed.settings import QUICK, BenchmarkConfig, planned
-from experiments.speed.spread import paired_ratios, spread, turns
-from experiments.speed.tables import short
-from experiments.speed.team import Json, Team, WorkerFailed
+from experiments.speed import benchmark, sections, torch_steps
+from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
+from experiments.speed.contenders import CHECKPOINTS, DOTS, Task
+from experiments.speed.tables import checkpoint_table, sentence, short, tables
 from experiments.speed.work import DOT_FLOP
+from experiments.speed.workers import Json, Show, WorkerFailed, time_in_turns
+from experiments.spread import paired_ratios, spread, turns
+from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError
-from parity_tests.support import ROOT
+from jax_cnn.run.display import ProgressBar
+from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, command_line, read_json, run_command
 
-TIMEOUT = 300.0  # seconds for a small run, on a machine that is busy with other things
-IDLE_BOUND = 0.1  # seconds of CPU while others have their turn, in 2 rounds. Worst seen: 0.004, with threads that spin
+IDLE_BOUND = 0.1  # seconds of CPU while others are timed, in 2 rounds. Worst seen: 0.004, with threads that spin
 
-# --- Counting and judging ---
+# --- Counting and comparing ---
 
 
 def test_a_step_of_64_images_needs_as_many_operations_as_counted_by_hand() -> None:
@@ -42,21 +41,17 @@ def test_a_step_of_64_images_needs_as_many_operations_as_counted_by_hand() -> No
         "fc1": 2 * (7 * 7 * 64) * 512 * 3,
         "fc2": 2 * 512 * 10 * 3,
     }
-    assert flop.layer_flop(64) == {layer: 64 * count for layer, count in by_hand.items()}
-    assert flop.step_flop(64) == pytest.approx(2.06e9, rel=0.005)
-
-
-def test_a_gradient_by_the_images_would_be_counted_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flop, "NO_INPUT_GRADIENT", None)
-    assert flop.step_flop(64) != pytest.approx(2.06e9, rel=0.005)
+    assert sections.count_flop(64) == {layer: 64 * count for layer, count in by_hand.items()}
+    assert sum(sections.count_flop(64).values()) == pytest.approx(2.06e9, rel=0.005)
 
 
 def test_median_and_quartiles_are_those_of_the_rounds() -> None:
-    assert spread([5, 1, 4, 2, 3]) == (5, 3.0, 2.0, 4.0, 1.0, 5.0)
+    expected = {"n": 5, "median": 3, "low_quartile": 2, "high_quartile": 4, "least": 1, "most": 5}
+    assert spread([5, 1, 4, 2, 3]) == expected
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]], ids=["none", "not a number"])
-def test_no_median_is_made_up(values: list[float]) -> None:
+def test_without_finite_values_there_is_no_median(values: list[float]) -> None:
     with pytest.raises(ValueError, match="no median"):
         spread(values)
 
@@ -64,50 +59,59 @@ def test_no_median_is_made_up(values: list[float]) -> None:
 def test_what_slows_a_whole_round_cancels_out_in_pairs() -> None:
     busy = np.random.default_rng(0).uniform(1, 5, size=9)
     fast, slow = (1.0 * busy).tolist(), (2.5 * busy).tolist()
-    assert spread(paired_ratios(slow, fast)) == pytest.approx((9, 2.5, 2.5, 2.5, 2.5, 2.5))
-    assert max(slow) / min(fast) > 5, "unpaired, the ratio could be anything"
+    assert paired_ratios(slow, fast) == pytest.approx([2.5] * 9)
+    assert max(slow) / min(fast) > 5, "without pairs the ratio could be anything"
     with pytest.raises(ValueError, match="shorter"):
         paired_ratios(slow, fast[1:])
 
 
-def test_everyone_goes_first_second_and_last() -> None:
-    order = turns("abc", 4)
-    assert order == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+def test_every_contender_goes_first_second_and_last() -> None:
+    assert turns("abc", 4) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
-# --- The contest, with planted contenders ---
+def test_quick_changes_only_what_no_other_flag_asks_for() -> None:
+    config = apply_quick(BenchmarkConfig(quick=True, command_runs=1))
+    assert config.command_runs == 1
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    assert changed == set(QUICK) | {"quick"}
+    assert apply_quick(BenchmarkConfig()) == BenchmarkConfig()
+
+
+# --- Sections with planted times ---
 
 PLANTED = {"jax": 1.0, "torch-adam": 3.0, "torch-fused": 2.0, "torch-course": 0.5, "jax-dot": 0.2, "torch-dot": 0.1}
 
 
-def planted_measure(seconds: dict[str, float]) -> Callable[[Sequence[Task], int, Show], dict[str, Json]]:
-    """Contenders that take so many seconds a round, times what all of a round share; a missing one cannot run."""
+def plant(patch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+    """Let contenders seem to take these seconds in the first round, twice as long in the second, and so on.
 
-    def answer(name: str, number: int) -> Json:
-        measured = seconds[name] * (1 + number)
-        return {"seconds": measured, "cpu_seconds": 2 * measured, "idle_cpu_seconds": 0.0, "peak_bytes": 2**20}
+    Contenders without seconds cannot run.
+    """
 
-    def measure(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
-        return {
-            task.contender: {"start": {}, "rounds": [answer(task.contender, number) for number in range(rounds)]}
-            if task.contender in seconds
-            else {"unavailable": "no compiler"}
-            for task in tasks
-        }
+    def answer(first: float, number: int) -> Json:
+        took = first * (1 + number)
+        return {"seconds": took, "cpu_seconds": 2 * took, "idle_cpu_seconds": 0.0, "peak_bytes": 2**20}
 
-    return measure
+    def planted(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
+        results: dict[str, Json] = {task.contender: {"unavailable": "no compiler"} for task in tasks}
+        for name in results.keys() & seconds.keys():
+            results[name] = {"start": {}, "rounds": [answer(seconds[name], number) for number in range(rounds)]}
+        return results
+
+    patch.setattr(sections, "time_in_turns", planted)
 
 
-def planted_contest(seconds: dict[str, float], *contenders: Any) -> Json:
-    """The contest among them."""
-    config = BenchmarkConfig(rounds=3, steps=10, contenders=contenders)
-    return sections.contest(config, print, planted_measure(seconds))
+def contest(seconds: dict[str, float], *contenders: Any) -> Json:
+    """Return the result of a contest of three rounds of ten steps with planted times."""
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, seconds)
+        return sections.measure_contest(BenchmarkConfig(rounds=3, steps=10, contenders=contenders), print)
 
 
 def test_the_fastest_pytorch_that_competes_is_the_best() -> None:
-    contest = planted_contest(PLANTED, "jax", "torch-adam", "torch-fused", "torch-compile", "torch-course")
-    assert contest["best_torch"] == "torch-fused", "the course's loop does not compete, a missing one cannot"
-    lines = contest["contenders"]
+    result = contest(PLANTED, "jax", "torch-adam", "torch-fused", "torch-compile", "torch-course")
+    assert result["best_torch"] == "torch-fused", "the course's loop does not compete, and a missing one cannot"
+    lines = result["contenders"]
     speeds = {name: line["speed_to_best_torch"]["median"] for name, line in lines.items() if "rounds" in line}
     assert speeds == pytest.approx({"jax": 2, "torch-adam": 2 / 3, "torch-fused": 1, "torch-course": 4})
     assert lines["jax"]["ms_per_step"]["median"] == pytest.approx(200)  # the second of three rounds: 2 s, 10 steps
@@ -115,151 +119,166 @@ def test_the_fastest_pytorch_that_competes_is_the_best() -> None:
     assert lines["torch-compile"]["unavailable"] == "no compiler"
 
 
-def test_a_contender_planted_to_be_slower_shows_as_just_as_much_slower() -> None:
-    contests = [
-        planted_contest(PLANTED | {"jax": factor}, "jax", "torch-adam", "torch-fused")["contenders"]["jax"]
-        for factor in (1.0, 1.3)
-    ]
+def test_a_slower_contender_shows_as_just_as_much_slower() -> None:
+    fast, slow = (contest(PLANTED | {"jax": t}, "jax", "torch-fused")["contenders"]["jax"] for t in (1.0, 1.3))
     for figure, expected in (("speed_to_best_torch", 1 / 1.3), ("times_floor", 1.3), ("ms_per_step", 1.3)):
-        assert contests[1][figure]["median"] / contests[0][figure]["median"] == pytest.approx(expected)
+        assert slow[figure]["median"] / fast[figure]["median"] == pytest.approx(expected)
 
 
-def test_the_floor_is_the_steps_operations_at_the_faster_product_of_the_same_round() -> None:
-    contest = planted_contest(PLANTED, "jax", "torch-fused")
-    floor = contest["floor"]
+def test_the_floor_is_a_steps_operations_at_the_rate_of_the_faster_product_of_the_same_round() -> None:
+    result = contest(PLANTED, "jax", "torch-fused")
+    floor = result["floor"]
     assert floor["fastest_dot"] == "torch-dot"
-    assert floor["rounds_ms_per_step"] == pytest.approx(
-        [1e3 * flop.step_flop(64) / DOT_FLOP * t for t in (0.1, 0.2, 0.3)]
-    )
-    assert contest["contenders"]["jax"]["times_floor"]["median"] == pytest.approx(100 / floor["rounds_ms_per_step"][0])
+    milliseconds = [1e3 * floor["flop_per_step"] / DOT_FLOP * seconds for seconds in (0.1, 0.2, 0.3)]
+    assert floor["rounds_ms_per_step"] == pytest.approx(milliseconds)
+    assert result["contenders"]["jax"]["times_floor"]["median"] == pytest.approx(100 / milliseconds[0])
 
 
-def test_without_any_pytorch_there_is_nothing_to_tell() -> None:
+def test_without_any_pytorch_there_is_no_comparison() -> None:
     with pytest.raises(UserError, match="torch-compile: no compiler"):
-        planted_contest(PLANTED, "jax", "torch-compile")
+        contest(PLANTED, "jax", "torch-compile")
 
 
-def test_quick_leaves_alone_what_was_asked_for() -> None:
-    config = planned(BenchmarkConfig(quick=True, command_runs=1))
-    assert config.command_runs == 1
-    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
-    assert changed == set(QUICK) | {"quick"}
-    assert planned(BenchmarkConfig()) == BenchmarkConfig()
+def test_the_growth_chart_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, PLANTED)
+    changes = ({"batch_size": size, "images": 640} for size in (16, 64))
+    points = [sections.measure_point(BenchmarkConfig(), "torch-fused", change, 3, print) for change in changes]
+    assert [point["jax_speed_to_torch"]["median"] for point in points] == [2, 2]
+    assert [point["contenders"]["jax"]["steps"] for point in points] == [40, 10]
+    result = benchmark.EMPTY_SECTIONS | {"contest": contest(PLANTED, "jax", "torch-fused"), "batch_sizes": points}
+    assert benchmark.draw(result, tmp_path) == list(benchmark.FILES)
+    assert_picture(tmp_path / benchmark.GROWTH)
 
 
-# --- What a person sees ---
+def assert_picture(path: Path) -> None:
+    """Assert that a file is a picture that is not blank."""
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[1] > 500
+    assert picture[..., :3].std() > 0.01
+
+
+def test_a_checkpoint_that_takes_300_ms_slows_training_by_one_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [
+        {"without_seconds": busy, "with_seconds": busy + extra, "copy_seconds": 0.004}
+        for busy, extra in ((1.0, 0.3), (3.0, 0.2), (2.0, 0.6))
+    ]
+    measured = {contender: {"rounds": pairs} for contender in CHECKPOINTS.values()}
+    monkeypatch.setattr(sections, "time_in_turns", lambda tasks, rounds, show: measured)
+    costs = sections.measure_checkpoints(BenchmarkConfig(steps=10), print)
+    assert costs["interval_seconds"] == 30
+    medians = {name: figure["median"] for name, figure in costs["torch"].items() if name != "rounds"}
+    assert medians == pytest.approx({"ms_per_step": 200, "copy_ms": 4, "extra_ms": 300, "slower_by": 0.01})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(checkpoint_table(costs))
+    assert "1.00% (0.83–1.50)" in output_of(console)
+
+
+def output_of(console: Console) -> str:
+    """Return what was printed on a console that writes into a string."""
+    return console.file.getvalue()  # type: ignore[attr-defined]  # its file is a StringIO
+
+
+def test_a_round_with_checkpoints_trains_twice_and_writes_one(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = BenchmarkConfig(batch_size=32, steps=2, threads=1, data_dir=data_dir)
+    work = torch_steps.make(sections.make_task(config, CHECKPOINTS["torch"]))
+    seconds = [work.round(number) for number in range(2)]
+    assert all(0 < answer["copy_seconds"] < answer["with_seconds"] for answer in seconds)
+    written = [load_checkpoint(path).state.step for path in tmp_path.rglob("*.safetensors")]
+    assert sorted(written) == [2, 4], "after the first epoch of round 0, and before the first epoch of round 1"
+
+
+def test_results_without_a_section_of_checkpoints_are_shown_too() -> None:
+    result = read_json(ROOT / "docs" / "results" / "benchmark" / benchmark.RESULT)
+    assert "checkpoints" not in result
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*tables(result))
+    for title in ("Training, in turns", "By batch size", "Where a JAX step's time goes", "Whole commands"):
+        assert title in output_of(console)
+    assert sentence(result).startswith("JAX trains 4,")
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines() -> None:
     shown = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-        with Steps(console) as steps:
-            steps.section("batch sizes", 1, 6)
-            steps.show("round 2 of 5")
-        shown[terminal] = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO of above
-    assert "batch sizes" in shown[True]
+        with ProgressBar(console) as progress:
+            progress.begin("2 of 6: batch sizes", 1.0, 6.0)
+            progress.report("round 2 of 5")
+        shown[terminal] = output_of(console)
+    assert "2 of 6: batch sizes" in shown[True]
     assert "\x1b[?25h" in shown[True], "the cursor stays hidden"
-    assert shown[False] == "2 of 6: batch sizes\n"
-
-
-def test_the_growth_chart_draws_what_was_measured(tmp_path: Path) -> None:
-    config = BenchmarkConfig(rounds=3, steps=10)
-    measure = planted_measure(PLANTED)
-    points = sections.growth(config, "torch-fused", [{"batch_size": size} for size in (16, 64)], 3, print, measure)
-    assert [point["jax_speed_to_torch"]["median"] for point in points] == [2, 2]
-    assert [point["contenders"]["jax"]["steps"] for point in points] == [40, 10]
-    contest = planted_contest(PLANTED, "jax", "torch-fused")
-    result = benchmark.NOTHING | {"contest": contest, "batch_sizes": points}
-    assert benchmark.draw(result, tmp_path) == list(benchmark.FILES)
-    assert_picture(tmp_path / benchmark.GROWTH)
-
-
-def assert_picture(path: Path) -> None:
-    """Hold a file to be a picture with something on it."""
-    picture = matplotlib.image.imread(path)
-    assert picture.shape[1] > 500
-    assert picture[..., :3].std() > 0.01
+    assert shown[False] == "2 of 6: batch sizes: round 2 of 5\n"
 
 
 # --- The command ---
 
 CONTENDING = ("jax", "torch-fused")
-NO_SECTIONS = ("--batch-sizes", "--thread-counts", "--train-sizes", "--stage-rounds", "0", "--command-runs", "0")
+NO_SECTIONS = [
+    *("--batch-sizes", "--thread-counts", "--train-sizes"),
+    *("--stage-rounds", 0, "--checkpoint-pairs", 0, "--command-runs", 0),
+]
 
 
-def command(*arguments: object) -> list[str]:
-    """What a person types."""
-    return [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *map(str, arguments)]
+class Run(NamedTuple):
+    """A small benchmark that has ended well, in a folder with an earlier one."""
 
-
-class Run:
-    """A small benchmark that has ended well, over an earlier one."""
-
-    def __init__(self, data_dir: Path, folder: Path) -> None:
-        self.folder = folder
-        (folder / benchmark.RESULT).write_text("an earlier one")
-        arguments = ("--rounds", 2, "--steps", 2, "--contenders", *CONTENDING, *NO_SECTIONS)
-        done = subprocess.run(
-            command(*arguments, "--data-dir", data_dir, "--out-dir", folder),
-            env=os.environ | {"COLUMNS": "80"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        self.output = done.stdout
-        self.result: Json = json.loads((folder / benchmark.RESULT).read_text())
+    folder: Path
+    output: str
+    result: Json
 
 
 @pytest.fixture(scope="module")
 def small_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """It is made once and shared."""
-    return Run(data_dir, tmp_path_factory.mktemp("benchmark"))
+    """Run the contest alone, with two contenders."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / benchmark.RESULT).write_text("an earlier one")
+    arguments = ("--rounds", 2, "--steps", 2, "--contenders", *CONTENDING, *NO_SECTIONS, "--data-dir", data_dir)
+    env = ENVIRONMENT | {"COLUMNS": "80"}
+    done = run_command("benchmark", *arguments, "--out-dir", folder, cwd=folder, env=env)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return Run(folder, done.stdout, read_json(folder / benchmark.RESULT))
 
 
 def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_run: Run) -> None:
     result = small_run.result
     assert set(result) >= {"command", "started", "machine", "versions", "environment", "load_before", "config"}
-    assert {key: result[key] for key in benchmark.NOTHING} == benchmark.NOTHING
+    assert {name: result[name] for name in benchmark.EMPTY_SECTIONS} == benchmark.EMPTY_SECTIONS
     assert "benchmark.py" in result["command"]
     assert result["config"]["steps"] == 2
-    contest = result["contest"]
-    assert list(contest["contenders"]) == list(CONTENDING)
-    for name in CONTENDING:
-        line = contest["contenders"][name]
+    assert list(result["contest"]["contenders"]) == list(CONTENDING)
+    for line in result["contest"]["contenders"].values():
         assert line["images"] == line["steps"] * 64 == 128
         assert line["threads"] == result["machine"]["cores"]
-        measured = [round["seconds"] for round in line["rounds"]]
-        assert (line["seconds"]["n"], line["seconds"]["least"], line["seconds"]["most"]) == (
-            2,
-            pytest.approx(min(measured)),
-            pytest.approx(max(measured)),
-        )
+        assert line["seconds"] == spread([answer["seconds"] for answer in line["rounds"]])
+        assert line["seconds"]["n"] == 2
         assert all(seconds >= 0 for seconds in line["start"].values())
+        assert line["start"]["import_seconds"] > 0
         assert line["peak_bytes"] > 100 * 2**20
-    assert line["start"]["import_seconds"] > 0
-    assert set(contest["floor"]["rounds_dot_seconds"]) == set(DOTS)
+    assert set(result["contest"]["floor"]["rounds_dot_seconds"]) == set(DOTS)
 
 
 def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_run: Run) -> None:
     lines = [small_run.result["contest"]["contenders"][name] for name in CONTENDING]
-    losses = np.array([[round["loss"] for round in line["rounds"]] for line in lines])
-    assert losses[0] == pytest.approx(losses[1], rel=0.2), "from other first weights, on the same images"
-    assert (np.diff(losses) < 0).all(), "no round trains on what the last one left"
+    losses = np.array([[answer["loss"] for answer in line["rounds"]] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=0.2), "from other initial weights, on the same images"
+    assert (np.diff(losses) < 0).all(), "a round does not go on from the last one"
     for line in lines:
         assert line["idle_cpu_seconds"] < IDLE_BOUND, line["title"]
         assert line["cores_used"]["median"] < 1.1 * line["threads"], line["title"]
 
 
-def test_the_table_says_what_the_file_says(small_run: Run) -> None:
+def test_the_table_shows_the_figures_of_the_file(small_run: Run) -> None:
+    parts = ("median", "low_quartile", "high_quartile")
     for name in CONTENDING:
         line = small_run.result["contest"]["contenders"][name]
         row = next(row for row in small_run.output.splitlines() if row.startswith(f" {line['title']} "))
         expected = [
-            *(short(line["ms_per_step"][part]) for part in ("median", "low_quartile", "high_quartile")),
+            *(short(line["ms_per_step"][part]) for part in parts),
             f"{line['images_per_second']['median']:,.0f}",
-            *(short(line["speed_to_best_torch"][part]) for part in ("median", "low_quartile", "high_quartile")),
+            *(short(line["speed_to_best_torch"][part]) for part in parts),
             short(line["times_floor"]["median"]),
         ]
         assert re.findall(r"[\d.,]*\d", row) == expected
@@ -273,55 +292,53 @@ def test_an_earlier_benchmark_is_moved_aside(small_run: Run) -> None:
     assert_picture(small_run.folder / benchmark.THROUGHPUT)
 
 
-def workers(mark: str) -> list[str]:
-    """The processes of workers with this in their command line."""
-    found = []
+def find_workers(seed: str) -> list[str]:
+    """Return the process ids of workers whose task has this seed."""
+    workers = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        if "experiments.speed.worker" in words and mark in words:
-            found.append(process.name)
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes as Linux shows them")
-@pytest.mark.parametrize(
-    "end",
-    # Killed, it can end nobody: a worker that is being built sees the end of its input only when it is done.
-    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
-    ids=["interrupted", "killed"],
-)
-def test_no_worker_outlives_the_benchmark(data_dir: Path, tmp_path: Path, end: signal.Signals) -> None:
-    mark = f'"seed": {int(tmp_path.stat().st_ino) % 2**32}'
-    arguments = ("--data-dir", data_dir, "--out-dir", tmp_path / "out", "--seed", mark.split()[1])
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
-        wait_until(lambda: bool(workers(mark)))
-        process.send_signal(end)
-        _, errors = process.communicate()
-    if end == signal.SIGINT:
-        assert (process.returncode, errors) == (130, "interrupted\n")
-        assert not workers(mark), "ended with the benchmark, not some time after it"
-    wait_until(lambda: not workers(mark))
-    assert not list((tmp_path / "out").iterdir())
+        if "experiments.speed.workers" in words and f'"seed": {seed}' in words:
+            workers.append(process.name)
+    return workers
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that comes soon."""
+    """Wait until the condition is true, at most `TIMEOUT` seconds."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < TIMEOUT
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes as Linux shows them")
+@pytest.mark.parametrize(
+    "end",
+    # A killed benchmark can end nothing. Its worker sees the end of its input when it has been built, which takes long.
+    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+    ids=["interrupted", "killed"],
+)
+def test_no_worker_outlives_the_benchmark(data_dir: Path, tmp_path: Path, end: signal.Signals) -> None:
+    seed = str(tmp_path.stat().st_ino % 2**32)
+    line = command_line("benchmark", "--data-dir", data_dir, "--out-dir", tmp_path / "out", "--seed", seed)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        wait_until(lambda: bool(find_workers(seed)))
+        process.send_signal(end)
+        _, errors = process.communicate()
+    if end == signal.SIGINT:
+        assert (process.returncode, errors) == (130, "interrupted\n")
+        assert not find_workers(seed), "it ended with the benchmark, not some time after it"
+    wait_until(lambda: not find_workers(seed))
+    assert not list((tmp_path / "out").iterdir())
+
+
 SLIPS = {
     "no rounds": (("--rounds", "0"), ("--rounds", "between 1 and")),
     "no PyTorch that competes": (("--contenders", "jax", "torch-course"), ("--contenders", "torch-fused")),
-    "nobody known": (("--contenders", "jax", "abacus"), ("--contenders", "abacus", "torch-fused")),
+    "an unknown contender": (("--contenders", "jax", "abacus"), ("--contenders", "abacus", "torch-fused")),
     "more images than there are": (("--steps", "2000"), ("--steps", "128,000", "60,000")),
     "more threads than cores": (("--thread-counts", "9999"), ("--thread-counts", "9999")),
     "an unknown flag": (("--round", "3"), ("--round", "--help")),
@@ -330,50 +347,37 @@ SLIPS = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "names"), SLIPS.values(), ids=SLIPS)
-def test_a_slip_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, ...], names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("arguments", "words"), SLIPS.values(), ids=SLIPS)
+def test_a_slip_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     (tmp_path / "taken").write_text("not a folder")
-    done = subprocess.run(command(*arguments), cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert all(name in done.stderr for name in names), done.stderr
+    assert_slip(run_command("benchmark", *arguments, cwd=tmp_path), *words)
 
 
 @pytest.mark.slow
 def test_without_a_compiler_that_contender_is_not_available(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
-    config = BenchmarkConfig(steps=1, data_dir=data_dir)
-    with Team() as team, pytest.raises(Unavailable, match="compiler"):
-        team.hire(sections.task(config, "torch-compile"))
+    task = sections.make_task(BenchmarkConfig(steps=1, data_dir=data_dir), "torch-compile")
+    assert "compiler" in time_in_turns([task], 0, print)["torch-compile"]["unavailable"]
 
 
 @pytest.mark.slow
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
-    """Here, because its data folder is a file."""
-    (tmp_path / "taken").write_text("not a folder")
-    config = BenchmarkConfig(data_dir=tmp_path / "taken")
-    with (
-        Team() as team,
-        pytest.raises(WorkerFailed, match=r"torch-fused ended with status 1\n(.*\n)*.*UserError.*taken"),
-    ):
-        team.hire(sections.task(config, "torch-fused"))
+    (tmp_path / "taken").write_text("a file where the data folder should be")
+    task = sections.make_task(BenchmarkConfig(data_dir=tmp_path / "taken"), "torch-fused")
+    with pytest.raises(WorkerFailed, match=r"torch-fused ended with status 1\n(.*\n)*.*UserError.*taken"):
+        time_in_turns([task], 0, print)
 
 
 @pytest.mark.slow
 def test_every_section_of_the_command(data_dir: Path, tmp_path: Path) -> None:
-    """All flags at their smallest: a minute or two, most of it starting and compiling."""
+    """All flags have their smallest values: it takes a minute or two, most of it to start and to compile."""
     small = ("--rounds", 2, "--steps", 4, "--sweep-rounds", 1, "--epoch-rounds", 1, "--stage-rounds", 1)
-    sizes = ("--batch-sizes", 16, 64, "--train-sizes", 200, "--thread-counts", 1)
+    sizes = ("--batch-sizes", 16, 64, "--train-sizes", 200, "--thread-counts", 1, "--checkpoint-pairs", 1)
     whole = ("--command-runs", 1, "--command-epochs", 1, "--command-images", 300)
-    done = subprocess.run(
-        command("--data-dir", data_dir, "--out-dir", tmp_path, *small, *sizes, *whole),
-        capture_output=True,
-        text=True,
-        timeout=10 * TIMEOUT,
-    )
+    folders = ("--data-dir", data_dir, "--out-dir", tmp_path)
+    done = run_command("benchmark", *small, *sizes, *whole, *folders, cwd=tmp_path, timeout=10 * TIMEOUT)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    result = json.loads((tmp_path / benchmark.RESULT).read_text())
+    result = read_json(tmp_path / benchmark.RESULT)
     assert set(result["contest"]["contenders"]) == set(BenchmarkConfig().contenders)
     assert [point["batch_size"] for point in result["batch_sizes"]] == [16, 64]
     assert [point["images"] for point in result["train_sizes"]] == [200]
@@ -384,6 +388,7 @@ def test_every_section_of_the_command(data_dir: Path, tmp_path: Path) -> None:
         assert 0 < figures["first_report_seconds"]["median"] < figures["seconds"]["median"], framework
         assert figures["evaluate_seconds"]["median"] > 0
         assert figures["peak_bytes"] > 200 * 2**20
-    assert result["commands"]["jax"]["compile_seconds"]["least"] > 1  # nothing came from a cache: then it is 0.6
+        assert result["checkpoints"][framework]["copy_ms"]["median"] > 0
+    assert result["commands"]["jax"]["compile_seconds"]["least"] > 1  # a program from a cache takes 0.6 s
     assert {path.name for path in tmp_path.iterdir()} == set(benchmark.FILES)
     assert_picture(tmp_path / benchmark.GROWTH)

@@ -1,4 +1,4 @@
-"""One of the project's commands as a user runs it, to its end: its lines as they come, then its time and its memory."""
+"""Run one of the project's commands as a user does, and measure its time and its peak memory."""
 
 import os
 import shlex
@@ -12,36 +12,37 @@ from typing import NamedTuple
 from jax_cnn.config import UserError
 
 SCRIPTS = Path(__file__).parents[1]
-PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # every line whole, and at once
+PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # whole lines, without delay
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 class Finished(NamedTuple):
-    """What a command took."""
+    """The time and the memory of a command that has ended."""
 
     seconds: float
     """From before its process started to after its end."""
     peak_bytes: int
-    """The most memory that it held. Linux counts from what the process that started it held, which is less here."""
+    """Peak memory. On Linux at least what this process held when it started the command."""
 
 
 def run(
     script: str, arguments: Sequence[str], show: Callable[[str], None], environment: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run `scripts/<script>.py` in a process of its own.
+    """Run `scripts/<script>.py` to its end in a process of its own.
 
     Args:
-        script: its name without the ending.
-        arguments: its command line.
-        show: takes every line that it prints and that is not empty, as it comes.
-        environment: variables beside those that are there.
+        script: the file's name without its ending.
+        arguments: the command line.
+        show: is called with every line that the command prints and that is not empty, as soon as it is printed.
+        environment: variables to set in addition to those of this process.
 
     Raises:
-        UserError: it failed; with its last line.
+        UserError: the command failed; the message ends with the last line that it printed.
     """
-    line = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
-    last, started = "", time.perf_counter()
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
+    last_line, started = "", time.perf_counter()
     with subprocess.Popen(
-        line,
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -49,21 +50,16 @@ def run(
     ) as process:
         assert process.stdout is not None
         try:
-            for printed in process.stdout:
-                if printed.strip():
-                    last = printed.strip()
-                    show(last)
+            for line in process.stdout:
+                if line.strip():
+                    last_line = line.strip()
+                    show(last_line)
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # Ctrl-C above all: leave no command behind
+        except BaseException:  # Ctrl-C above all: no command may outlive this process
             process.terminate()
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise UserError(f"{shlex.join(line)} ended with status {process.returncode}: {last}")
-    return Finished(seconds, usage.ru_maxrss * rss_unit())
-
-
-def rss_unit() -> int:
-    """Bytes in a unit of ru_maxrss."""
-    return 1 if sys.platform == "darwin" else 1024
+        raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {last_line}")
+    return Finished(seconds, usage.ru_maxrss * RSS_UNIT)

@@ -13,9 +13,9 @@ from experiments.comparison.arrays import pack, png
 from experiments.comparison.earlier import read_benchmark
 from experiments.comparison.settings import COMMITTED_BENCHMARK, CompareConfig
 from experiments.comparison.training import FRAMEWORKS, Framework, Run, initial_weights, obtain
-from experiments.speed.progress import Steps
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, load_fashion_mnist
+from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 from jax_cnn.torch_layout import load_weights
 
@@ -30,31 +30,31 @@ IMAGES = 40 * 64 + 32  # that the harness trains on, as in scripts/parity_report
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
 
 
-def measure(config: CompareConfig, steps: Steps) -> Json:
+def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     """Train or take both runs, and measure all that the page shows.
 
     Raises:
         UserError: a run does not fit, training fails, or a run's weights do not give the accuracy that it tells.
     """
-    steps.section("PyTorch's initial weights, for both", 0, SECTIONS)
+    progress.begin("PyTorch's initial weights, for both", 0, SECTIONS)
     initial = initial_weights(config)
     runs: dict[Framework, Run] = {}
     for number, framework in enumerate(FRAMEWORKS, start=1):
-        steps.section(f"training with {NAMES[framework]}", number, SECTIONS)
-        runs[framework] = obtain(framework, config, initial, steps.show, steps.say)
-    steps.section("speed by configuration", 3, SECTIONS)
+        progress.begin(f"training with {NAMES[framework]}", number, SECTIONS)
+        runs[framework] = obtain(framework, config, initial, progress.report, progress.say)
+    progress.begin("speed by configuration", 3, SECTIONS)
     result = provenance(PACKAGES) | {
         "config": asdict(config),
         "classes": list(CLASS_NAMES),
         "runs": {framework: run.as_json() for framework, run in runs.items()},
-        "speed": speed_table(config, steps.show),
+        "speed": speed_table(config, progress.report),
         "programs": programs.stages(),
         "operations": programs.operations(),
     }
-    steps.section("test images", 4, SECTIONS)
+    progress.begin("test images", 4, SECTIONS)
     result |= look(config, runs)
-    steps.section("parity in float64", 5, SECTIONS)
-    result["parity"] = hold_together(config, steps.show)
+    progress.begin("parity in float64", 5, SECTIONS)
+    result["parity"] = hold_together(config, progress.report)
     result["headline"] = headline(result)
     result["verdict"] = verdict.judge(result)
     return result

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.speed.settings import check_range
+from experiments.speed.config import check_range
 from jax_cnn.config import Device, TrainConfig, UserError
 
 ROOT = Path(__file__).parents[3]

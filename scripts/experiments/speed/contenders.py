@@ -1,8 +1,10 @@
-"""Who is timed. No framework is loaded here: each contender lives in a process of its own (`worker`)."""
+"""Which programs are timed, and on what. This file loads no framework: each contender has a process of its own."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+
+from jax_cnn.config import TrainConfig
 
 ContenderName = Literal[
     "jax",
@@ -15,25 +17,28 @@ ContenderName = Literal[
 ]
 TRAINING: tuple[ContenderName, ...] = get_args(ContenderName)
 DOTS = ("jax-dot", "torch-dot")
-STAGES = "jax-stages"
+STAGE_TIMES = "jax-stages"
+CHECKPOINTS = {"jax": "jax-checkpoints", "torch": "torch-checkpoints"}
 
-# PyTorch's threads (libgomp's) yield while they wait for each other. By default they spin for a while, then sleep.
-# Between rounds that disturbs nobody either way: an idle worker used 0.1 ms of CPU, or 3 ms with threads that spin. In
-# a step it depends on the machine: on two cores that others used as well, spinning took up to five times as long; on
-# cores of one's own it may be the faster way. So every run times both, and either can be the best.
+TEST_IMAGES = 100  # the trainers need a test set, which no round evaluates
+
+# How the threads of PyTorch (libgomp) wait for each other: passive ones yield, those with the default spin for a while
+# and then sleep. Neither disturbs the other contenders: between rounds an idle worker used 0.1 ms of CPU, or 3 ms with
+# threads that spin. Within a step it depends on the machine: on two cores that others used as well, spinning took up to
+# five times as long; on cores of its own it may be faster. So every run times both, and either can be the best.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One line of the table."""
+    """A program that is timed."""
 
     title: str
     framework: Literal["jax", "torch"]
     competes: bool = False
-    """Whether it may be the best PyTorch."""
+    """Whether it can be the best PyTorch."""
     environment: dict[str, str] = field(default_factory=lambda: dict(PASSIVE))
-    """What its process is told; variables of its thread pools that are not named here are not set."""
+    """Variables set for its process. Other variables that configure its thread pools are removed."""
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -46,22 +51,36 @@ CONTENDERS: dict[str, Contender] = {
     "torch-course": Contender("PyTorch, course's DataLoader", "torch"),
     "jax-dot": Contender("JAX's matrix product", "jax"),
     "torch-dot": Contender("PyTorch's matrix product", "torch"),
-    STAGES: Contender("JAX, stage by stage", "jax"),
+    STAGE_TIMES: Contender("JAX, stage by stage", "jax"),
+    CHECKPOINTS["jax"]: Contender("JAX, saving checkpoints", "jax"),
+    CHECKPOINTS["torch"]: Contender("PyTorch, saving checkpoints", "torch"),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told to do."""
+    """The command line of a worker, as JSON."""
 
     contender: str
     batch_size: int
     images: int
-    """Training images of a round."""
+    """Training images in a round."""
     threads: int
     seed: int
-    data_dir: Path
+    data_dir: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """A training run whose epoch is one round."""
+        return TrainConfig(
+            batch_size=self.batch_size,
+            seed=self.seed,
+            data_dir=Path(self.data_dir),
+            device="cpu",
+            limit_train=self.images,
+            limit_test=TEST_IMAGES,
+        )
 
 
 class Unavailable(Exception):
-    """Why a contender cannot run here, in one line."""
+    """A contender cannot run on this machine. The message gives the reason in one line."""

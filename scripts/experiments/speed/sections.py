@@ -1,59 +1,68 @@
-"""The parts of the benchmark, each measured by workers in turns and summed up as what its file will hold."""
+"""The sections of the benchmark: each is measured in turns, and summed up as the result file holds it."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import re
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from experiments.speed.contenders import CONTENDERS, DOTS, STAGES, Task
-from experiments.speed.flop import layer_flop, step_flop
-from experiments.speed.progress import Show, labelled
-from experiments.speed.settings import BenchmarkConfig
-from experiments.speed.spread import paired_ratios, spread
-from experiments.speed.team import Json, measure
+from experiments import processes
+from experiments.speed.config import BenchmarkConfig
+from experiments.speed.contenders import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, Task
 from experiments.speed.work import DOT_FLOP
-from jax_cnn.config import UserError
+from experiments.speed.workers import Json, Show, time_in_turns
+from experiments.spread import paired_ratios, spread, turns
+from jax_cnn.config import TrainConfig, UserError
+from jax_cnn.run.folder import METRICS
+from jax_cnn.torch_layout import SIMPLE_CNN
 
-Measure = Callable[[Sequence[Task], int, Show], dict[str, Json]]
+# Positions of an image at which the weights of each layer are applied.
+POSITIONS = {"conv1": 28 * 28, "conv2": 14 * 14, "fc1": 1, "fc2": 1}
+# Products of a layer in a training step: forward pass, gradient by the weights, gradient by the input. The input of
+# conv1 is the image, whose gradient nothing needs.
+PRODUCTS = {"conv1": 2, "conv2": 3, "fc1": 3, "fc2": 3}
+
+FIRST_REPORT = re.compile(r"epoch 1/\d+: ([\d,]+) of [\d,]+ images")
 
 
-def task(config: BenchmarkConfig, contender: str, **changes: Any) -> Task:
-    """A contender's task in the contest, or one that differs from it in a few things."""
-    standard = Task(
+def make_task(config: BenchmarkConfig, contender: str, **changes: Any) -> Task:
+    """Return what a contender does in the contest, or a task that differs from it in some fields."""
+    task = Task(
         contender=contender,
         batch_size=config.batch_size,
         images=config.round_images,
         threads=config.cores,
         seed=config.seed,
-        data_dir=config.data_dir,
+        data_dir=str(config.data_dir),
     )
-    return Task(**asdict(standard) | changes)
+    return replace(task, **changes)
 
 
-def contest(config: BenchmarkConfig, show: Show, measure: Measure = measure) -> Json:
-    """All contenders, and the floor under them: the step's operations at the rate of a large matrix product.
-
-    Raises:
-        UserError: no PyTorch is left to compare with.
-    """
-    tasks = [task(config, name) for name in (*config.contenders, *DOTS)]
-    found = measure(tasks, config.rounds, show)
-    lines = {str(name): describe(name, found[name], tasks[0]) for name in config.contenders}
-    best = best_torch(lines)
-    floor = describe_floor(config.batch_size, {name: round_seconds(found[name]) for name in DOTS})
+def measure_contest(config: BenchmarkConfig, show: Show) -> Json:
+    """Time all contenders; compare them with the best PyTorch, and with the floor under a step's time."""
+    tasks = {name: make_task(config, name) for name in (*config.contenders, *DOTS)}
+    measured = time_in_turns(list(tasks.values()), config.rounds, show)
+    lines = {str(name): describe_contender(tasks[name], measured[name]) for name in config.contenders}
+    best = find_best_torch(lines)
+    floor = describe_floor(config.batch_size, {name: round_seconds(measured[name]) for name in DOTS})
     for line in lines.values():
         if "rounds" in line:
-            speed = paired_ratios(round_seconds(lines[best]), round_seconds(line))
-            line["speed_to_best_torch"] = spread(speed)._asdict()
-            line["times_floor"] = spread(paired_ratios(ms_per_step(line), floor["rounds_ms_per_step"]))._asdict()
+            milliseconds = [1e3 * seconds / line["steps"] for seconds in round_seconds(line)]
+            line["speed_to_best_torch"] = spread(paired_ratios(round_seconds(lines[best]), round_seconds(line)))
+            line["times_floor"] = spread(paired_ratios(milliseconds, floor["rounds_ms_per_step"]))
     return {"best_torch": best, "contenders": lines, "floor": floor}
 
 
-def best_torch(lines: dict[str, Json]) -> str:
-    """The PyTorch with the smallest median among those that compete.
+def find_best_torch(lines: dict[str, Json]) -> str:
+    """Return the competing PyTorch with the smallest median time.
 
     Raises:
-        UserError: none can run here.
+        UserError: none can run on this machine.
     """
     rivals = {name: line for name, line in lines.items() if CONTENDERS[name].competes}
     medians = {name: line["seconds"]["median"] for name, line in rivals.items() if "rounds" in line}
@@ -63,99 +72,176 @@ def best_torch(lines: dict[str, Json]) -> str:
     return min(medians, key=medians.__getitem__)
 
 
-def describe(contender: str, found: Json, task: Task) -> Json:
-    """A contender's figures, or why it has none."""
-    title = CONTENDERS[contender].title
-    if "unavailable" in found:
-        return {"title": title, "unavailable": found["unavailable"]}
-    measured, steps = round_seconds(found), math.ceil(task.images / task.batch_size)
-    used = [answer["cpu_seconds"] / answer["seconds"] for answer in found["rounds"]]
+def describe_contender(task: Task, measured: Json) -> Json:
+    """Return a contender's figures over all rounds, or why it has none."""
+    contender = CONTENDERS[task.contender]
+    if "unavailable" in measured:
+        return {"title": contender.title, "unavailable": measured["unavailable"]}
+    rounds, seconds, steps = measured["rounds"], round_seconds(measured), math.ceil(task.images / task.batch_size)
     return {
-        "title": title,
-        "environment": CONTENDERS[contender].environment,
+        "title": contender.title,
+        "environment": contender.environment,
         "images": task.images,
         "steps": steps,
         "threads": task.threads,
-        "seconds": spread(measured)._asdict(),
-        "ms_per_step": spread([1e3 * one / steps for one in measured])._asdict(),
-        "images_per_second": spread([task.images / one for one in measured])._asdict(),
-        "cores_used": spread(used)._asdict(),
-        "idle_cpu_seconds": sum(answer["idle_cpu_seconds"] for answer in found["rounds"]),
-        "peak_bytes": max(answer["peak_bytes"] for answer in found["rounds"]),
-        "start": found["start"],
-        "rounds": found["rounds"],
+        "seconds": spread(seconds),
+        "ms_per_step": spread([1e3 * value / steps for value in seconds]),
+        "images_per_second": spread([task.images / value for value in seconds]),
+        "cores_used": spread([answer["cpu_seconds"] / answer["seconds"] for answer in rounds]),
+        "idle_cpu_seconds": sum(answer["idle_cpu_seconds"] for answer in rounds),
+        "peak_bytes": max(answer["peak_bytes"] for answer in rounds),
+        "start": measured["start"],
+        "rounds": rounds,
     }
 
 
-def describe_floor(batch_size: int, dots: dict[str, list[float]]) -> Json:
-    """The faster of the two matrix products, round by round, and how long a step would take at its rate."""
-    rates = {name: [DOT_FLOP / one for one in measured] for name, measured in dots.items()}
-    fastest = max(rates, key=lambda name: spread(rates[name]).median)
-    least = [1e3 * step_flop(batch_size) / rate for rate in rates[fastest]]
+def describe_floor(batch_size: int, dot_seconds: dict[str, list[float]]) -> Json:
+    """Return how long a step would take at the rate of the faster of the two matrix products, round by round."""
+    flop_by_layer = count_flop(batch_size)
+    flop_per_step = sum(flop_by_layer.values())
+    rates = {name: [DOT_FLOP / value for value in seconds] for name, seconds in dot_seconds.items()}
+    fastest = max(rates, key=lambda name: spread(rates[name])["median"])
+    milliseconds = [1e3 * flop_per_step / rate for rate in rates[fastest]]
     return {
-        "flop_per_step": step_flop(batch_size),
-        "flop_by_layer": layer_flop(batch_size),
+        "flop_per_step": flop_per_step,
+        "flop_by_layer": flop_by_layer,
         "fastest_dot": fastest,
-        "flop_per_second": {name: spread(rate)._asdict() for name, rate in rates.items()},
-        "ms_per_step": spread(least)._asdict(),
-        "rounds_ms_per_step": least,
-        "rounds_dot_seconds": dots,
+        "flop_per_second": {name: spread(rate) for name, rate in rates.items()},
+        "ms_per_step": spread(milliseconds),
+        "rounds_ms_per_step": milliseconds,
+        "rounds_dot_seconds": dot_seconds,
     }
 
 
-def growth(
-    config: BenchmarkConfig,
-    best: str,
-    changes: Sequence[dict[str, int]],
-    rounds: int,
-    show: Show,
-    measure: Measure = measure,
-) -> list[Json]:
-    """JAX and the best PyTorch at tasks that differ from the contest's, one after the other.
+def count_flop(batch_size: int) -> dict[str, int]:
+    """Return the floating-point operations that a training step needs at least, by layer.
 
-    Args:
-        config: of the benchmark.
-        best: the contender to hold JAX against.
-        changes: how each task differs.
-        rounds: of each task.
-        show: takes what is under way.
-        measure: starts the workers and times them.
-
-    Returns:
-        For each task its changes, the figures of both, and how many times as fast as PyTorch JAX is.
+    Every product multiplies and adds once for each weight and position. Products with the zeros around an image count.
+    Biases, ReLU, pooling, the loss and Adam do not: they are less than 1 % of all operations, and bound by memory.
     """
-    points = []
-    for change in changes:
-        label = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in change.items())
-        tasks = [task(config, name, **change) for name in ("jax", best)]
-        found = measure(tasks, rounds, labelled(label, show))
-        jax, torch = (describe(task.contender, found[task.contender], task) for task in tasks)
-        speed = spread(paired_ratios(round_seconds(torch), round_seconds(jax)))._asdict()
-        points.append(change | {"contenders": {"jax": jax, best: torch}, "jax_speed_to_torch": speed})
-    return points
-
-
-def stages(config: BenchmarkConfig, show: Show, measure: Measure = measure) -> Json:
-    """Milliseconds of a JAX step by stage and pass, each alone, their sum, and the whole step."""
-    found = measure([task(config, STAGES)], config.stage_rounds, show)[STAGES]
-    rounds = [answer["seconds_a_step"] for answer in found["rounds"]]
-    names = list(rounds[0])
-    *parts, whole = names
-    sums = [sum(one[name] for name in parts) for one in rounds]
     return {
-        "ms": {name: spread([1e3 * one[name] for one in rounds])._asdict() for name in parts},
-        "sum_ms": spread([1e3 * one for one in sums])._asdict(),
-        "whole_step_ms": spread([1e3 * one[whole] for one in rounds])._asdict(),
-        "sum_to_whole": spread(paired_ratios(sums, [one[whole] for one in rounds]))._asdict(),
+        layer: 2 * math.prod(SIMPLE_CNN[f"{layer}.weight"].shape) * positions * PRODUCTS[layer] * batch_size
+        for layer, positions in POSITIONS.items()
+    }
+
+
+def measure_point(config: BenchmarkConfig, best_torch: str, changes: dict[str, int], rounds: int, show: Show) -> Json:
+    """Time JAX and the best PyTorch at tasks that differ from the contest's in these fields."""
+    label = ", ".join(f"{field.replace('_', ' ')} {value:,}" for field, value in changes.items())
+    tasks = [make_task(config, name, **changes) for name in ("jax", best_torch)]
+    measured = time_in_turns(tasks, rounds, lambda now: show(f"{label}, {now}"))
+    jax, torch = (describe_contender(task, measured[task.contender]) for task in tasks)
+    speed = spread(paired_ratios(round_seconds(torch), round_seconds(jax)))
+    return changes | {"contenders": {"jax": jax, best_torch: torch}, "jax_speed_to_torch": speed}
+
+
+def measure_stages(config: BenchmarkConfig, show: Show) -> Json:
+    """Time every stage of a JAX step alone, forward and backward, and the whole step."""
+    measured = time_in_turns([make_task(config, STAGE_TIMES)], config.stage_rounds, show)[STAGE_TIMES]
+    rounds = [answer["seconds_a_step"] for answer in measured["rounds"]]
+    *parts, whole = rounds[0]
+    sums = [sum(seconds[part] for part in parts) for seconds in rounds]
+    wholes = [seconds[whole] for seconds in rounds]
+    return {
+        "ms": {part: spread([1e3 * seconds[part] for seconds in rounds]) for part in parts},
+        "sum_ms": spread([1e3 * seconds for seconds in sums]),
+        "whole_step_ms": spread([1e3 * seconds for seconds in wholes]),
+        "sum_to_whole": spread(paired_ratios(sums, wholes)),
         "rounds_seconds_a_step": rounds,
     }
 
 
-def round_seconds(found: Json) -> list[float]:
-    """How long each round of a contender took, measured or described."""
-    return [answer["seconds"] for answer in found["rounds"]]
+def measure_checkpoints(config: BenchmarkConfig, show: Show) -> Json:
+    """Time trainings with and without a checkpoint in turns. How much slower does one in every interval make them?"""
+    tasks = [make_task(config, contender) for contender in CHECKPOINTS.values()]
+    measured = time_in_turns(tasks, config.checkpoint_pairs, show)
+    interval = TrainConfig.checkpoint_seconds
+    costs = {}
+    for framework, contender in CHECKPOINTS.items():
+        pairs = measured[contender]["rounds"]
+        extra = [pair["with_seconds"] - pair["without_seconds"] for pair in pairs]
+        costs[framework] = {
+            "ms_per_step": spread([1e3 * pair["without_seconds"] / config.steps for pair in pairs]),
+            "copy_ms": spread([1e3 * pair["copy_seconds"] for pair in pairs]),
+            "extra_ms": spread([1e3 * seconds for seconds in extra]),
+            "slower_by": spread([seconds / interval for seconds in extra]),
+            "rounds": pairs,
+        }
+    return {"interval_seconds": interval} | costs
 
 
-def ms_per_step(line: Json) -> list[float]:
-    """Milliseconds a step, round by round."""
-    return [1e3 * one / line["steps"] for one in round_seconds(line)]
+def measure_commands(config: BenchmarkConfig, show: Show) -> Json:
+    """Run both commands in turns into a temporary folder. They inherit the environment of the benchmark.
+
+    Each run compiles everything: compiled programs that JAX has kept would make it start faster.
+
+    Raises:
+        UserError: a command failed.
+    """
+    runs: dict[str, list[Json]] = {"jax": [], "torch": []}
+    with TemporaryDirectory(prefix="benchmark-") as folder:
+        for number, order in enumerate(turns(list(runs), config.command_runs)):
+            for framework in order:
+                label = f"train_{framework}.py, run {number + 1} of {config.command_runs}"
+                out_dir = Path(folder) / f"{framework}-{number}"
+                runs[framework].append(run_command(framework, config, out_dir, label, show))
+    return {framework: describe_command(own_runs) for framework, own_runs in runs.items()}
+
+
+def run_command(framework: str, config: BenchmarkConfig, out_dir: Path, label: str, show: Show) -> Json:
+    """Run one training command to its end, and show its progress behind the label.
+
+    Raises:
+        UserError: it failed.
+    """
+    flags = [
+        *("--epochs", str(config.command_epochs), "--batch-size", str(config.batch_size), "--seed", str(config.seed)),
+        *("--data-dir", str(config.data_dir), "--device", "cpu"),
+    ]
+    if config.command_images is not None:
+        flags += ["--limit-train", str(config.command_images)]
+    first_report: tuple[float, int] | None = None  # its seconds and images
+
+    def watch(line: str) -> None:
+        nonlocal first_report
+        report = FIRST_REPORT.match(line)
+        if report and first_report is None:
+            first_report = time.perf_counter() - started, int(report[1].replace(",", ""))
+        if line.startswith("epoch"):
+            show(f"{label}, {line}")
+
+    show(f"{label}, starting")
+    started = time.perf_counter()
+    no_kept_programs = {"JAX_COMPILATION_CACHE_DIR": f"{out_dir}-compiled"}
+    finished = processes.run(f"train_{framework}", [*flags, "--out-dir", str(out_dir)], watch, no_kept_programs)
+    first_seconds, first_images = first_report or (None, None)
+    return {
+        "command": shlex.join(["python", f"scripts/train_{framework}.py", *flags, "--out-dir", "RUN"]),
+        "seconds": finished.seconds,
+        "first_report_seconds": first_seconds,
+        "first_report_images": first_images,
+        "peak_bytes": finished.peak_bytes,
+        "epochs": [json.loads(line) for line in (out_dir / METRICS).read_text(encoding="utf-8").splitlines()],
+    }
+
+
+def describe_command(runs: list[Json]) -> Json:
+    """Return the figures of a command over its runs; those of an epoch over all epochs of all runs."""
+    epochs = [epoch for run in runs for epoch in run["epochs"]]
+    first_reports = [run["first_report_seconds"] for run in runs if run["first_report_seconds"] is not None]
+    return {
+        "seconds": spread([run["seconds"] for run in runs]),
+        "first_report_seconds": spread(first_reports) if first_reports else None,
+        "first_report_images": runs[0]["first_report_images"],
+        "compile_seconds": spread([run["epochs"][0]["compile_seconds"] for run in runs]),
+        "train_seconds": spread([epoch["train_seconds"] for epoch in epochs]),
+        "evaluate_seconds": spread([epoch["eval_seconds"] for epoch in epochs]),
+        "test_accuracy": median(run["epochs"][-1]["test_accuracy"] for run in runs),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "runs": runs,
+    }
+
+
+def round_seconds(measured: Json) -> list[float]:
+    """Return how long each round of a contender took."""
+    return [answer["seconds"] for answer in measured["rounds"]]

@@ -1,4 +1,4 @@
-"""The benchmark's figures for a terminal of 80 columns. Whatever a table shows is in the file."""
+"""The tables of the benchmark for a terminal of 80 columns. The result file holds every figure in them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from experiments.speed.contenders import CONTENDERS
-from experiments.speed.team import Json
+from experiments.speed.workers import Json
+from experiments.spread import Spread
 
 MIB = 2**20
 WIDTH = 79
@@ -21,7 +22,7 @@ COMMAND_ROWS = {
 
 
 def tables(result: Json) -> Iterator[RenderableType]:
-    """All tables of what was measured."""
+    """Build a table for each section in the result. Results of older versions lack the section of checkpoints."""
     yield contest_table(result["contest"])
     yield start_table(result["contest"])
     for name, column, title in (
@@ -33,12 +34,14 @@ def tables(result: Json) -> Iterator[RenderableType]:
             yield growth_table(result[name], column, title, result["contest"]["best_torch"])
     if result["stages"]:
         yield stage_table(result["stages"])
+    if result.get("checkpoints"):
+        yield checkpoint_table(result["checkpoints"])
     if result["commands"]:
         yield command_table(result["commands"])
 
 
 def contest_table(contest: Json) -> Table:
-    """Who trains how fast."""
+    """Build the table of how fast each contender trains."""
     floor = contest["floor"]
     rate = floor["flop_per_second"][floor["fastest_dot"]]["median"]
     table = plain(
@@ -64,12 +67,13 @@ def contest_table(contest: Json) -> Table:
 
 
 def start_table(contest: Json) -> Table:
-    """What comes before the first round, and what a contender's process takes."""
+    """Build the table of the seconds before the first round, and of each process's memory and CPU time."""
     lines = contest["contenders"].values()
     missing = [f" {line['title']} is not available: {line['unavailable']}." for line in lines if "start" not in line]
     table = plain(
         "Each contender's own process",
-        "Cores in use while it is timed (median), and all CPU time that it took while others were." + "".join(missing),
+        "Cores in use while a contender is timed (median), and all CPU time that it used while others were timed."
+        + "".join(missing),
         ("\ncontender", "import\ns", "compile\ns", "warm-up\ns", "peak\nMiB", "cores\nin use", "CPU when\nidle, ms"),
     )
     for line in lines:
@@ -85,7 +89,7 @@ def start_table(contest: Json) -> Table:
 
 
 def growth_table(points: Sequence[Json], column: str, title: str, best: str) -> Table:
-    """How the cost grows: a row for each point."""
+    """Build the table of how the cost grows, with a row for each value."""
     rounds = points[0]["jax_speed_to_torch"]["n"]
     table = plain(
         f"By {title}",
@@ -104,12 +108,12 @@ def growth_table(points: Sequence[Json], column: str, title: str, best: str) -> 
 
 
 def stage_table(stages: Json) -> Table:
-    """Where a JAX step's time goes."""
+    """Build the table of the time of each stage of a JAX step."""
     table = plain(
         "Where a JAX step's time goes, ms",
-        "Each stage alone, over and over; medians. Their sum is not the step: alone, a stage finds its input where it "
-        "left it, in the cache or not, writes out what the step fuses into the next stage, and in its backward pass "
-        "computes again what the step may have kept.",
+        "Each stage alone in a loop; medians. Their sum is not the whole step: alone, a stage may find its input in "
+        "the cache, writes out what the step fuses into the next stage, and in its backward pass computes again what "
+        "the step may have kept.",
         ("stage", "forward", "backward", "update", "of the sum"),
     )
     total = stages["sum_ms"]["median"]
@@ -122,25 +126,42 @@ def stage_table(stages: Json) -> Table:
     return table
 
 
+def checkpoint_table(checkpoints: Json) -> Table:
+    """Build the table of what a checkpoint costs."""
+    jax, torch = checkpoints["jax"], checkpoints["torch"]
+    table = plain(
+        "What a checkpoint costs",
+        f"Medians over {len(jax['rounds'])} pairs of trainings with and without a checkpoint (quartiles). Training "
+        "stands still for the copy alone: the file is written in the background.",
+        ("", "JAX", "PyTorch"),
+    )
+    table.add_row("a step, ms", with_quartiles(jax["ms_per_step"]), with_quartiles(torch["ms_per_step"]))
+    table.add_row("to copy the state, ms", with_quartiles(jax["copy_ms"]), with_quartiles(torch["copy_ms"]))
+    table.add_row("to copy and write it, ms", with_quartiles(jax["extra_ms"]), with_quartiles(torch["extra_ms"]))
+    label = f"one in {checkpoints['interval_seconds']:g} s slows training by"
+    table.add_row(label, in_percent(jax["slower_by"]), in_percent(torch["slower_by"]))
+    return table
+
+
 def command_table(commands: Json) -> Table:
-    """The two commands, from the start of the process to its end."""
+    """Build the table of both commands, from the start of the process to its end."""
     jax, torch = commands["jax"], commands["torch"]
     table = plain(
         f"Whole commands, epochs of each: {len(jax['runs'][0]['epochs'])}",
-        f"Median, least and most. Runs of each: {len(jax['runs'])}. The first steps reported are those of "
-        f"{jax['first_report_images']} images (JAX) and {torch['first_report_images']} (PyTorch); nothing was compiled "
-        "before.",
+        f"Median, least and most. Runs of each: {len(jax['runs'])}. The first report comes after "
+        f"{jax['first_report_images']} images (JAX) and {torch['first_report_images']} (PyTorch). No program was "
+        "compiled before.",
         ("", "train_jax.py", "train_torch.py"),
     )
     for label, name in COMMAND_ROWS.items():
-        table.add_row(label, *(with_ends(one[name]) for one in (jax, torch)))
-    table.add_row("peak memory, MiB", *(f"{one['peak_bytes'] / MIB:,.0f}" for one in (jax, torch)))
-    table.add_row("test accuracy", *(f"{one['test_accuracy']:.2%}" for one in (jax, torch)))
+        table.add_row(label, *(with_ends(command[name]) for command in (jax, torch)))
+    table.add_row("peak memory, MiB", *(f"{command['peak_bytes'] / MIB:,.0f}" for command in (jax, torch)))
+    table.add_row("test accuracy", *(f"{command['test_accuracy']:.2%}" for command in (jax, torch)))
     return table
 
 
 def sentence(result: Json) -> str:
-    """The result for a person."""
+    """Return the result of the contest in one sentence."""
     contest = result["contest"]
     jax, best = contest["contenders"]["jax"], CONTENDERS[contest["best_torch"]].title
     speed = jax["speed_to_best_torch"]
@@ -152,28 +173,34 @@ def sentence(result: Json) -> str:
 
 
 def plain(title: str, caption: str, headings: Sequence[str]) -> Table:
-    """An empty table: words on the left, numbers on the right."""
+    """Return an empty table with words on the left and numbers on the right."""
     table = Table(title=title, caption=caption, box=SIMPLE, padding=(0, 1, 0, 0), width=WIDTH)
-    for at, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if at else "left", no_wrap=at > 0)
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=column > 0)
     return table
 
 
-def with_quartiles(spread: Json) -> str:
-    """The median, and the middle half of all rounds."""
+def with_quartiles(spread: Spread) -> str:
+    """Write the median with the quartiles: `1.06 (1.03–1.10)`."""
     return f"{short(spread['median'])} ({quartiles(spread)})"
 
 
-def quartiles(spread: Json) -> str:
-    """The middle half of all rounds."""
+def quartiles(spread: Spread) -> str:
+    """Write the quartiles: `1.03–1.10`."""
     return f"{short(spread['low_quartile'])}–{short(spread['high_quartile'])}"
 
 
-def with_ends(spread: Json | None) -> str:
-    """The median, least and most."""
+def with_ends(spread: Spread | None) -> str:
+    """Write the median with the least and the largest value."""
     return "–" if spread is None else f"{short(spread['median'])} ({short(spread['least'])}–{short(spread['most'])})"
 
 
+def in_percent(spread: Spread) -> str:
+    """Write the median with the quartiles in percent: `0.23% (0.11–0.33)`."""
+    return f"{spread['median']:.2%} ({100 * spread['low_quartile']:.2f}–{100 * spread['high_quartile']:.2f})"
+
+
 def short(number: float) -> str:
-    """Three digits, where they are not more than hundredths."""
-    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+    """Write three digits or more, but nothing smaller than hundredths."""
+    size = abs(number)
+    return f"{number:.2f}" if size < 10 else f"{number:.1f}" if size < 100 else f"{number:,.0f}"

@@ -1,0 +1,148 @@
+"""The command line of the benchmark: what it measures, and how often."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.speed.contenders import CONTENDERS, TRAINING, ContenderName
+from jax_cnn.config import LIMITS, TRAIN_SIZE, FolderConfig, SeedConfig, TrainConfig, UserError
+from jax_cnn.run.provenance import usable_cores
+
+CAN_LIMIT_CORES = hasattr(os, "sched_setaffinity")  # Linux. JAX has no flag for its threads: it counts its cores
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig(FolderConfig, SeedConfig):
+    """The sizes and repetitions of the benchmark. An empty list of sizes leaves a section out."""
+
+    quick: bool = False
+    """Measure fewer rounds and sizes and no whole commands, unless other flags ask for them: a few minutes."""
+    rounds: int = 9
+    """How many times the training of every contender is timed, in turns."""
+    steps: int = 64
+    """Training steps in a round."""
+    batch_size: int = 64
+    """Images in a step."""
+    contenders: tuple[ContenderName, ...] = TRAINING
+    """Which configurations take part."""
+    threads: int | None = None
+    """Cores and threads of every contender; all cores if not given. The whole commands always use all cores."""
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    """Batch sizes at which JAX and the best PyTorch are timed, on the images of a round or on one whole batch."""
+    thread_counts: tuple[int, ...] | None = None
+    """Numbers of threads with which both are timed; 1, 2, 4 and so on up to all cores if not given."""
+    sweep_rounds: int = 5
+    """Rounds at each batch size and with each number of threads; 0 leaves both sections out."""
+    train_sizes: tuple[int, ...] = (7_500, 15_000, 30_000, 60_000)
+    """Numbers of training images for which a whole epoch of both is timed."""
+    epoch_rounds: int = 3
+    """Rounds for each number of training images; 0 leaves the section out."""
+    stage_rounds: int = 5
+    """Rounds in which each stage of a JAX step is timed alone; 0 leaves the section out."""
+    checkpoint_pairs: int = 3
+    """Pairs of trainings of each framework, with and without a checkpoint, timed in turns; 0 leaves the section out."""
+    command_runs: int = 2
+    """How many times train_jax.py and train_torch.py are run as whole commands; 0 leaves the section out."""
+    command_epochs: int = TrainConfig.epochs
+    """Epochs of each of these runs."""
+    command_images: int | None = None
+    """Train these runs on the first N images only."""
+    out_dir: Path = Path("runs/benchmark")
+    """Folder for the figures and charts. Earlier ones in it are moved aside, not overwritten."""
+
+    def __post_init__(self) -> None:
+        for flag, value, least, most in (
+            ("--rounds", self.rounds, 1, 1_000),
+            ("--steps", self.steps, 1, TRAIN_SIZE),
+            ("--batch-size", self.batch_size, 1, TRAIN_SIZE),
+            ("--sweep-rounds", self.sweep_rounds, 0, 1_000),
+            ("--epoch-rounds", self.epoch_rounds, 0, 1_000),
+            ("--stage-rounds", self.stage_rounds, 0, 1_000),
+            ("--checkpoint-pairs", self.checkpoint_pairs, 0, 1_000),
+            ("--command-runs", self.command_runs, 0, 100),
+            ("--command-epochs", self.command_epochs, *LIMITS["epochs"]),
+            ("--seed", self.seed, *LIMITS["seed"]),
+            *(("--batch-sizes", size, 1, TRAIN_SIZE) for size in self.batch_sizes),
+            *(("--train-sizes", size, 1, TRAIN_SIZE) for size in self.train_sizes),
+        ):
+            check_range(flag, value, least, most)
+        if self.command_images is not None:
+            check_range("--command-images", self.command_images, *LIMITS["limit_train"])
+        if self.round_images > TRAIN_SIZE:
+            raise UserError(
+                f"--steps {self.steps} of --batch-size {self.batch_size} are {self.round_images:,} images a round, and "
+                f"there are {TRAIN_SIZE:,}; use fewer steps"
+            )
+        if self.threads is not None:
+            check_threads("--threads", self.threads)
+        for count in self.thread_counts or ():
+            check_threads("--thread-counts", count)
+        rivals = [name for name in TRAINING if CONTENDERS[name].competes]
+        if "jax" not in self.contenders or not set(rivals) & set(self.contenders):
+            raise UserError(f"--contenders must name jax and at least one of {', '.join(rivals)}")
+        if len(set(self.contenders)) < len(self.contenders):
+            raise UserError("--contenders must not name the same one twice")
+
+    @property
+    def round_images(self) -> int:
+        """Images in a round."""
+        return self.steps * self.batch_size
+
+    @property
+    def cores(self) -> int:
+        """Cores and threads of every contender."""
+        return self.threads or usable_cores()
+
+    @property
+    def swept_threads(self) -> tuple[int, ...]:
+        """Numbers of threads at which JAX and the best PyTorch are timed."""
+        if self.thread_counts is not None:
+            return self.thread_counts
+        if not CAN_LIMIT_CORES:
+            return ()
+        powers = [2**power for power in range(usable_cores().bit_length())]
+        return tuple(sorted({*powers, usable_cores()}))
+
+
+QUICK: dict[str, Any] = {
+    "rounds": 5,
+    "batch_sizes": (16, 64, 256),
+    "sweep_rounds": 3,
+    "train_sizes": (7_500,),
+    "epoch_rounds": 2,
+    "stage_rounds": 3,
+    "checkpoint_pairs": 2,
+    "command_runs": 0,
+}
+
+
+def apply_quick(config: BenchmarkConfig) -> BenchmarkConfig:
+    """Return the config with the values of `--quick` in place of all defaults, if the flag was given."""
+    if not config.quick:
+        return config
+    standard = BenchmarkConfig()
+    return replace(
+        config, **{name: value for name, value in QUICK.items() if getattr(config, name) == getattr(standard, name)}
+    )
+
+
+def check_range(flag: str, value: int, least: int, most: int) -> None:
+    """Check that a number is within its limits.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not least <= value <= most:
+        raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")
+
+
+def check_threads(flag: str, count: int) -> None:
+    """Check that this machine can give a process this number of cores.
+
+    Raises:
+        UserError: it has fewer, or the operating system cannot give a process fewer than all.
+    """
+    check_range(flag, count, 1, usable_cores())
+    if count != usable_cores() and not CAN_LIMIT_CORES:
+        raise UserError(f"{flag} {count}: only Linux can keep JAX to fewer cores than all; give {usable_cores()}")

@@ -1,0 +1,234 @@
+"""The work of JAX's workers: the training of train_jax.py, a large matrix product, and each stage of a step alone."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+from jaxtyping import Array, UInt8
+
+from experiments.speed.contenders import CHECKPOINTS, STAGE_TIMES, Task
+from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Training, Work, dot_factors
+from experiments.spread import turns
+from jax_cnn import ops
+from jax_cnn.compiler import compiler_options
+from jax_cnn.config import AdamConfig
+from jax_cnn.data import epoch_order, load_fashion_mnist
+from jax_cnn.model import Params, init_params
+from jax_cnn.train import cross_entropy, init_state, make_optimizer, to_images
+from jax_cnn.trainer import JaxTrainer
+
+WHOLE = "whole step"
+
+
+def make(task: Task) -> Work:
+    """Build and compile the work of a task."""
+    if task.contender == "jax-dot":
+        return Dot(task.seed)
+    if task.contender == STAGE_TIMES:
+        return StageTimes(task)
+    trainer = make_trainer(task)
+    if task.contender == CHECKPOINTS["jax"]:
+        return Checkpointing(trainer)
+    return Training(trainer.train_epoch, trainer.compile_seconds)
+
+
+def make_trainer(task: Task) -> JaxTrainer:
+    """Build what train_jax.py trains with, on one CPU device."""
+    return JaxTrainer(task.config, load_fashion_mnist(task.config.data_dir), jax.devices("cpu")[:1])
+
+
+class Dot(Work):
+    """Large float32 matrix products in one program, each with the result of the last. No memory is allocated meanwhile.
+
+    It is compiled with the same options as the training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._factors = jax.device_put(dot_factors(seed))
+        multiply = jax.jit(lambda left, right: lax.fori_loop(0, DOTS_PER_ROUND, lambda _, left: left @ right, left))
+        started = time.perf_counter()
+        self._program = multiply.lower(*self._factors).compile(compiler_options("cpu"))
+        self.compile_seconds = time.perf_counter() - started
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Multiply `DOTS_PER_ROUND` times."""
+        self._program(*self._factors).block_until_ready()
+        return {}
+
+
+# --- Where the time of a step goes ---
+
+# A stage is what the step computes with some weights of one layer, by the project's own operations. Bias and ReLU
+# belong to the pooling, because one operation does all three. A test compares the chain of all stages with the network.
+#
+# Each stage is timed in a compiled loop that XLA must not simplify. So each turn writes one number of its result into
+# each of its inputs, or XLA would compute once what is the same in all turns. And it returns the whole result, or XLA
+# would leave out the unused rest.
+
+Layer = dict[str, Array]
+
+
+class Stage(NamedTuple):
+    """A part of the network: what it computes from some weights of its layer and from the stage before it."""
+
+    name: str
+    layer: str
+    weights: tuple[str, ...]
+    forward: Callable[[Layer, Array], Array]
+
+
+def conv(layer: Layer, images: Array) -> Array:
+    """Convolve without the bias."""
+    return ops.conv3x3(images, layer["kernel"])
+
+
+def pool(layer: Layer, maps: Array) -> Array:
+    """Add the bias, apply ReLU and pool."""
+    return ops.bias_relu_max_pool2x2(maps, layer["bias"])
+
+
+def fc1(layer: Layer, maps: Array) -> Array:
+    """Flatten, and apply the first linear layer."""
+    return maps.reshape(len(maps), -1) @ layer["kernel"] + layer["bias"]
+
+
+def fc2(layer: Layer, features: Array) -> Array:
+    """Apply ReLU and the second linear layer."""
+    return jax.nn.relu(features) @ layer["kernel"] + layer["bias"]
+
+
+STAGES = (
+    Stage("conv1", "conv1", ("kernel",), conv),
+    Stage("bias, relu, pool 1", "conv1", ("bias",), pool),
+    Stage("conv2", "conv2", ("kernel",), conv),
+    Stage("bias, relu, pool 2", "conv2", ("bias",), pool),
+    Stage("flatten, fc1", "fc1", ("kernel", "bias"), fc1),
+    Stage("relu3, fc2", "fc2", ("kernel", "bias"), fc2),
+)
+
+
+class Loop(NamedTuple):
+    """A loop to time: `turn` computes the next state from the last one, starting with `first`."""
+
+    turn: Callable[[Any], Any]
+    first: Any
+
+
+def select_weights(stage: Stage, params: Params) -> Layer:
+    """Return the weights of the layer that the stage uses."""
+    return {name: params[stage.layer][name] for name in stage.weights}
+
+
+def backward(stage: Stage, weights: Layer, value: Array, grad: Array) -> Any:
+    """Return the gradients by the weights and by the input. The first stage needs none by its input, the images."""
+    if stage == STAGES[0]:
+        return jax.vjp(lambda weights: stage.forward(weights, value), weights)[1](grad)
+    return jax.vjp(stage.forward, weights, value)[1](grad)
+
+
+def make_loops(params: Params, pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Array, " batch"]) -> dict[str, Loop]:
+    """Return a loop for everything that a training step does, by "stage, pass", in the order of the step."""
+
+    def mean_loss(logits: Array) -> Array:
+        return cross_entropy(logits, labels).mean()
+
+    def scale(pixels: Array) -> Array:
+        return to_images(pixels, jnp.dtype("float32"))
+
+    loops = {"scaling, forward": repeat(scale, pixels)}
+    value = scale(pixels)
+    for stage in STAGES:
+        weights = select_weights(stage, params)
+        output = jax.jit(stage.forward)(weights, value)
+        loops[f"{stage.name}, forward"] = repeat(stage.forward, weights, value)
+        loops[f"{stage.name}, backward"] = repeat(partial(backward, stage), weights, value, output)
+        value = output
+    loops["loss, forward"] = repeat(mean_loss, value)
+    loops["loss, backward"] = repeat(jax.grad(mean_loss), value)
+    loops["Adam, update"] = adam_loop(params)
+    return loops
+
+
+def repeat(function: Callable[..., Any], *inputs: Any) -> Loop:
+    """Return a loop over a function whose result has other shapes than its inputs."""
+
+    def turn(state: tuple[Any, Any]) -> tuple[Any, Any]:
+        inputs, _ = state
+        results = function(*inputs)
+        return mix_in(inputs, results), results
+
+    shapes = jax.eval_shape(function, *inputs)
+    return Loop(turn, (inputs, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)))
+
+
+def mix_in(inputs: Any, results: Any) -> Any:
+    """Write one number from the results, limited to -1 … 1, into the first place of every input but the biases.
+
+    The array that a bias is added to changes anyway. If the bias changed too, XLA would first copy it to all pixels.
+    """
+    number = jnp.clip(sum(leaf.ravel()[0] for leaf in jax.tree.leaves(results)), -1, 1)
+
+    def replace_first(leaf: Array) -> Array:
+        return leaf.at[(0,) * leaf.ndim].set(number.astype(leaf.dtype)) if leaf.ndim > 1 else leaf
+
+    return jax.tree.map(replace_first, inputs)
+
+
+def adam_loop(params: Params) -> Loop:
+    """Return a loop that updates the weights in place as training does, with invented gradients."""
+    optimizer = make_optimizer(AdamConfig())
+
+    def turn(state: Any) -> Any:
+        grads, (params, opt_state) = state
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return mix_in(grads, params), (params, opt_state)
+
+    return Loop(turn, (jax.tree.map(lambda leaf: leaf * 1e-3, params), tuple(init_state(params, optimizer))))
+
+
+class StageTimes(Work):
+    """Work whose round times every loop and an epoch of the whole training once, in turns."""
+
+    def __init__(self, task: Task) -> None:
+        """Compile all loops for a real batch and its activations, with the compiler options of the training."""
+        data = load_fashion_mnist(task.config.data_dir)
+        chosen = epoch_order(task.seed, 0, task.images)[: task.batch_size]
+        batch = jnp.asarray(data.train_images[chosen]), jnp.asarray(data.train_labels[chosen])
+        self._steps = task.images // task.batch_size
+        self._trainer = make_trainer(task)
+        started = time.perf_counter()
+        loops = make_loops(init_params(jax.random.key(task.seed)), *batch)
+        self._loops = {name: compile_loop(loop, self._steps) for name, loop in loops.items()}
+        self.compile_seconds = time.perf_counter() - started + self._trainer.compile_seconds
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Return the seconds a step of each loop, and of the whole training last."""
+        names = [*self._loops, WHOLE]
+        seconds = {}
+        for name in turns(names, number + 1)[number]:
+            started = time.perf_counter()
+            if name == WHOLE:
+                list(self._trainer.train_epoch(number))
+            else:
+                self._loops[name]()
+            seconds[name] = (time.perf_counter() - started) / self._steps
+        return {"seconds_a_step": {name: seconds[name] for name in names}}
+
+
+def compile_loop(loop: Loop, steps: int) -> Callable[[], None]:
+    """Compile a loop of this number of turns. Every call goes on from the state of the last one."""
+    run = jax.jit(lambda state: lax.fori_loop(0, steps, lambda _, state: loop.turn(state), state), donate_argnums=0)
+    program = run.lower(loop.first).compile(compiler_options("cpu"))
+    state = jax.tree.map(jnp.copy, loop.first)  # a copy, because the call frees the memory of its input
+
+    def call() -> None:
+        nonlocal state
+        state = jax.block_until_ready(program(state))
+
+    return call

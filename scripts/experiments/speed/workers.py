@@ -1,0 +1,220 @@
+"""One process for each contender, timed in turns: only one of them works at a time.
+
+In one process the frameworks' threads would share cores and caches, and neither the memory of one nor its time to load
+could be measured. The benchmark starts `python -m experiments.speed.workers TASK`, with a `Task` as JSON. The worker
+builds its work and reports that. Then it does one round for every line that it reads, and ends when its input ends, so
+that no worker outlives the benchmark. It answers in lines of JSON.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from experiments.processes import RSS_UNIT, SCRIPTS
+from experiments.speed.contenders import CONTENDERS, Task, Unavailable
+from experiments.speed.work import Work
+from experiments.spread import turns
+
+Json = dict[str, Any]
+Show = Callable[[str], None]  # is called with what is under way
+
+# Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
+REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
+STOP_TIMEOUT = 5.0  # seconds for an idle worker to notice the end of its input
+STATUS = Path("/proc/self/status")
+
+
+def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
+    """Start a worker for each task, one after the other, time them in turns, and end them.
+
+    Returns:
+        For each contender what its start took (`start`) and its answers (`rounds`), or why it cannot run here
+        (`unavailable`).
+
+    Raises:
+        WorkerFailed: a worker ended too early.
+    """
+    results: dict[str, Json] = {}
+    workers: dict[str, Worker] = {}
+    with (
+        TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as scratch,
+        contextlib.ExitStack() as running,
+    ):
+        for task in tasks:
+            show(f"starting {CONTENDERS[task.contender].title}")
+            worker = running.enter_context(Worker(task, Path(scratch)))
+            start = worker.read_answer()
+            if "unavailable" in start:
+                results[task.contender] = start
+            else:
+                results[task.contender] = {"start": start, "rounds": []}
+                workers[task.contender] = worker
+        for number, order in enumerate(turns(list(workers), rounds)):
+            show(f"round {number + 1} of {rounds}")
+            for name in order:
+                results[name]["rounds"].append(workers[name].time_round(number))
+    return results
+
+
+class WorkerFailed(Exception):
+    """A worker ended too early. The message gives its exit status and all that it wrote to stderr."""
+
+
+class Worker:
+    """The process of one contender, as the benchmark sees it."""
+
+    def __init__(self, task: Task, scratch: Path) -> None:
+        """Start the process. All that it writes goes into the folder `scratch`."""
+        self._name = task.contender
+        self._errors = scratch / f"{task.contender}.log"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "experiments.speed.workers", json.dumps(asdict(task))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=worker_environment(task.contender, scratch),
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the worker's whole group
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process and all that it has started: at once after an error, else when it has had time to end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT if kind is None else 0.0)
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process.stdout.close()
+
+    def time_round(self, number: int) -> Json:
+        """Let the worker do a round, and return its answer.
+
+        Raises:
+            WorkerFailed: it ended instead.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer to read
+            self._process.stdin.write(f"{number}\n")
+            self._process.stdin.flush()
+        return self.read_answer()
+
+    def read_answer(self) -> Json:
+        """Wait for the next answer.
+
+        Raises:
+            WorkerFailed: the worker ended instead.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            answer: Json = json.loads(line)
+            return answer
+        status = self._process.wait()
+        errors = self._errors.read_text(encoding="utf-8", errors="replace").strip()
+        raise WorkerFailed(f"the worker for {self._name} ended with status {status}\n{errors}")
+
+
+def worker_environment(contender: str, scratch: Path) -> dict[str, str]:
+    """Return the environment of a contender's process."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED)}
+    return (
+        inherited
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH")))),
+            "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "TMPDIR": str(scratch),  # torch.compile leaves precompiled headers there, wherever its own folder is
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compiler processes would live on during the rounds
+        }
+        | CONTENDERS[contender].environment
+    )
+
+
+# --- The rest runs in the worker's process ---
+
+
+def main() -> None:
+    """Build the work, and do rounds until the input ends."""
+    # What libraries print goes to stderr: stdout is for the answers alone.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(content: Json) -> None:
+        print(json.dumps(content | {"peak_bytes": read_peak_memory()}), file=answers)
+
+    task = Task(**json.loads(sys.argv[1]))
+    if hasattr(os, "sched_setaffinity"):  # before a framework loads: JAX starts a thread for each core it may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+    try:
+        work, seconds = build(task)
+    except Unavailable as reason:
+        answer({"unavailable": str(reason)})
+        return
+    answer(seconds)
+    idle_since = time.process_time()  # CPU time of all threads together
+    for line in sys.stdin:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        results = work.round(int(line))
+        seconds = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "idle_cpu_seconds": cpu_started - idle_since,
+        }
+        answer(results | seconds)
+        idle_since = time.process_time()
+
+
+def build(task: Task) -> tuple[Work, dict[str, float]]:
+    """Load the framework, build the work and warm it up; return the work and the seconds of each part.
+
+    Raises:
+        Unavailable: the contender cannot run on this machine.
+    """
+    started = time.perf_counter()
+    module = import_module(f"experiments.speed.{CONTENDERS[task.contender].framework}_steps")
+    loaded = time.perf_counter()
+    work: Work = module.make(task)
+    built = time.perf_counter()
+    work.warm_up()
+    return work, {
+        "import_seconds": loaded - started,
+        "build_seconds": built - loaded - work.compile_seconds,  # to read and verify the data set, to draw the weights
+        "compile_seconds": work.compile_seconds,
+        "warm_up_seconds": time.perf_counter() - built,
+    }
+
+
+def read_peak_memory() -> int:
+    """Return the peak memory of this process in bytes.
+
+    On Linux from /proc: the figure of getrusage begins with that of the process that started this one.
+    """
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+if __name__ == "__main__":
+    main()
