@@ -32,12 +32,12 @@ class ProgressBar:
         """Remove the bar, so that the next line of output starts on a clean line."""
         self._bar.stop()
 
-    def begin(self, title: str, completed: float = 0, total: float | None = None) -> None:
+    def begin(self, title: str, completed: int | float = 0, total: int | float | None = None) -> None:
         """Begin a part of the work and name it. `completed` and `total` count the whole work, in any unit."""
         self._title = title
         self._bar.update(self._task, description=title, completed=completed, total=total, detail="")
 
-    def report(self, detail: str, completed: float | None = None) -> None:
+    def report(self, detail: str, completed: int | float | None = None) -> None:
         """Show what is under way, and how much of the whole work is done."""
         self._bar.update(self._task, detail=detail, completed=completed)
         now = time.monotonic()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +20,7 @@ from jax_cnn.run.resume import CheckpointWriter, how_to_resume, rounding_changes
 Arrays = dict[str, np.ndarray]  # under PyTorch's names and in its layouts
 
 
+@runtime_checkable  # the tests check the types of arguments at run time
 class Trainer(Protocol):
     """One framework's half of a run: all that the loop needs to know of it."""
 

@@ -1,4 +1,4 @@
-"""What the tests of the training commands share: each small training is done once."""
+"""Fixtures for the tests of the training commands: each small training is done once and shared."""
 
 from functools import cache
 from pathlib import Path
