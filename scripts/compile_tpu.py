@@ -1,6 +1,5 @@
 """Compile the training program for TPUs that are not here, and show the compiler's figures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
-from jax_cnn.files import write_atomically, writing
+from jax_cnn.files import write_json, writing
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
@@ -58,7 +57,7 @@ def main() -> None:
     console.print(compilation_table(compilations))
     result = provenance(PACKAGES) | {"compilations": [asdict(compilation) for compilation in compilations]}
     with writing(config.out_dir):
-        write_atomically(config.out_dir / RESULTS, f"{json.dumps(result, indent=1)}\n".encode())
+        write_json(config.out_dir / RESULTS, result)
     console.print(f"Compiled, not run. Results are in {config.out_dir}", highlight=False, soft_wrap=True)
 
 
