@@ -29,7 +29,7 @@ def measure(pair: Pair, seed: int, drift_steps: int, show: Callable[[str], None]
         passed.append(name)
     comparable = "shapes" in passed
     show("stage by stage")
-    rows = report.as_json(report.stage_rows(pair, seed)) if comparable else []
+    rows = report.compare_stages(pair, seed) if comparable else []
     at = sorted({round(step) for step in np.geomspace(1, drift_steps, POINTS)})
     show(f"drift over {drift_steps} steps")
     curves = float32.drift(pair, seed, at) if comparable else {}
