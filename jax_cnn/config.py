@@ -164,7 +164,7 @@ class JaxTrainConfig(TrainConfig):
             raise UserError(f"--process-id must be between 0 and {last} (--num-processes - 1), not {self.process_id}")
 
 
-def check_limits(config: TrainConfig, limits: Mapping[str, tuple[int, int]]) -> None:
+def check_limits(config: object, limits: Mapping[str, tuple[int, int]]) -> None:
     """Hold a config's numbers to their limits.
 
     Raises:

@@ -9,7 +9,6 @@ import io
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
-from experiments.studies.runs import Run, is_finished
+from experiments.records import explain_mismatch
 from jax_cnn.checkpoint import Checkpoint, Unusable, interpret, load_checkpoint
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.data import UnusableFile, _read_verified, decode_idx
@@ -231,25 +230,18 @@ def test_what_a_checkpoint_says(scale: int) -> None:
 TENSORS = tensors()
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run whose folder is there."""
-    return Run("short", "jax", replace(TrainConfig(), out_dir=tmp_path))
-
-
 @scales
-def test_a_finished_runs_files(run: Run, scale: int) -> None:
-    """Which a study or a comparison would use again: what is not a whole run is no finished one."""
-    folder = run.config.out_dir
-    (folder / "weights.safetensors").write_bytes(b"")
+def test_a_finished_runs_files(tmp_path: Path, scale: int) -> None:
+    """A study or a comparison does not reuse a run whose files are damaged."""
+    (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'
 
     def read(content: bytes) -> None:
         half = len(content) // 2
-        (folder / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
-        (folder / "metrics.jsonl").write_bytes(rows if half % 2 else content)
-        assert is_finished(run) is False
+        (tmp_path / "config.json").write_bytes(content[:half] if content[:1] == b"{" else content)
+        (tmp_path / "metrics.jsonl").write_bytes(rows if half % 2 else content)
+        assert explain_mismatch(tmp_path, "jax", TrainConfig())
 
     texts = damaged(json.dumps(record).encode() * 2, json.dumps([record]).encode() * 2)
     hammer(read, texts | st.builds(lambda value: json.dumps(value).encode(), JSON), 1000 * scale)

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from experiments.answers import Framework
 from experiments.speed.settings import check_range
 from jax_cnn.config import Device, TrainConfig, UserError
-
-Framework = Literal["jax", "torch"]
 
 FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with the names that the page shows
 ROOT = Path(__file__).parents[3]

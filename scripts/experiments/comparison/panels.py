@@ -5,14 +5,15 @@ import io
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.answers import Framework
 from experiments.comparison.charts import Theme, new_figure, set_title
-from experiments.comparison.config import FRAMEWORKS, Framework
+from experiments.comparison.config import FRAMEWORKS
 from experiments.comparison.scores import decode
 
 Json = dict[str, Any]
@@ -23,9 +24,11 @@ FILTER_COLUMNS = 8
 def draw_confusion(report: Json, theme: Theme, side: Framework) -> Figure:
     """Draw how many images of each class one network takes for each class. Only mistakes are shaded."""
     counts = np.array(report["scores"]["confusion"][side])
-    mistakes = off_diagonal(counts)
-    most = max(off_diagonal(np.array(matrix)).max() for matrix in report["scores"]["confusion"].values())
-    darkest = 1.6 * max(most, 1)
+    mistakes_of_both = {name: np.array(matrix) for name, matrix in report["scores"]["confusion"].items()}
+    for matrix in mistakes_of_both.values():
+        np.fill_diagonal(matrix, 0)
+    mistakes = mistakes_of_both[side]
+    darkest = 1.6 * max(1, *(matrix.max() for matrix in mistakes_of_both.values()))
     figure = new_figure(5.0)
     axes = figure.subplots()
     axes.imshow(mistakes, cmap=sequential(theme), vmin=0, vmax=darkest)
@@ -44,11 +47,6 @@ def draw_confusion(report: Json, theme: Theme, side: Framework) -> Figure:
     mistake = f"{names[shown]} taken for {names[predicted]}"
     set_title(figure, f"{FRAMEWORKS[side]}'s commonest mistake, {mistakes.max()} times: {mistake}")
     return figure
-
-
-def off_diagonal(counts: Int[np.ndarray, "10 10"]) -> Int[np.ndarray, "10 10"]:
-    """Return the counts of mistakes, with 0 on the diagonal."""
-    return np.where(np.eye(len(counts), dtype=bool), 0, counts)
 
 
 def draw_filters(report: Json, theme: Theme, side: Framework) -> Figure:

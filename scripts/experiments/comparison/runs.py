@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import processes
-from experiments.comparison.config import ROOT, CompareConfig, Framework
-from experiments.studies.runs import ENVIRONMENT, as_json, flags, read_metrics, read_record
+from experiments.answers import Framework
+from experiments.comparison.config import ROOT, CompareConfig
+from experiments.records import ENVIRONMENT, NO_INFLUENCE, explain_mismatch, flags, read_metrics, read_record
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import write_atomically
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, WEIGHTS, set_aside, writing
-from jax_cnn.run.provenance import provenance
+from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, set_aside, writing
 from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 
 Json = dict[str, Any]
 
 PROCESS = "process.json"  # the peak memory of the command that trained, and when it started
-# Parts of a configuration that may differ: they do not change the results, or `starts_from` looks at them.
-EXEMPT = {"data_dir", "out_dir", "device", "init_weights", "resume", "checkpoint_seconds"}
+MAY_DIFFER = NO_INFLUENCE | {"device", "init_weights"}  # `starts_from` checks the initial weights themselves
 
 
 class Run(NamedTuple):
@@ -69,7 +68,7 @@ def obtain_run(framework: Framework, config: CompareConfig, initial: TorchDict, 
         return read_run(folder, reused=True)
     training = config.training(framework)
     folder = training.out_dir
-    reason = "--retrain" if config.retrain else find_mismatch(framework, folder, training, on_this_machine=True)
+    reason = "--retrain" if config.retrain else explain_mismatch(folder, framework, training, ignored=MAY_DIFFER)
     if not reason and not starts_from(initial, framework, folder):
         reason = "it started from other weights"
     if not reason:
@@ -79,35 +78,6 @@ def obtain_run(framework: Framework, config: CompareConfig, initial: TorchDict, 
         progress.say(f"{folder} is trained again: {reason}")
     train(framework, training, progress.report, progress.say)
     return read_run(folder, reused=False)
-
-
-def find_mismatch(
-    framework: Framework, folder: Path, wanted: TrainConfig, *, on_this_machine: bool = False
-) -> str | None:
-    """Return why a folder does not hold this run, finished, or None if it does.
-
-    Args:
-        framework: which one trained.
-        folder: the folder of the run.
-        wanted: its configuration.
-        on_this_machine: whether the machine and the versions must be those of now, too.
-    """
-    try:
-        record, epochs = read_record(folder), read_metrics(folder)
-    except (OSError, ValueError) as error:
-        return f"it holds no run ({error.strerror if isinstance(error, OSError) else error})"
-    if record.get("framework") != framework:
-        return f"it is a run of {record.get('framework')}"
-    trained, asked, default = record.get("config", {}), as_json(wanted), as_json(TrainConfig())
-    for name in sorted(asked.keys() - EXEMPT):
-        if trained.get(name, default[name]) != asked[name]:
-            return f"its {name.replace('_', ' ')}: {trained.get(name)}, not {asked[name]}"
-    if len(epochs) != wanted.epochs or not (folder / WEIGHTS).exists():
-        return f"it is not finished ({len(epochs)} of {wanted.epochs} epochs)"
-    now = provenance(name for name in record.get("versions", ()) if name != "python")
-    if on_this_machine and any(record.get(name) != now[name] for name in ("machine", "versions")):
-        return "it was made on another machine or with other versions"
-    return None
 
 
 def starts_from(initial: TorchDict, framework: Framework, folder: Path) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 
-from experiments.answers import compute_logits, compute_stages
-from experiments.comparison.config import FRAMEWORKS, CompareConfig, Framework
+from experiments.answers import Framework, compute_logits, compute_stages
+from experiments.comparison.config import FRAMEWORKS, CompareConfig
 from experiments.comparison.runs import Run
 from jax_cnn.config import UserError
 from jax_cnn.data import load_fashion_mnist

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 
 from experiments import processes
+from experiments.records import flags, read_metrics
 from experiments.speed.progress import Show, labelled
 from experiments.speed.settings import BenchmarkConfig
 from experiments.speed.spread import spread, turns
 from experiments.speed.team import Json
-from experiments.studies.runs import flags, read_metrics
 from jax_cnn.config import TrainConfig
 
 FRAMEWORKS = ("jax", "torch")

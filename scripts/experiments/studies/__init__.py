@@ -1,1 +1,1 @@
-"""Studies over many seeds: accuracy, and what convolution buys."""
+"""Studies over many seeds: are the two frameworks equally accurate, and what does convolution gain?"""

@@ -1,86 +1,110 @@
-"""The accuracy study's judgement: score every trained network, compare the pairs, write one file.
+"""The accuracy study: many seeds in both frameworks, and the tests that tell whether both are equally accurate."""
 
-Each framework scores its own networks, on images that its own loader prepares.
-"""
-
-import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import numpy as np
-from jaxtyping import Bool
+from rich.console import Console
+from rich.table import Table
 
+from experiments.records import NO_INFLUENCE, Json, as_json, read_metrics
 from experiments.studies.runs import (
-    ENVIRONMENT,
-    PLACES,
+    FRAMEWORKS,
     Run,
     StudyConfig,
-    as_json,
-    planned_runs,
-    read_metrics,
-    read_record,
+    describe_origin,
+    make_run,
+    mark_answers,
+    train_missing,
+    write_results,
 )
-from experiments.studies.statistics import McNemar, equivalence, mcnemar, mean_and_deviation, prediction_interval
-from jax_cnn.config import UserError
-from jax_cnn.data import load_fashion_mnist
-from jax_cnn.run.folder import WEIGHTS
-from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import load_weights, to_flax
-
-Json = dict[str, Any]
-Correct = Bool[np.ndarray, " images"]
+from experiments.studies.statistics import (
+    count_correct,
+    equivalence,
+    mcnemar_p_value,
+    mean_and_deviation,
+    prediction_interval,
+)
+from jax_cnn.config import LIMITS, TRAIN_SIZE, UserError, check_limits
 
 MARGIN = 0.5  # percentage points of test accuracy
-FALSE_ALARM = 1e-4  # that one observation of a new seed falls outside its interval though nothing has changed
-SCORING_BATCH = 250
-SCORING_SLACK = 1  # images: a tie within rounding may fall differently in a batch of another size. Worst seen: 0
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "scipy")
+FALSE_ALARM = 1e-4  # probability that a value of one more seed lies outside its interval although nothing has changed
 
 
-def conclude(study: StudyConfig) -> Json:
-    """Score and judge the finished runs.
+@dataclass(frozen=True)
+class AccuracyConfig(StudyConfig):
+    """Train SimpleCNN with many seeds in both frameworks, and test whether the two are equally accurate.
 
-    Returns:
-        What the results file holds.
+    Started again after an interruption, it goes on where it stopped. Exit status 1: equivalence is not shown.
+    """
+
+    out_dir: Path = Path("runs/accuracy_study")
+    results: Path | None = None
+    """The results file; by default accuracy.json in out-dir."""
+    short_train: int = 12_800
+    """Images of a shortened training of one epoch, which the default tests repeat with one more seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self, {"short_train": LIMITS["limit_train"]})
+
+
+def run_study(study: AccuracyConfig, console: Console) -> bool:
+    """Train what is missing, judge, write and show the results; return whether the frameworks are equivalent."""
+    runs = plan_runs(study)
+    train_missing(runs, console, lambda run: run.config.epochs * (run.config.limit_train or TRAIN_SIZE))
+    result, path = conclude(runs), study.results or study.out_dir / "accuracy.json"
+    write_results(result, path)
+    for setting in ("short", "full"):
+        console.print(seed_table(result[setting], f"{setting} training"))
+    console.print(f"{sentence(result)}\nWritten to {path}.", highlight=False, soft_wrap=True)
+    return bool(result["full"]["equivalence"]["equivalent"])
+
+
+def plan_runs(study: AccuracyConfig) -> list[Run]:
+    """Return all runs in order. The frameworks alternate, so that a busy hour of the machine slows both."""
+    settings = {"short": {"epochs": 1, "limit_train": study.short_train}, "full": {}}
+    return [
+        make_run(study, setting, framework, seed, **changes)
+        for seed in range(study.seeds)
+        for setting, changes in settings.items()
+        for framework in FRAMEWORKS
+    ]
+
+
+def conclude(runs: Sequence[Run]) -> Json:
+    """Score and judge the finished runs; return the content of the results file.
 
     Raises:
-        UserError: a run is not what its files say, or the runs are too few or too alike to be judged.
+        UserError: a run's weights contradict its metrics, or the runs are too few or too similar to be judged.
     """
-    runs = planned_runs(study)
-    records = [read_record(run.config.out_dir) for run in runs]
-    started = sorted(record["started"] for record in records)
-    result: Json = {
-        "provenance": provenance(PACKAGES),
-        "environment": ENVIRONMENT,
-        "trained": {"first": started[0], "last": started[-1]},
-        "devices": {record["framework"]: record["device"] for record in records},
-    }
+    result = describe_origin(runs)
     for setting in ("full", "short"):
-        pairs = [run for run in runs if run.setting == setting]
-        seeds = [describe_pair(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-        config = {name: value for name, value in as_json(pairs[0].config).items() if name not in PLACES | {"seed"}}
+        of_setting = [run for run in runs if run.name == setting]
+        seeds = [describe_pair(*pair) for pair in zip(of_setting[::2], of_setting[1::2], strict=True)]
+        config = as_json(of_setting[0].config)
+        described = {name: value for name, value in config.items() if name not in NO_INFLUENCE | {"seed"}}
         try:
-            result[setting] = {"config": config, "seeds": seeds} | judge(seeds)
+            result[setting] = {"config": described, "seeds": seeds} | judge(seeds)
         except ValueError as error:
-            raise UserError(f"{study.out_dir / setting}: no verdict ({error}); take more seeds or images") from None
+            raise UserError(f"{setting} training: no verdict ({error}); take more seeds or images") from None
     return result
 
 
 def describe_pair(jax_run: Run, torch_run: Run) -> Json:
-    """One seed's figures: those of each framework, and on how many test images which of them is right."""
-    table = mcnemar(score(jax_run), score(torch_run))
+    """Return the metrics of one seed, and on how many test images which framework is right."""
     return {
         "seed": jax_run.config.seed,
         "jax": describe_run(jax_run),
         "torch": describe_run(torch_run),
-        "table": table._asdict(),
+        "table": count_correct(mark_answers(jax_run), mark_answers(torch_run)),
     }
 
 
 def describe_run(run: Run) -> Json:
-    """What metrics.jsonl says of a run, rounded."""
+    """Return the metrics of a run, rounded."""
     epochs = read_metrics(run.config.out_dir)
     return {
         "test_accuracy": [round(epoch["test_accuracy"], 6) for epoch in epochs],
@@ -90,110 +114,64 @@ def describe_run(run: Run) -> Json:
     }
 
 
-def score(run: Run) -> Correct:
-    """Whether the run's final network is right, for each test image that the run was scored on.
-
-    Raises:
-        UserError: the weights are unusable, or not as accurate as metrics.jsonl says.
-    """
-    scorers = {"jax": score_jax, "torch": score_torch}
-    correct = scorers[run.framework](run.config.out_dir / WEIGHTS, run.config.data_dir, run.config.limit_test)
-    claimed = round(read_metrics(run.config.out_dir)[-1]["test_accuracy"] * len(correct))
-    if abs(claimed - int(correct.sum())) > SCORING_SLACK:
-        raise UserError(
-            f"{run.config.out_dir}: its weights classify {correct.sum()} of {len(correct)} images rightly, its "
-            f"metrics.jsonl says {claimed}; delete the folder and run the study again"
-        )
-    return correct
-
-
-def score_jax(weights: Path, data_dir: Path, limit: int | None) -> Correct:
-    """By `jax_cnn`, from the network to the images."""
-    data = load_fashion_mnist(data_dir)
-    pixels, labels = data.test_images[:limit], data.test_labels[:limit]
-    params, classify = to_flax(load_weights(weights, "float32")), jax_classifier()
-    starts = range(0, len(pixels), SCORING_BATCH)
-    classes = [np.asarray(classify(params, pixels[at : at + SCORING_BATCH])) for at in starts]
-    return np.asarray(np.concatenate(classes) == labels)
-
-
-@cache
-def jax_classifier() -> Callable[..., Any]:
-    """Weights and pixels to classes: one function for all runs, so that it compiles once."""
-    import jax
-    from jax import numpy as jnp
-
-    from jax_cnn.model import apply
-    from jax_cnn.train import to_images
-
-    return jax.jit(lambda params, pixels: apply(params, to_images(pixels, jnp.dtype("float32"))).argmax(axis=1))
-
-
-def score_torch(weights: Path, data_dir: Path, limit: int | None) -> Correct:
-    """By `torch_ref`, from the network to the images."""
-    import torch
-
-    from torch_ref.data import load_batches, load_dataset
-    from torch_ref.model import SimpleCNN
-
-    model = SimpleCNN().to(torch.float32).eval()
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in load_weights(weights, "float32").items()})
-    batches = load_batches(load_dataset(data_dir, train=False, limit=limit), SCORING_BATCH)
-    with torch.no_grad():
-        correct = [(model(images).argmax(dim=1) == labels).numpy() for images, labels in batches]
-    return np.concatenate(correct)
-
-
 def judge(seeds: Sequence[Json]) -> Json:
-    """The verdict on one setting, from the figures of its seeds alone: anyone can repeat it from the file.
+    """Return the verdict on one setting, which follows from the figures of its seeds alone.
 
     Raises:
-        ValueError: the seeds are too few, or too alike to be those of independent runs.
+        ValueError: the seeds are too few, or too similar to come from independent runs.
     """
     rows = [observations(seed) for seed in seeds]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    verdict = equivalence(columns["accuracy difference"], MARGIN)
-    pooled = McNemar(*(sum(seed["table"][cell] for seed in seeds) for cell in McNemar._fields))
+    pooled = {cell: sum(seed["table"][cell] for seed in seeds) for cell in seeds[0]["table"]}
     return {
-        "equivalence": verdict._asdict()
-        | {"equivalent": verdict.equivalent, "p_value": verdict.p_value, "smallest_margin": verdict.smallest_margin},
-        "mcnemar": pooled._asdict() | {"p_value": pooled.p_value},
+        "equivalence": equivalence(columns["accuracy difference"], MARGIN),
+        "mcnemar": pooled | {"p_value": mcnemar_p_value(pooled["only_a"], pooled["only_b"])},
         "spread": {name: describe_spread(column) for name, column in columns.items()},
     }
 
 
 def observations(seed: Json) -> dict[str, float]:
-    """What is measured of a pair: accuracies in points of 100, losses in nats per image, differences as JAX - torch."""
-    jax_accuracy, torch_accuracy = (100 * seed[framework]["test_accuracy"][-1] for framework in ("jax", "torch"))
-    jax_loss, torch_loss = (seed[framework]["test_loss"] for framework in ("jax", "torch"))
+    """Return what is compared: accuracies in percent, losses in nats per image, differences as JAX - PyTorch."""
+    accuracies = [100 * seed[framework]["test_accuracy"][-1] for framework in FRAMEWORKS]
+    losses = [seed[framework]["test_loss"] for framework in FRAMEWORKS]
     return {
-        "jax accuracy": jax_accuracy,
-        "torch accuracy": torch_accuracy,
-        "accuracy difference": jax_accuracy - torch_accuracy,
-        "jax loss": jax_loss,
-        "torch loss": torch_loss,
-        "loss difference": jax_loss - torch_loss,
+        "jax accuracy": accuracies[0],
+        "torch accuracy": accuracies[1],
+        "accuracy difference": accuracies[0] - accuracies[1],
+        "jax loss": losses[0],
+        "torch loss": losses[1],
+        "loss difference": losses[0] - losses[1],
     }
 
 
 def describe_spread(values: np.ndarray) -> dict[str, float]:
-    """Mean, sample standard deviation, and the interval in which another seed's value falls but for `FALSE_ALARM`."""
+    """Return mean, sample standard deviation, and the interval in which the value of one more seed is expected."""
     mean, deviation = mean_and_deviation(values)
     low, high = prediction_interval(values, FALSE_ALARM)
     return {"mean": mean, "deviation": deviation, "low": low, "high": high}
 
 
-def outliers(observed: dict[str, float], spread: dict[str, dict[str, float]]) -> list[str]:
-    """Name what falls outside of the study's spread, each with its value and the interval; NaN falls outside."""
-    return [
-        f"{name} {value:.4f} is outside {spread[name]['low']:.4f} … {spread[name]['high']:.4f}"
-        for name, value in observed.items()
-        if not spread[name]["low"] <= value <= spread[name]["high"]
-    ]
+def seed_table(result: Json, title: str) -> Table:
+    """Return one setting's seeds as a table with one seed in each row."""
+    table = Table(title=title, caption="Test accuracy in %, test loss, median seconds of training per epoch")
+    for heading in ("seed", "JAX %", "torch %", "diff.", "JAX loss", "torch loss", "JAX s", "torch s"):
+        table.add_column(heading, justify="right")
+    for seed in result["seeds"]:
+        observed = observations(seed)
+        table.add_row(
+            str(seed["seed"]),
+            f"{observed['jax accuracy']:.2f}",
+            f"{observed['torch accuracy']:.2f}",
+            f"{observed['accuracy difference']:+.2f}",
+            f"{observed['jax loss']:.4f}",
+            f"{observed['torch loss']:.4f}",
+            *(f"{median(seed[framework]['train_seconds']):.1f}" for framework in FRAMEWORKS),
+        )
+    return table
 
 
 def sentence(result: Json) -> str:
-    """The verdict on the full training, for a person."""
+    """Return the verdict on the full training in words."""
     verdict, pooled = result["full"]["equivalence"], result["full"]["mcnemar"]
     shown = "Equivalent" if verdict["equivalent"] else "NOT shown to be equivalent"
     return (
@@ -202,18 +180,3 @@ def sentence(result: Json) -> str:
         f"{verdict['high']:+.3f}, TOST p = {verdict['p_value']:.2g}). JAX alone is right on {pooled['only_a']:,} "
         f"predictions, PyTorch alone on {pooled['only_b']:,} (McNemar p = {pooled['p_value']:.2g})."
     )
-
-
-def write(result: Json, path: Path) -> None:
-    """Write the file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--results {path}: cannot write there ({error.strerror}); choose another file") from None

@@ -1,201 +1,231 @@
-"""Does convolution pay? The judgement: score every trained network on shifted test images, and tell mean and spread.
+"""The convolution study: networks with and without convolution, on equal terms and on shifted test images.
 
-Each framework scores its own networks.
+The terms are equal epochs, equal parameters and equal time. The time is that of the training commands.
 """
 
-import json
-import statistics
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mean, median, stdev
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
-from experiments.studies.accuracy import PACKAGES, SCORING_SLACK
-from experiments.studies.convolution_runs import ENTRIES, FRAMEWORKS, ConvolutionConfig, Entry, Pace, planned_runs
-from experiments.studies.runs import ENVIRONMENT, Run, read_metrics, read_record
-from jax_cnn.config import CNN, Network, UserError
-from jax_cnn.data import load_fashion_mnist
-from jax_cnn.files import write_atomically
-from jax_cnn.run.folder import WEIGHTS
-from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, to_flax
+from experiments.answers import Framework
+from experiments.records import Json, read_metrics
+from experiments.studies.runs import (
+    FRAMEWORKS,
+    Run,
+    StudyConfig,
+    describe_origin,
+    make_run,
+    mark_answers,
+    train_missing,
+    write_results,
+)
+from jax_cnn.config import CNN, LIMITS, TRAIN_SIZE, Network, check_limits
+from jax_cnn.torch_layout import layout_of
 
-Json = dict[str, Any]
-Pixels = UInt8[np.ndarray, "size 28 28"]
-Classifier = Callable[[Pixels], Int[np.ndarray, " size"]]
-
+SAME_PARAMETERS = 2050  # hidden units: the feed-forward network then has 1,629,760 parameters, SimpleCNN 1,630,090
+PACE_EPOCHS = 3  # epochs whose median time is a network's pace
+PACE_TEST = 100  # test images of a timed run, whose scoring is not timed
 SHIFTS = (0, 1, 2)  # pixels
 DIRECTIONS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
-BATCH = 500
-SCORES = "shifts.json"  # beside a run's own files
+
+Pace = Mapping[Framework, Mapping[str, float]]  # seconds for an epoch of each model
 
 
-def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
-    """Move every image down and to the right, or up and to the left; what comes in is black."""
-    height, width = pixels.shape[1:]
-    padded = np.pad(pixels, ((0, 0), (abs(rows),) * 2, (abs(columns),) * 2))
-    top, left = abs(rows) - rows, abs(columns) - columns
-    return padded[:, top : top + height, left : left + width]
+@dataclass(frozen=True)
+class ConvolutionConfig(StudyConfig):
+    """Measure what convolution gains: softmax regression, a feed-forward network and SimpleCNN, in both frameworks.
 
-
-def score(run: Run) -> dict[str, float]:
-    """The accuracy of a finished run's network by pixels of shift, the mean over the eight directions.
-
-    Kept in the run's folder, so that it is scored once.
-
-    Raises:
-        UserError: the weights are unusable, or not as accurate as metrics.jsonl says.
+    They train for equal epochs, with equal parameters and for equal time, and are also scored on shifted test images.
+    Started again after an interruption, the study goes on where it stopped.
     """
-    kept = run.config.out_dir / SCORES
-    if kept.exists() and kept.stat().st_mtime >= (run.config.out_dir / WEIGHTS).stat().st_mtime:
-        loaded: dict[str, float] = json.loads(kept.read_text())
-        return loaded
-    data = load_fashion_mnist(run.config.data_dir)
-    pixels, labels = data.test_images[: run.config.limit_test], data.test_labels[: run.config.limit_test]
-    classifiers = {"jax": jax_classifier, "torch": torch_classifier}
-    weights = load_weights(run.config.out_dir / WEIGHTS, "float32", run.config.network)
-    classify = classifiers[run.framework](weights, run.config.network)
 
-    def accuracy(distance: int) -> float:
-        moves = {(distance * rows, distance * columns) for rows, columns in DIRECTIONS}
-        return statistics.fmean(float((classify(shift(pixels, *move)) == labels).mean()) for move in sorted(moves))
+    seeds: int = 3
+    out_dir: Path = Path("runs/convolution")
+    pace_train: int = 19_200
+    """Images in each epoch of the short runs whose time decides how many epochs are equal time."""
 
-    scores = {str(distance): accuracy(distance) for distance in SHIFTS}
-    claimed = read_metrics(run.config.out_dir)[-1]["test_accuracy"]
-    if abs(claimed - scores["0"]) * len(labels) > SCORING_SLACK + 0.5:
-        raise UserError(
-            f"{run.config.out_dir}: its weights are right on {scores['0']:.2%} of the images, its metrics.jsonl says "
-            f"{claimed:.2%}; delete the folder and run the study again"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self, {"pace_train": LIMITS["limit_train"]})
+
+
+class Entry(NamedTuple):
+    """A network of the study. It trains for as many epochs as SimpleCNN, or for as much time."""
+
+    name: str
+    network: Network
+    equal_time: bool = False
+
+
+ENTRIES = (
+    Entry("softmax regression", Network("linear")),
+    Entry("softmax regression, equal time", Network("linear"), equal_time=True),
+    Entry("feed-forward", Network("mlp")),
+    Entry("feed-forward, equal time", Network("mlp"), equal_time=True),
+    Entry("feed-forward, equal parameters", Network("mlp", SAME_PARAMETERS)),
+    Entry("SimpleCNN", CNN),
+)
+
+
+def run_study(study: ConvolutionConfig, console: Console) -> None:
+    """Measure the pace, train what is missing, score, write and show the results."""
+    from experiments.studies.convolution_figure import draw  # only now: no slip should wait for matplotlib
+
+    console.print("How long does an epoch take? Leave the machine alone for this.")
+    pace_runs = plan_pace_runs(study)
+    train_missing(pace_runs, console, lambda run: 1.0)  # most of their time is the start of the command
+    pace = read_pace(study, pace_runs)
+    for framework, paces in pace.items():
+        listing = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in paces.items())
+        console.print(f"{framework}, an epoch: {listing}", highlight=False)
+
+    runs = plan_runs(study, pace)
+    train_missing(runs, console, lambda run: run.config.epochs * pace[run.framework][run.config.model])
+    result = conclude(study, runs, pace)
+    write_results(result, study.out_dir / "convolution.json")
+    draw(result, study.out_dir / "convolution.png")
+    console.print(accuracy_table(result))
+    for sentence in sentences(result):
+        console.print(sentence, highlight=False, soft_wrap=True)
+    console.print(f"Results are in {study.out_dir}: convolution.json, convolution.png", highlight=False, soft_wrap=True)
+
+
+def plan_pace_runs(study: ConvolutionConfig) -> list[Run]:
+    """Return the short runs that are timed, the frameworks in turns."""
+    size = min(study.pace_train, study.limit_train or study.pace_train)
+    changes = {"epochs": PACE_EPOCHS, "limit_train": size, "limit_test": PACE_TEST}
+    return [
+        make_run(study, f"pace {model}", framework, seed=0, model=model, **changes)
+        for model in ("linear", "mlp", "cnn")
+        for framework in FRAMEWORKS
+    ]
+
+
+def read_pace(study: ConvolutionConfig, pace_runs: Sequence[Run]) -> Pace:
+    """Return the seconds that an epoch of the study takes, scaled from the median epoch of the timed runs."""
+    pace: dict[Framework, dict[str, float]] = {framework: {} for framework in FRAMEWORKS}
+    size = study.limit_train or TRAIN_SIZE
+    for run in pace_runs:
+        seconds = median(epoch["train_seconds"] for epoch in read_metrics(run.config.out_dir))
+        pace[run.framework][run.config.model] = seconds * size / (run.config.limit_train or size)
+    return pace
+
+
+def plan_runs(study: ConvolutionConfig, pace: Pace) -> list[Run]:
+    """Return all runs in order. The frameworks alternate, so that a busy hour of the machine slows both."""
+    return [
+        make_run(
+            study,
+            entry.name,
+            framework,
+            seed,
+            model=entry.network.model,
+            hidden=entry.network.hidden,
+            epochs=epochs_of(entry, study.epochs, pace[framework]),
         )
-    write_atomically(kept, json.dumps(scores).encode())
-    return scores
+        for seed in range(study.seeds)
+        for entry in ENTRIES
+        for framework in FRAMEWORKS
+    ]
 
 
-def jax_classifier(weights: TorchDict, network: Network) -> Classifier:
-    """The network as `jax_cnn` runs it."""
-    params, predict = to_flax(weights, layout_of(network)), compiled(network)
-    return lambda pixels: np.concatenate([np.asarray(predict(params, part)) for part in parts_of(pixels)])
+def epochs_of(entry: Entry, cnn_epochs: int, pace: Mapping[str, float]) -> int:
+    """Return how many epochs a network trains, given SimpleCNN's epochs and one framework's pace."""
+    share = pace[CNN.model] / pace[entry.network.model] if entry.equal_time else 1
+    return max(1, round(cnn_epochs * share))
 
 
-@cache
-def compiled(network: Network) -> Callable[..., Any]:
-    """Weights and pixels to classes: one function for all seeds, so that it compiles once."""
-    import jax
-    from jax import numpy as jnp
-
-    from jax_cnn import model
-    from jax_cnn.train import to_images
-
-    apply = model.network(network.model, hidden=network.hidden)
-    return jax.jit(lambda params, pixels: apply(params, to_images(pixels, jnp.dtype("float32"))).argmax(axis=1))
-
-
-def torch_classifier(weights: TorchDict, network: Network) -> Classifier:
-    """The network as `torch_ref` runs it."""
-    import torch
-
-    from torch_ref.model import make_model
-
-    model = make_model(*network).to(torch.float32).eval()
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-
-    @torch.no_grad()
-    def classify(pixels: Pixels) -> Int[np.ndarray, " size"]:
-        parts = (torch.tensor(part)[:, None].float() / 255 for part in parts_of(pixels))
-        return np.concatenate([model(part).argmax(dim=1).numpy() for part in parts])
-
-    return classify
-
-
-def parts_of(pixels: Pixels) -> list[Pixels]:
-    """Batches."""
-    return [np.ascontiguousarray(pixels[at : at + BATCH]) for at in range(0, len(pixels), BATCH)]
-
-
-def conclude(study: ConvolutionConfig, pace: Pace) -> Json:
-    """Gather the finished and scored runs.
-
-    Returns:
-        What the results file holds.
+def conclude(study: ConvolutionConfig, runs: Sequence[Run], pace: Pace) -> Json:
+    """Score the finished runs; return the content of the results file.
 
     Raises:
-        UserError: a run is not what its files say.
+        UserError: a run's weights contradict its metrics.
     """
-    runs = planned_runs(study, pace)
-    started = sorted(read_record(run.config.out_dir)["started"] for run in runs)
-    return {
-        "provenance": provenance(PACKAGES),
-        "environment": ENVIRONMENT,
-        "trained": {"first": started[0], "last": started[-1]},
-        "pace": {
-            framework: {name: round(seconds, 6) for name, seconds in paces.items()} for framework, paces in pace.items()
-        },
+    entries = []
+    for entry in ENTRIES:
+        parameters = count_parameters(entry.network)
+        entries.append({"name": entry.name, "network": str(entry.network), "parameters": parameters})
+        for framework in FRAMEWORKS:
+            entries[-1][framework] = describe_runs([run for run in runs if run[:2] == (entry.name, framework)])
+    return describe_origin(runs) | {
+        "pace": {name: {model: round(seconds, 6) for model, seconds in paces.items()} for name, paces in pace.items()},
         "limits": {"train": study.limit_train, "test": study.limit_test},
-        "entries": [describe_entry(entry, [run for run in runs if run.setting == entry.name]) for entry in ENTRIES],
+        "entries": entries,
     }
 
 
-def describe_entry(entry: Entry, runs: Sequence[Run]) -> Json:
-    """One network's figures in both frameworks, seed by seed."""
-    return {
-        "name": entry.name,
-        "network": str(entry.network),
-        "parameters": parameters(entry.network),
-        **{framework: describe_runs([run for run in runs if run.framework == framework]) for framework in FRAMEWORKS},
-    }
+def count_parameters(network: Network) -> int:
+    """Return how many numbers the network learns."""
+    return sum(int(np.prod(leaf.shape)) for leaf in layout_of(network).values())
 
 
 def describe_runs(runs: Sequence[Run]) -> Json:
-    """One framework's runs of an entry. Accuracies are from 0 to 1; by pixels of shift, and by epoch without one."""
-    scores = [score(run) for run in runs]
+    """Return one framework's figures of a network, by seed. Accuracies are from 0 to 1."""
     epochs = [read_metrics(run.config.out_dir) for run in runs]
     return {
         "epochs": runs[0].config.epochs,
         "seeds": [run.config.seed for run in runs],
-        "shifted": {str(distance): [round(each[str(distance)], 6) for each in scores] for distance in SHIFTS},
+        "shifted": {str(distance): [score_shifted(run, distance) for run in runs] for distance in SHIFTS},
         "best_epoch": [round(max(row["test_accuracy"] for row in rows), 6) for rows in epochs],
         "train_loss": [round(rows[-1]["train_loss"], 4) for rows in epochs],
         "test_loss": [round(rows[-1]["test_loss"], 4) for rows in epochs],
     }
 
 
-def parameters(network: Network) -> int:
-    """How many numbers it learns."""
-    return sum(int(np.prod(leaf.shape)) for leaf in layout_of(network).values())
+def score_shifted(run: Run, distance: int) -> float:
+    """Return the accuracy on test images shifted by so many pixels, the mean over the eight directions."""
+    shifts = {(distance * rows, distance * columns) for rows, columns in DIRECTIONS}
+    return round(float(np.mean([mark_answers(run, *shift) for shift in sorted(shifts)])), 6)
 
 
-def accuracies(result: Json, name: str, distance: int = 0) -> list[float]:
-    """All accuracies of an entry in percent, of both frameworks' seeds."""
+def accuracies(result: Json, name: str, distance: int = 0, frameworks: Sequence[Framework] = FRAMEWORKS) -> list[float]:
+    """Return the accuracies of a network in percent, of all seeds in these frameworks."""
     (entry,) = (entry for entry in result["entries"] if entry["name"] == name)
-    return [100 * value for framework in FRAMEWORKS for value in entry[framework]["shifted"][str(distance)]]
+    return [100 * value for framework in frameworks for value in entry[framework]["shifted"][str(distance)]]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (n - 1)."""
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+def mean_text(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation (n - 1) as text."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def epochs_text(entry: Json) -> str:
+    """Return the number of epochs; JAX's / PyTorch's where they differ."""
+    return " / ".join(dict.fromkeys(str(entry[framework]["epochs"]) for framework in FRAMEWORKS))
+
+
+def accuracy_table(result: Json) -> Table:
+    """Return a table for a terminal of 80 columns. Accuracies on shifted images are those of both frameworks."""
+    seeds = len(result["entries"][0]["jax"]["seeds"])
+    caption = f"Test accuracy in %: mean ± standard deviation over {seeds} seeds; of both, on shifted images"
+    table = Table(box=SIMPLE, show_edge=False, padding=0, caption=caption)
+    table.add_column("network", no_wrap=True)
+    for heading in ("parameters", "epochs", "JAX", "PyTorch", "by 1 px", "by 2 px"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in result["entries"]:
+        name = entry["name"]
+        by_framework = [mean_text(accuracies(result, name, frameworks=[framework])) for framework in FRAMEWORKS]
+        shifted = [f"{mean(accuracies(result, name, distance)):.1f}" for distance in SHIFTS[1:]]
+        parameters = f"{entry['parameters']:,}"
+        table.add_row(name.replace(", ", "\n  "), parameters, epochs_text(entry), *by_framework, *shifted)
+    return table
 
 
 def sentences(result: Json) -> list[str]:
-    """The answer, from the results alone."""
-    cnn = statistics.fmean(accuracies(result, "SimpleCNN"))
-    others = [entry["name"] for entry in result["entries"] if entry["network"] != str(CNN)]
-    gains = [f"{cnn - statistics.fmean(accuracies(result, name)):+.1f} on {name}" for name in others]
-    falls = {
-        name: statistics.fmean(accuracies(result, name, 2)) - statistics.fmean(accuracies(result, name))
-        for name in (*others, "SimpleCNN")
-    }
+    """Return the answer in words, from the results alone."""
+    names = [entry["name"] for entry in result["entries"]]
+    cnn = accuracies(result, "SimpleCNN")
+    gains = [f"{mean(cnn) - mean(accuracies(result, name)):+.1f} on {name}" for name in names if name != "SimpleCNN"]
+    changes = [f"{name} {mean(accuracies(result, name, 2)) - mean(accuracies(result, name)):+.1f}" for name in names]
     return [
-        f"SimpleCNN reaches {spread(accuracies(result, 'SimpleCNN'))} % (mean and standard deviation over "
-        f"{len(accuracies(result, 'SimpleCNN'))} runs); points gained: {', '.join(gains)}.",
-        "A shift of the test images by two pixels changes accuracy, in points: "
-        + ", ".join(f"{name} {fall:+.1f}" for name, fall in falls.items())
-        + ".",
+        f"SimpleCNN reaches {mean_text(cnn)} % (mean and standard deviation over {len(cnn)} runs); "
+        f"points gained: {', '.join(gains)}.",
+        f"A shift of the test images by two pixels changes accuracy, in points: {', '.join(changes)}.",
     ]
-
-
-def write(result: Json, folder: Path) -> None:
-    """Write convolution.json, whole or not at all."""
-    write_atomically(folder / "convolution.json", (json.dumps(result, indent=1) + "\n").encode())

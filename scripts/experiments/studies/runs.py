@@ -1,129 +1,93 @@
-"""The accuracy study's training runs: which there are, which are done, and how the others come about.
+"""What both studies share: their flags, their training runs, and the answers of the trained networks.
 
-Every run is the real command in a process of its own, so what is judged is what a user gets: each framework draws its
-own initial weights from its own generator, and both visit the same images in the same order. A pair shares a seed.
+Every run is the training command in a process of its own, so a study judges what a user gets. Each framework draws its
+own initial weights from its own generator. Both visit the same images in the same order.
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+from rich.console import Console
 
 from experiments import processes
-from jax_cnn.config import HIDDEN, LIMITS, JaxTrainConfig, TrainConfig, UserError
-from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
+from experiments.answers import Framework, Pixels, compute_logits
+from experiments.records import ENVIRONMENT, Json, explain_mismatch, flags, read_metrics, read_record
+from jax_cnn.config import LIMITS, TrainConfig, UserError, check_limits
+from jax_cnn.data import FashionMNIST, load_fashion_mnist
+from jax_cnn.files import write_atomically
+from jax_cnn.run.display import ProgressBar
+from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
+from jax_cnn.torch_layout import load_weights
 
-Framework = Literal["jax", "torch"]
-Setting = str  # of the accuracy study: full or short
+Correct = Bool[np.ndarray, " images"]
 
-# Torch's threads yield while they wait for each other. Spinning, they take four times as long on two cores that others
-# use too (251 images/s against 801). No figure depends on it; whoever sets the variable has the last word.
-ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-PLACES = {"data_dir", "out_dir"}  # the parts of a configuration that change no figure
+FRAMEWORKS: tuple[Framework, ...] = ("jax", "torch")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "scipy")
+SCORING_SLACK = 1  # images: near a tie, rounding in a batch of another size may change the answer. Worst seen: 0
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What the study is asked to do."""
+    """The flags that both studies have."""
 
     seeds: int = 10
-    """Pairs of runs, with the seeds 0, 1, …"""
+    """Runs of each training in each framework, with the seeds 0, 1, …"""
     epochs: int = TrainConfig.epochs
     """Passes over the training set."""
-    out_dir: Path = Path("runs/accuracy_study")
-    """Where the runs are kept. One that is there already, complete and as asked for, is not repeated."""
+    out_dir: Path = Path("runs/study")
+    """Where runs and results are written. A finished run that is already there is not repeated."""
     data_dir: Path = TrainConfig.data_dir
     """Where the data set is, or is put."""
-    results: Path = Path("docs/results/accuracy/accuracy.json")
-    """The file to write."""
     limit_train: int | None = None
     """Train on the first N images only."""
     limit_test: int | None = None
     """Score the first N test images only."""
-    short_train: int = 12_800
-    """Images of the shortened training of one epoch, which the default tests repeat."""
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
-            raise UserError(f"--seeds must be at least 2, not {self.seeds}: the study judges the spread over seeds")
-        least, most = LIMITS["limit_train"]
-        if not least <= self.short_train <= most:
-            raise UserError(f"--short-train must be between {least} and {most:,}, not {self.short_train}")
-        full_config(self)  # which checks the rest
+            raise UserError(f"--seeds must be at least 2, not {self.seeds}: a study measures the spread over seeds")
+        check_limits(self, {name: LIMITS[name] for name in ("epochs", "limit_train", "limit_test")})
 
 
 class Run(NamedTuple):
-    """One training run."""
+    """One training run of a study."""
 
-    setting: Setting
+    name: str
     framework: Framework
     config: TrainConfig
 
     def __str__(self) -> str:
-        """For the progress display."""
-        return f"{self.framework}, {self.setting} training, seed {self.config.seed}"
+        return f"{self.framework}, {self.name}, seed {self.config.seed}"
 
 
-def full_config(study: StudyConfig) -> TrainConfig:
-    """The training whose accuracy is judged; the seed and the folder are still to be filled in."""
-    return TrainConfig(
-        epochs=study.epochs, data_dir=study.data_dir, limit_train=study.limit_train, limit_test=study.limit_test
+def make_run(study: StudyConfig, name: str, framework: Framework, seed: int, **changes: Any) -> Run:
+    """Return a run of the study. `changes` are fields of `TrainConfig` that differ from the study's."""
+    config = TrainConfig(
+        epochs=study.epochs,
+        seed=seed,
+        data_dir=study.data_dir,
+        out_dir=study.out_dir / name.replace(", ", "-").replace(" ", "-") / f"{framework}-{seed}",
+        limit_train=study.limit_train,
+        limit_test=study.limit_test,
     )
-
-
-def short_config(study: StudyConfig) -> TrainConfig:
-    """The shortened training; the seed and the folder are still to be filled in."""
-    return replace(full_config(study), epochs=1, limit_train=study.short_train)
-
-
-def planned_runs(study: StudyConfig) -> list[Run]:
-    """Every run, in order. The frameworks alternate, so that a busy hour of the machine slows both."""
-    configs: dict[Setting, TrainConfig] = {"short": short_config(study), "full": full_config(study)}
-    frameworks: tuple[Framework, ...] = ("jax", "torch")
-    return [
-        Run(setting, framework, replace(config, seed=seed, out_dir=study.out_dir / setting / f"{framework}-{seed}"))
-        for seed in range(study.seeds)
-        for setting, config in configs.items()
-        for framework in frameworks
-    ]
+    return Run(name, framework, replace(config, **changes))
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the folder holds this very run, whole, made on this machine with the installed versions.
-
-    A change to the training code goes unnoticed: after one, start with another `out_dir`.
-    """
-    folder = run.config.out_dir
-    try:
-        record, metrics = read_record(folder), read_metrics(folder)
-    except (OSError, ValueError):
-        return False
-    here = provenance(name for name in record.get("versions", ()) if name != "python")
-    wanted = {"framework": run.framework, "machine": here["machine"], "versions": here["versions"]}
-    return (
-        (folder / WEIGHTS).exists()
-        and len(metrics) == run.config.epochs
-        and without_places(record.get("config", {})) == without_places(as_json(as_asked(run)))
-        and {name: record.get(name) for name in wanted} == wanted
-    )
-
-
-def as_asked(run: Run) -> TrainConfig:
-    """The configuration that the framework's command makes of `flags`: JAX's has more, at their defaults."""
-    kinds: dict[Framework, type[TrainConfig]] = {"jax": JaxTrainConfig, "torch": TrainConfig}
-    return kinds[run.framework](**vars(run.config))
+    """Return whether the run's folder holds this run, complete, from this machine and the installed versions."""
+    return explain_mismatch(run.config.out_dir, run.framework, run.config) is None
 
 
 def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = ()) -> None:
-    """Run the framework's training command to its end.
-
-    Args:
-        run: what to train.
-        show: takes every line that the command prints, as it comes.
-        extra_flags: more of the command's flags: a planted fault.
+    """Run the framework's training command to its end, and pass every line that it prints to `show`.
 
     Raises:
         UserError: the command failed.
@@ -131,50 +95,87 @@ def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = 
     processes.run(f"train_{run.framework}", [*flags(run.config), *extra_flags], show, ENVIRONMENT)
 
 
-def flags(config: TrainConfig) -> list[str]:
-    """The command line of a run; what is not said stays at the command's default, and config.json tells it."""
-    said = {
-        "--model": config.model,
-        "--hidden": config.hidden if config.hidden != HIDDEN else None,
-        "--epochs": config.epochs,
-        "--seed": config.seed,
-        "--data-dir": config.data_dir,
-        "--out-dir": config.out_dir,
-        "--limit-train": config.limit_train,
-        "--limit-test": config.limit_test,
+def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], float]) -> None:
+    """Train the runs that are not finished yet, one after the other, and show the time that is left.
+
+    Args:
+        runs: all runs.
+        console: shows the progress.
+        cost: estimates the time of a run, in any unit.
+
+    Raises:
+        UserError: a training failed.
+    """
+    missing = [run for run in runs if not is_finished(run)]
+    console.print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do", highlight=False)
+    total, completed, started = sum(map(cost, missing)), 0.0, time.perf_counter()
+    with ProgressBar(console) as bar:
+        for run in missing:
+            bar.begin(str(run), completed, total)
+            train(run, lambda line: bar.report(line[:60]) if line.startswith("epoch") else None)
+            completed += cost(run)
+            minutes = (time.perf_counter() - started) / completed * (total - completed) / 60
+            accuracy = read_metrics(run.config.out_dir)[-1]["test_accuracy"]
+            bar.say(f"{run}: {accuracy:.2%}; {minutes:.0f} min left")
+
+
+@cache
+def load_data(data_dir: Path) -> FashionMNIST:
+    """Load the data set once for all runs."""
+    return load_fashion_mnist(data_dir)
+
+
+def mark_answers(run: Run, rows: int = 0, columns: int = 0) -> Correct:
+    """Return for every test image whether the trained network classifies it correctly.
+
+    Args:
+        run: a finished run; its own framework computes.
+        rows: pixels by which every image is moved down.
+        columns: pixels by which every image is moved to the right.
+
+    Raises:
+        UserError: the weights are unusable, or not as accurate as metrics.jsonl says.
+    """
+    config, data = run.config, load_data(run.config.data_dir)
+    pixels, labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
+    weights = load_weights(config.out_dir / WEIGHTS, "float32", config.network)
+    correct = compute_logits(run.framework, weights, shift(pixels, rows, columns)).argmax(axis=1) == labels
+    recorded = round(read_metrics(config.out_dir)[-1]["test_accuracy"] * len(labels))
+    if rows == columns == 0 and abs(recorded - correct.sum()) > SCORING_SLACK:
+        raise UserError(
+            f"{config.out_dir}: its weights classify {correct.sum()} of {len(labels)} images correctly, but its "
+            f"metrics.jsonl says {recorded}; delete the folder and run the study again"
+        )
+    return np.asarray(correct)
+
+
+def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
+    """Move every image down and to the right, or up and to the left if negative. Empty pixels become black."""
+    height, width = pixels.shape[1:]
+    padded = np.pad(pixels, ((0, 0), (abs(rows),) * 2, (abs(columns),) * 2))
+    top, left = abs(rows) - rows, abs(columns) - columns
+    return padded[:, top : top + height, left : left + width]
+
+
+def describe_origin(runs: Sequence[Run]) -> Json:
+    """Return the beginning of a results file: when, on what and with which versions the runs were trained."""
+    records = sorted((read_record(run.config.out_dir) for run in runs), key=lambda record: record["started"])
+    return {
+        "provenance": provenance(PACKAGES),
+        "environment": ENVIRONMENT,
+        "trained": {"first": records[0]["started"], "last": records[-1]["started"]},
+        "devices": {record["framework"]: record["device"] for record in records},
     }
-    return [word for flag, value in said.items() if value is not None for word in (flag, str(value))]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """A run's config.json.
-
-    Raises:
-        OSError: it is not there.
-        ValueError: it is not JSON, or not an object.
-    """
-    record = json.loads((folder / CONFIG).read_text())
-    if not isinstance(record, dict):
-        raise ValueError(f"{folder / CONFIG} holds no JSON object")
-    return record
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """A run's epochs, in order.
+def write_results(result: Json, path: Path) -> None:
+    """Write the results file, complete or not at all.
 
     Raises:
-        OSError: metrics.jsonl is not there.
-        ValueError: a line is not JSON.
+        UserError: it cannot be written.
     """
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-
-
-def as_json(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as config.json holds it."""
-    loaded: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return loaded
-
-
-def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a configuration that a figure depends on."""
-    return {name: value for name, value in config.items() if name not in PLACES}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another place") from None

@@ -1,0 +1,167 @@
+"""The committed results of the studies: verdicts follow from seeds, pages quote figures, and a new seed fits."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Any
+
+import pytest
+
+from experiments.records import as_json
+from experiments.studies import accuracy, convolution
+from experiments.studies.accuracy import AccuracyConfig
+from experiments.studies.convolution import ENTRIES, ConvolutionConfig, accuracies, mean_text
+from experiments.studies.runs import FRAMEWORKS, SCORING_SLACK, Run, make_run, train
+from jax_cnn.config import TEST_SIZE
+from parity_tests.support import ROOT, read_json
+
+ACCURACY = read_json(ROOT / "docs" / "results" / "accuracy" / "accuracy.json")
+CONVOLUTION = read_json(ROOT / "docs" / "results" / "convolution" / "convolution.json")
+
+
+# --- The files ---
+
+
+@pytest.mark.parametrize(("setting", "epochs", "images"), [("full", 5, None), ("short", 1, 12_800)])
+def test_accuracy_is_of_todays_trainings_with_ten_complete_seeds(setting: str, epochs: int, images: int | None) -> None:
+    planned = [run for run in accuracy.plan_runs(AccuracyConfig()) if run.name == setting]
+    config, seeds = ACCURACY[setting]["config"], ACCURACY[setting]["seeds"]
+    assert config.items() <= as_json(planned[0].config).items()
+    assert (config["epochs"], config["limit_train"]) == (epochs, images)
+    assert [seed["seed"] for seed in seeds] == [run.config.seed for run in planned[::2]] == list(range(10))
+    for seed in seeds:
+        table = seed["table"]
+        assert sum(table.values()) == TEST_SIZE
+        for framework, alone in zip(FRAMEWORKS, ("only_a", "only_b"), strict=True):
+            assert len(seed[framework]["test_accuracy"]) == epochs
+            correct = round(TEST_SIZE * seed[framework]["test_accuracy"][-1])
+            assert abs(table["both"] + table[alone] - correct) <= SCORING_SLACK
+
+
+@pytest.mark.parametrize("setting", ["full", "short"])
+def test_the_verdict_on_accuracy_follows_from_the_seeds(setting: str) -> None:
+    for part, figures in accuracy.judge(ACCURACY[setting]["seeds"]).items():
+        assert figures.keys() == ACCURACY[setting][part].keys()
+        for name, figure in figures.items():
+            assert ACCURACY[setting][part][name] == pytest.approx(figure), f"{part}: {name}"
+    assert ACCURACY[setting]["equivalence"]["equivalent"]
+
+
+def test_frameworks_a_point_apart_would_not_be_equivalent() -> None:
+    seeds = json.loads(json.dumps(ACCURACY["full"]["seeds"]))
+    for seed in seeds:
+        seed["jax"]["test_accuracy"][-1] += 0.01
+    assert not accuracy.judge(seeds)["equivalence"]["equivalent"]
+
+
+def test_convolution_is_of_todays_networks_for_the_epochs_that_the_pace_gives() -> None:
+    planned = convolution.plan_runs(ConvolutionConfig(), CONVOLUTION["pace"])
+    assert CONVOLUTION["limits"] == {"train": None, "test": None}
+    for entry, figures in zip(ENTRIES, CONVOLUTION["entries"], strict=True):
+        assert (figures["name"], figures["network"]) == (entry.name, str(entry.network))
+        assert figures["parameters"] == convolution.count_parameters(entry.network)
+        for framework in FRAMEWORKS:
+            runs = [run for run in planned if run[:2] == (entry.name, framework)]
+            assert figures[framework]["seeds"] == [run.config.seed for run in runs]
+            assert {run.config.epochs for run in runs} == {figures[framework]["epochs"]}
+            assert all(len(values) == len(runs) for values in figures[framework]["shifted"].values())
+
+
+# --- The pages that quote them ---
+
+
+def accuracy_figures() -> list[str]:
+    """Return what docs/parity.md says about accuracy."""
+    full = ACCURACY["full"]
+    verdict, pooled = full["equivalence"], full["mcnemar"]
+    spread = [full["spread"][name] for name in ("jax accuracy", "torch accuracy", "accuracy difference")]
+    return [
+        "| {:.2f} % | {:.2f} % | {:+.2f} points |".format(*(column["mean"] for column in spread)),
+        "| {:.2f} | {:.2f} | {:.2f} |".format(*(column["deviation"] for column in spread)),
+        f"{verdict['low']:.2f} to {verdict['high']:+.2f} points",
+        f"(p = {verdict['p_value']:.1g})",
+        f"on {pooled['only_a']:,} of 100,000 predictions, PyTorch alone on {pooled['only_b']:,} "
+        f"(p = {pooled['p_value']:.2f})",
+    ]
+
+
+def convolution_table() -> list[str]:
+    """Return the rows of the study's table in Markdown."""
+    columns = convolution.accuracy_table(CONVOLUTION).columns
+    rows = zip(*(column.cells for column in columns), strict=True)
+    return [f"| {' | '.join(map(str, row))} |".replace("\n  ", ", ") for row in rows]
+
+
+def convolution_summary() -> list[str]:
+    """Return the means that the README quotes."""
+    cnn, best = (mean(accuracies(CONVOLUTION, name)) for name in ("SimpleCNN", "feed-forward, equal time"))
+    return [f"{cnn - best:.1f} points"]
+
+
+@pytest.mark.parametrize(
+    ("page", "figures"),
+    [
+        ("README.md", [f"{ACCURACY['full']['spread'][f'{name} accuracy']['mean']:.2f} %" for name in FRAMEWORKS]),
+        ("README.md", convolution_summary()),
+        ("docs/parity.md", accuracy_figures()),
+        ("docs/convolution.md", [*convolution_table(), *convolution.sentences(CONVOLUTION)]),
+        ("docs/convolution.md", [mean_text(accuracies(CONVOLUTION, "SimpleCNN")), *convolution_summary()]),
+    ],
+)
+def test_a_page_quotes_the_figures_of_the_results(page: str, figures: Sequence[str]) -> None:
+    text = re.sub(r"\s+", " ", (ROOT / page).read_text(encoding="utf-8").replace("**", ""))
+    assert [figure for figure in figures if figure not in text] == []
+
+
+# --- A new seed ---
+
+
+def outliers(observed: dict[str, float], spread: dict[str, dict[str, float]]) -> list[str]:
+    """Return what lies outside its interval, each with its value and the interval; NaN lies outside."""
+    return [
+        f"{name} {value:.4f} is outside {spread[name]['low']:.4f} … {spread[name]['high']:.4f}"
+        for name, value in observed.items()
+        if not spread[name]["low"] <= value <= spread[name]["high"]
+    ]
+
+
+def observe(jax_run: Run, torch_run: Run) -> dict[str, float]:
+    """Return what the accuracy study compares, for one pair of runs."""
+    return accuracy.observations({"jax": accuracy.describe_run(jax_run), "torch": accuracy.describe_run(torch_run)})
+
+
+@pytest.fixture(scope="module")
+def new_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """The shortened training in both frameworks, with a seed that the study has not seen."""
+    study = AccuracyConfig(data_dir=data_dir, out_dir=tmp_path_factory.mktemp("new_seed"))
+    config = ACCURACY["short"]["config"]
+    changes: dict[str, Any] = {"epochs": config["epochs"], "limit_train": config["limit_train"]}
+    runs = [make_run(study, "short", framework, len(ACCURACY["short"]["seeds"]), **changes) for framework in FRAMEWORKS]
+    for run in runs:
+        train(run, print)
+    return runs
+
+
+def test_a_new_seed_lies_within_the_studys_spread(new_pair: list[Run]) -> None:
+    # Bounds: prediction intervals, each of which one sound seed in 10,000 misses.
+    assert not outliers(observe(*new_pair), ACCURACY["short"]["spread"])
+
+
+def test_a_learning_rate_ten_times_too_small_lies_outside(new_pair: list[Run], tmp_path: Path) -> None:
+    # Ten times too large would not: after 200 steps it costs no more than a bad seed. The trajectory tests see that.
+    jax_run, torch_run = new_pair
+    faulty = jax_run._replace(config=replace(jax_run.config, out_dir=tmp_path))
+    train(faulty, print, extra_flags=("--learning-rate", "1e-4"))
+    findings = outliers(observe(faulty, torch_run), ACCURACY["short"]["spread"])
+    assert any(finding.startswith("jax") for finding in findings), findings
+    assert not any(finding.startswith("torch") for finding in findings), findings
+
+
+def test_nan_lies_outside_of_any_spread() -> None:
+    spread = {"jax loss": {"low": 0.0, "high": 1.0}}
+    assert outliers({"jax loss": math.nan}, spread)
+    assert not outliers({"jax loss": 0.5}, spread)

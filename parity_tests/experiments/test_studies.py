@@ -1,0 +1,246 @@
+"""The study command: which runs it plans, which it reuses, and what it makes of them. Random networks stand in."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.answers import compute_logits
+from experiments.records import explain_mismatch, read_metrics
+from experiments.studies import accuracy, convolution
+from experiments.studies.accuracy import AccuracyConfig
+from experiments.studies.convolution import ConvolutionConfig
+from experiments.studies.runs import FRAMEWORKS, Run, is_finished, mark_answers, shift, train
+from jax_cnn.config import CNN, JaxTrainConfig, Network, UserError
+from jax_cnn.data import FashionMNIST
+from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS, RunFolder
+from jax_cnn.run.provenance import provenance
+from jax_cnn.torch_layout import layout_of
+from parity_tests.support import assert_slip, read_json, run_command
+
+SMALL = ("--seeds", 2, "--epochs", 2, "--limit-train", 64, "--limit-test", 60)
+
+
+def pretend_to_train(run: Run, data: FashionMNIST) -> None:
+    """Write the files of a finished run of a random network with its true accuracy."""
+    config = run.config
+    rng = np.random.default_rng((config.seed, run.framework == "jax", len(run.name)))
+    layout = layout_of(config.network)
+    weights = {name: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for name, leaf in layout.items()}
+    pixels, labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
+    correct = compute_logits(run.framework, weights, pixels).argmax(axis=1) == labels
+    losses = {"train_loss": 2.3, "test_loss": 2.3 + rng.normal(0, 0.01)}
+    row = {"test_accuracy": correct.mean(), "train_seconds": 1.0, "compile_seconds": 1.0} | losses
+    recorded = JaxTrainConfig(**vars(config)) if run.framework == "jax" else config
+    with RunFolder(config.out_dir, print) as folder:
+        folder.write_config(recorded, {"framework": run.framework, "device": "cpu (cpu)"} | provenance(("numpy",)))
+        folder.write_weights(weights)
+        folder.write_metrics([row] * config.epochs)
+
+
+def small_accuracy(data_dir: Path, out_dir: Path) -> AccuracyConfig:
+    """Return the accuracy study of the flags in SMALL."""
+    return AccuracyConfig(
+        seeds=2, epochs=2, limit_train=64, limit_test=60, short_train=32, data_dir=data_dir, out_dir=out_dir
+    )
+
+
+@pytest.fixture
+def run(data_dir: Path, data: FashionMNIST, tmp_path: Path) -> Run:
+    """One finished run of the accuracy study."""
+    run = accuracy.plan_runs(small_accuracy(data_dir, tmp_path / "study"))[2]
+    assert (run.name, run.framework) == ("full", "jax")
+    pretend_to_train(run, data)
+    assert is_finished(run)
+    return run
+
+
+# --- Plans ---
+
+
+def test_the_runs_of_a_seed_differ_by_framework_and_folder_only() -> None:
+    planned = accuracy.plan_runs(AccuracyConfig(seeds=3))
+    assert len({run.config.out_dir for run in planned}) == len(planned) == 12
+    for jax_run, torch_run in zip(planned[::2], planned[1::2], strict=True):
+        assert (jax_run.framework, torch_run.framework) == FRAMEWORKS
+        assert replace(jax_run.config, out_dir=Path()) == replace(torch_run.config, out_dir=Path())
+
+
+def test_equal_parameters_are_as_equal_as_possible() -> None:
+    hidden = convolution.SAME_PARAMETERS
+    counts = [convolution.count_parameters(Network("mlp", units)) for units in (hidden, hidden + 1)]
+    assert counts[0] < convolution.count_parameters(CNN) == 1_630_090 < counts[1]
+
+
+def test_equal_time_becomes_epochs() -> None:
+    pace = {framework: {"linear": 1.0, "mlp": 2.0, "cnn": 3.1} for framework in FRAMEWORKS}
+    epochs = {run.name: run.config.epochs for run in convolution.plan_runs(ConvolutionConfig(epochs=2), pace)}
+    assert epochs.pop("softmax regression, equal time") == round(2 * 3.1)
+    assert epochs.pop("feed-forward, equal time") == round(2 * 3.1 / 2)
+    assert set(epochs.values()) == {2}
+
+
+def test_shifted_images_move_and_what_comes_in_is_black() -> None:
+    images = np.zeros((1, 28, 28), np.uint8)
+    images[0, 10, 20] = 255
+    for rows, columns in (*convolution.DIRECTIONS, (2, -2), (0, 0)):
+        moved = shift(images, rows, columns)
+        assert moved.shape == images.shape
+        assert np.argwhere(moved).tolist() == [[0, 10 + rows, 20 + columns]]
+    full = np.full((1, 28, 28), 255, np.uint8)
+    assert np.count_nonzero(shift(full, 2, 0) == 0) == 2 * 28
+    assert np.count_nonzero(shift(full, -1, 1) == 0) == 28 + 27
+    assert len(set(convolution.DIRECTIONS)) == 8
+
+
+# --- Which runs are reused ---
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"seed": 9}, "its seed: 0, not 9"),
+        ({"epochs": 3}, "its epochs: 2, not 3"),
+        ({"batch_size": 32}, "its batch size: 64, not 32"),
+        ({"out_dir": Path("nowhere")}, None),
+        ({"checkpoint_seconds": 9.0}, None),
+    ],
+)
+def test_a_run_of_another_configuration_is_not_reused(run: Run, change: dict[str, Any], reason: str | None) -> None:
+    assert explain_mismatch(run.config.out_dir, run.framework, replace(run.config, **change)) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"framework": "torch"}, "it is a run of torch"),
+        ({"versions": {"numpy": "1.0"}}, "it was made on another machine or with other versions"),
+        ({"machine": {"cpu": "an abacus"}}, "it was made on another machine or with other versions"),
+        ({"config": {"dialect": "plain"}}, "its dialect: plain, not linen"),
+        ({"config": None}, "no run is there"),
+    ],
+)
+def test_a_run_with_another_record_is_not_reused(run: Run, change: dict[str, Any], reason: str) -> None:
+    path = run.config.out_dir / CONFIG
+    record = read_json(path)
+    if change.get("config"):
+        change = {"config": record["config"] | change["config"]}
+    path.write_text(json.dumps(record | change), encoding="utf-8")
+    assert str(explain_mismatch(run.config.out_dir, "jax", run.config)).startswith(reason)
+
+
+def test_a_run_cut_short_is_not_reused(run: Run) -> None:
+    metrics = run.config.out_dir / METRICS
+    text = metrics.read_text(encoding="utf-8")
+    metrics.write_text(text.splitlines(keepends=True)[0], encoding="utf-8")
+    assert explain_mismatch(run.config.out_dir, "jax", run.config) == "it is not finished (1 of 2 epochs)"
+    metrics.write_text(text, encoding="utf-8")
+    (run.config.out_dir / WEIGHTS).unlink()
+    assert explain_mismatch(run.config.out_dir, "jax", run.config) == "it is not finished (2 of 2 epochs)"
+
+
+# --- Scores ---
+
+
+def test_weights_that_contradict_the_metrics_are_an_error(run: Run) -> None:
+    rows = read_metrics(run.config.out_dir)
+    rows[-1]["test_accuracy"] += 2.6 / 60  # of an image fewer would be rounding
+    (run.config.out_dir / METRICS).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(UserError, match="delete the folder and run the study again"):
+        mark_answers(run)
+
+
+def test_both_frameworks_score_the_same_weights_equally(run: Run) -> None:
+    for rows, columns in ((0, 0), (1, -2)):
+        jax_marks, torch_marks = (mark_answers(run._replace(framework=name), rows, columns) for name in FRAMEWORKS)
+        np.testing.assert_array_equal(jax_marks, torch_marks)
+
+
+# --- The command ---
+
+
+def check_study(
+    name: str, planned: Sequence[Run], data: FashionMNIST, arguments: Sequence[object], cwd: Path
+) -> tuple[int, str]:
+    """Run the command with all runs finished but the last one, which it has to train; return status and output."""
+    for run in planned:
+        pretend_to_train(run, data)
+    (planned[-1].config.out_dir / WEIGHTS).unlink()  # as if the study had been stopped before the end of this run
+    before = [(run.config.out_dir / METRICS).stat().st_mtime_ns for run in planned]
+    done = run_command("study", name, *SMALL, *arguments, cwd=cwd)
+    assert done.stderr == ""
+    after = [(run.config.out_dir / METRICS).stat().st_mtime_ns for run in planned]
+    assert [old != new for old, new in zip(before, after, strict=True)] == [False] * (len(planned) - 1) + [True]
+    assert all(map(is_finished, planned))
+    return done.returncode, done.stdout
+
+
+def test_an_interrupted_accuracy_study_goes_on_where_it_stopped(
+    data_dir: Path, data: FashionMNIST, tmp_path: Path
+) -> None:
+    results = tmp_path / "elsewhere" / "accuracy.json"
+    planned = accuracy.plan_runs(small_accuracy(data_dir, tmp_path / "study"))
+    flags = ("--data-dir", data_dir, "--out-dir", tmp_path / "study", "--short-train", 32, "--results", results)
+    status, output = check_study("accuracy", planned, data, flags, tmp_path)
+
+    assert status == 1  # all is done, and untrained networks are not equivalent
+    assert "8 runs: 7 are there, 1 to do" in output
+    result = read_json(results)
+    assert accuracy.sentence(result) in output
+    assert accuracy.sentence(result).startswith("NOT shown to be equivalent")
+    for setting in ("short", "full"):
+        assert f"{setting} training" in output
+        assert [sum(seed["table"].values()) for seed in result[setting]["seeds"]] == [60, 60]
+        assert accuracy.judge(result[setting]["seeds"])["spread"] == result[setting]["spread"]
+
+
+def test_an_interrupted_convolution_study_goes_on_where_it_stopped(
+    data_dir: Path, data: FashionMNIST, tmp_path: Path
+) -> None:
+    out_dir = tmp_path / "study"
+    study = ConvolutionConfig(
+        seeds=2, epochs=2, limit_train=64, limit_test=60, pace_train=32, data_dir=data_dir, out_dir=out_dir
+    )
+    timed = convolution.plan_pace_runs(study)
+    for run in timed:
+        pretend_to_train(run, data)
+    planned = convolution.plan_runs(study, convolution.read_pace(study, timed))
+    flags = ("--data-dir", data_dir, "--out-dir", out_dir, "--pace-train", 32)
+    status, output = check_study("convolution", planned, data, flags, tmp_path)
+
+    assert status == 0
+    assert "6 runs: 6 are there, 0 to do" in output
+    assert "jax, an epoch: linear 2.00 s, mlp 2.00 s, cnn 2.00 s" in output
+    assert "24 runs: 23 are there, 1 to do" in output
+    result = read_json(out_dir / "convolution.json")
+    assert [entry["name"] for entry in result["entries"]] == [entry.name for entry in convolution.ENTRIES]
+    assert all(sentence in output for sentence in convolution.sentences(result))
+    figures = [str(cell) for column in convolution.accuracy_table(result).columns[1:] for cell in column.cells]
+    assert all(figure in output for figure in figures)
+    assert (out_dir / "convolution.png").stat().st_size > 20_000
+
+
+def test_a_failed_training_says_which_and_why(run: Run) -> None:
+    with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: --batch-size must be"):
+        train(run, print, extra_flags=("--batch-size", "0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "Expected one of {accuracy, convolution}"),
+        (("speed",), "speed"),
+        (("accuracy", "--pace-train", 64), "--pace-train"),
+        (("accuracy", "--short-train", 0), "--short-train must be between 1 and 60,000"),
+        (("convolution", "--seeds", 1), "--seeds must be at least 2"),
+        (("convolution", "--pace-train", 0), "--pace-train must be between 1 and 60,000"),
+        (("convolution", "--epochs", 0), "--epochs must be between"),
+    ],
+)
+def test_a_slip_is_one_line(arguments: Sequence[object], words: str, tmp_path: Path) -> None:
+    assert_slip(run_command("study", *arguments, cwd=tmp_path), words)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+"""Training runs that studies, benchmark and comparison page start or reuse: their command lines and their files."""
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.answers import Framework
+from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig
+from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
+from jax_cnn.run.provenance import provenance
+
+Json = dict[str, Any]
+
+# PyTorch's threads then yield while they wait for each other. With active waiting they take four times as long on two
+# cores that other programs use too (251 images/s against 801). No result depends on it, and a user's own value is kept.
+ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+NO_INFLUENCE = frozenset({"data_dir", "out_dir", "resume", "checkpoint_seconds"})  # fields that change no weight
+
+
+def flags(config: TrainConfig) -> list[str]:
+    """Return the command line of a run. Fields that are not in it are left at the command's defaults."""
+    values = {
+        "--model": config.model,
+        "--hidden": config.hidden if config.hidden != HIDDEN else None,
+        "--epochs": config.epochs,
+        "--seed": config.seed,
+        "--data-dir": config.data_dir,
+        "--out-dir": config.out_dir,
+        "--limit-train": config.limit_train,
+        "--limit-test": config.limit_test,
+    }
+    return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
+
+
+def as_json(config: TrainConfig) -> Json:
+    """Return a configuration as config.json holds it."""
+    loaded: Json = json.loads(json.dumps(asdict(config), default=str))
+    return loaded
+
+
+def read_record(folder: Path) -> Json:
+    """Read a run's config.json.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not the record of a run.
+    """
+    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in ("config", "versions")):
+        raise ValueError(f"{folder / CONFIG} is not the record of a run")
+    return record
+
+
+def read_metrics(folder: Path) -> list[Json]:
+    """Read a run's metrics.jsonl: one entry for each epoch, in order.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not JSON.
+    """
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def explain_mismatch(
+    folder: Path,
+    framework: Framework,
+    wanted: TrainConfig,
+    *,
+    ignored: Collection[str] = NO_INFLUENCE,
+    same_machine: bool = True,
+) -> str | None:
+    """Return why a folder does not hold the run that is asked for, or None if it holds that run, finished.
+
+    A change of the training code is not noticed.
+
+    Args:
+        folder: the run's folder, whatever `out_dir` its configuration names.
+        framework: the framework that is asked for.
+        wanted: the configuration that is asked for. JAX's further fields have to be at their defaults. A field that the
+            record does not know had its default.
+        ignored: fields that may differ.
+        same_machine: whether the run must come from this machine and from the installed versions.
+    """
+    try:
+        record, epochs = read_record(folder), read_metrics(folder)
+    except (OSError, ValueError) as error:
+        return f"no run is there ({error.strerror if isinstance(error, OSError) else error})"
+    if record.get("framework") != framework:
+        return f"it is a run of {record.get('framework')}"
+    defaults = as_json(JaxTrainConfig() if framework == "jax" else TrainConfig())
+    recorded, asked = defaults | record["config"], defaults | as_json(wanted)
+    for name in sorted(defaults.keys() - set(ignored)):
+        if recorded[name] != asked[name]:
+            return f"its {name.replace('_', ' ')}: {recorded[name]}, not {asked[name]}"
+    if len(epochs) != wanted.epochs or not (folder / WEIGHTS).exists():
+        return f"it is not finished ({len(epochs)} of {wanted.epochs} epochs)"
+    here = provenance(name for name in record["versions"] if name != "python")
+    if same_machine and any(record.get(name) != here[name] for name in ("machine", "versions")):
+        return "it was made on another machine or with other versions"
+    return None
