@@ -117,11 +117,7 @@ def draw_by_epoch(
 ) -> tuple[Figure, Axes, Axes]:
     """Draw curves by epoch for both frameworks, and below them their differences.
 
-    Args:
-        report: the whole report.
-        theme: the colours.
-        curves: the label and the line style of each curve, by its key in an epoch.
-        scale: factor for every value.
+    `curves` gives the label and the line style of some keys of an epoch. Their values are multiplied by `scale`.
     """
     figure = new_figure(4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))

@@ -138,8 +138,12 @@ def read_parity(file: Path) -> Json:
         if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
             raise ValueError("no drift")
         source = {name: result[name] for name in ("command", "started", "machine", "versions")}
-        return {name: result[name] for name in ("first_divergence", "stages", "drift")} | {
-            "source": source | {"file": str(file)}
+        return {
+            "first_divergence": result["first_divergence"],
+            "passed": result.get("passed", []),  # which reports of earlier versions do not list
+            "stages": result["stages"],
+            "drift": result["drift"],
+            "source": source | {"file": str(file)},
         }
 
     return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
@@ -170,7 +174,7 @@ def describe_parity(result: Json) -> Json:
     steps = curves.pop("steps")
     return {
         "checks": list(CHECKS),
-        "passed": result.get("passed", [] if first else list(CHECKS)),
+        "passed": result["passed"] if first else list(CHECKS),
         "first_divergence": first,
         "bound": STAGE_BOUND.limit,
         "stages": result["stages"],
