@@ -28,7 +28,7 @@ def comparison(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comp
     """A small comparison in a folder that held an earlier page. It runs once, and both commands train."""
     out_dir = tmp_path_factory.mktemp("compare")
     (out_dir / page.PAGE).write_text("an earlier page", encoding="utf-8")
-    changed = {
+    changed: dict[str, Any] = {
         "epochs": 1,
         "limit_train": 3_000,
         "limit_test": 400,
@@ -41,5 +41,4 @@ def comparison(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comp
     flags = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = run_command("compare", *flags, cwd=out_dir)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    config = CompareConfig(**changed)  # type: ignore[arg-type]  # the values have the types of their fields
-    return Comparison(config, done.stdout, read_json(out_dir / page.REPORT), out_dir / page.PAGE)
+    return Comparison(CompareConfig(**changed), done.stdout, read_json(out_dir / page.REPORT), out_dir / page.PAGE)

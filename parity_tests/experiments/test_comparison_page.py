@@ -191,14 +191,14 @@ def test_the_page_shows_the_predictions_of_the_report(comparison: Comparison, br
         assert len(cards) == len(comparison.report[key])
         for card, row in zip(cards, comparison.report[key], strict=True):
             assert f"no. {row['image']}" in card.inner_text()
-            for side, answer in zip(("jax", "torch"), card.locator(".said").all(), strict=True):
+            for side, answer in zip(("jax", "torch"), card.locator(".answer").all(), strict=True):
                 assert float(answer.locator("data").get_attribute("value") or "") == row[side]["confidence"]
                 assert comparison.report["classes"][row[side]["predicted"]] in answer.inner_text()
                 assert ("(wrong)" in (answer.text_content() or "")) == (row[side]["predicted"] != row["label"])
     page.close()
 
 
-COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".said.jax", ".said.torch", ".quiet",
+COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".answer.jax", ".answer.torch", ".quiet",
     ...["k", "sd", "c1", "mi", "nf"].map(name => `code .${name}`)].map(selector => {
         const element = document.querySelector(selector);
         let ground = element;

@@ -15,7 +15,7 @@ MOST_PICTURES = 200  # in each of the two grids, because the page holds every pi
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to train, which finished runs to take, and how much to show."""
+    """The settings of a comparison: what to train, which finished runs to take, and how much to show."""
 
     epochs: int = TrainConfig.epochs
     """Number of passes over the training set."""

@@ -1,4 +1,4 @@
-"""What the two trained networks say of the test images: who is right, where they disagree, and what is inside."""
+"""Compare the two trained networks on the test images: their answers, and their stages on one image."""
 
 import base64
 import io
