@@ -5,7 +5,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,10 @@ install_import_hook("jax_cnn", "beartype.beartype")
 from jax_cnn import model
 from jax_cnn.data import FashionMNIST, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.torch_layout import TorchDict
-from parity_tests.experiments import small_comparison
 from parity_tests.support import ROOT
 from torch_ref.model import SimpleCNN
+
+pytest_plugins = ["parity_tests.experiments.small_comparison"]
 
 MOST_WORKERS = 4  # each holds both frameworks, some 3 GB
 LONGEST = ("test_parity.py", "test_checkpoint.py", "test_devices.py", "test_notebook.py")  # one to three minutes
@@ -149,10 +149,3 @@ def jax_weights() -> model.Params:
 def images(data: FashionMNIST) -> np.ndarray:
     """Eight test images, float32 [8, 28, 28, 1] in 0 … 1."""
     return (data.test_images[:8, :, :, None] / 255).astype(np.float32)
-
-
-@pytest.fixture(scope="session")
-def made(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> small_comparison.Made:
-    """A small comparison, made once: both commands train."""
-    out_dir = tmp_path_factory.mktemp("compare")
-    return small_comparison.make(replace(small_comparison.SMALL, data_dir=data_dir, out_dir=out_dir))

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from jax_cnn.config import Dialect, UserError
 from jax_cnn.data import prepare_fashion_mnist
+from jax_cnn.files import write_atomically
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
@@ -50,7 +50,7 @@ def main() -> None:
     console = Console()
 
     # Only now: a slip should not wait for two frameworks.
-    from parity_tests.harness import checks, float32, report
+    from parity_tests.harness import report
     from parity_tests.harness.capture import Refused
     from parity_tests.harness.faults import FAULTS
 
@@ -65,29 +65,22 @@ def main() -> None:
             raise UserError(f"--fault {config.fault}: there is no such fault; --fault list names them")
         pair = plant(pair, known[config.fault])
     try:
-        first = checks.first_divergence(pair, config.seed)
-        rows = [] if first and first.check == "shapes" else report.stage_rows(pair, config.seed)
-        at = sorted({round(step) for step in np.geomspace(1, config.steps, 40)}) if config.steps else []
-        curves = float32.drift(pair, config.seed, at) if at and not (first and first.check == "shapes") else {}
+        comparison = report.examine(pair, config.seed, config.steps)
     except Refused as reason:
         raise UserError(f"--pair {config.pair} cannot be compared: {reason}") from None
 
-    if rows:
-        console.print(report.stage_table(rows))
-    sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(checks.CHECKS)} all agree."
+    first = comparison["first_divergence"]
+    if comparison["stages"]:
+        console.print(report.stage_table(comparison["stages"]))
+    sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(comparison['passed'])} all agree."
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+    curves = dict(comparison["drift"])
+    steps = curves.pop("steps")
     if curves:
         title = "float64 stays together; float32 drifts as one ULP sends it"
-        report.plot_drift(at, curves, title, config.out_dir / "drift.png")
-    result = provenance(PACKAGES) | {
-        "pair": pair.name,
-        "fault": config.fault,
-        "seed": config.seed,
-        "first_divergence": str(first) if first else None,
-        "stages": report.as_json(rows),
-        "drift": {"steps": at} | curves,
-    }
-    (config.out_dir / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        report.plot_drift(steps, curves, title, config.out_dir / "drift.png")
+    result = provenance(PACKAGES) | {"pair": pair.name, "fault": config.fault, "seed": config.seed} | comparison
+    write_atomically(config.out_dir / "report.json", (json.dumps(result, indent=1) + "\n").encode())
     console.print(f"Results are in {config.out_dir}", highlight=False, soft_wrap=True)
     if first:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The comparison page in a real browser: it opens, carries the report's numbers, and can be read, heard and printed."""
+"""The comparison page in a real browser: it opens, shows the report's numbers, and can be read, heard and printed."""
 
 import itertools
 import os
@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from parity_tests.experiments.small_comparison import Json, Made
+from parity_tests.experiments.small_comparison import Comparison, Json
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-# The last four keep it from asking the network anything by itself.
+# The last four keep Chromium from sending requests of its own.
 CHROMIUM_FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-PHONE, DESKTOP = 390, 1200
+PHONE, DESKTOP = 390, 1200  # pixels
 
 in_a_browser = pytest.mark.browser
 
 
 def find_chromium() -> str:
-    """The system's Chromium; without one the test fails in CI, and is skipped elsewhere."""
+    """Return the path of the system's Chromium. Without one the test fails in CI and is skipped elsewhere."""
     for name in CHROMIUM:
         if path := shutil.which(name):
             return path
@@ -39,12 +39,10 @@ def find_chromium() -> str:
 
 def test_without_chromium_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(pytest.fail.Exception, match="no Chromium is there"):
-        find_chromium()
-    monkeypatch.delenv("CI")
-    with pytest.raises(pytest.skip.Exception, match="no Chromium is there"):
-        find_chromium()
+    for variable, outcome in (("true", pytest.fail.Exception), ("", pytest.skip.Exception)):
+        monkeypatch.setenv("CI", variable)
+        with pytest.raises(outcome, match="no Chromium is there"):
+            find_chromium()
 
 
 @pytest.fixture(scope="module")
@@ -57,43 +55,42 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-def opened(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = "light") -> tuple[Page, list[str]]:
-    """The page on a screen of that width, and what it did that it should not."""
+def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = "light") -> tuple[Page, list[str]]:
+    """Open a page on a screen of this width, and return it with everything that went wrong."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url[:80]}"))
-    page.on("request", lambda request: None if own(request.url, file) else wrong.append(f"request: {request.url[:80]}"))
+    faults: list[str] = []
+
+    def check_request(url: str) -> None:
+        if not url.startswith("data:") and url.partition("#")[0] != file.as_uri():
+            faults.append(f"request: {url[:80]}")
+
+    page.on("console", lambda message: faults.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+    page.on("requestfailed", lambda request: faults.append(f"failed: {request.url[:80]}"))
+    page.on("request", lambda request: check_request(request.url))
     page.goto(file.as_uri())
     missing = page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.alt)")
-    wrong += [f"no image: {alt}" for alt in missing]
+    faults += [f"no image: {alt}" for alt in missing]
     if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
-        wrong.append("it scrolls sideways")
-    return page, wrong
-
-
-def own(url: str, file: Path) -> bool:
-    """Whether an address is the page itself, or holds what it names."""
-    return url.startswith("data:") or url.partition("#")[0] == file.as_uri()
+        faults.append("it scrolls sideways")
+    return page, faults
 
 
 @in_a_browser
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_without_errors_requests_missing_images_or_scrolling_sideways(
-    made: Made, browser: Browser, tmp_path: Path, width: int, scheme: str
+    comparison: Comparison, browser: Browser, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    """On a phone and on a desktop, light and dark. The screenshot is of the whole page, and something is on it."""
-    page, wrong = opened(browser, made.page, width, scheme)
-    assert wrong == []
-    assert page.locator("img").count() > 2 * made.config.images
+    page, faults = open_page(browser, comparison.page, width, scheme)
+    assert faults == []
+    assert page.locator("img").count() > 2 * comparison.config.images
     screenshot = tmp_path / f"page-{width}-{scheme}.png"
     page.screenshot(path=screenshot, full_page=True)
     picture = Image.open(screenshot).convert("L")
     assert picture.width == width
     assert picture.height > 5_000
-    assert np.asarray(picture).std() > 20
+    assert np.asarray(picture).std() > 20, "the page is empty"
     page.close()
 
 
@@ -101,20 +98,20 @@ PLANTED = {
     "an error on the console": '<script>console.error("planted")</script>',
     "an error in a script": "<script>nowhere()</script>",
     "a file beside the page": '<img src="nowhere.png" alt="planted">',
-    "something from the network": '<img src="http://127.0.0.1:9/x.png" alt="planted">',
+    "a request to the network": '<img src="http://127.0.0.1:9/x.png" alt="planted">',
     "a broken image": '<img src="data:image/png;base64,AAAA" alt="planted">',
-    "something too wide": '<div style="width: 5000px">planted</div>',
+    "a part that is too wide": '<div style="width: 5000px">planted</div>',
 }
 
 
 @in_a_browser
 @pytest.mark.parametrize("fault", PLANTED.values(), ids=PLANTED)
-def test_what_would_be_wrong_with_the_page_is_seen(browser: Browser, tmp_path: Path, fault: str) -> None:
+def test_a_planted_fault_of_the_page_is_seen(browser: Browser, tmp_path: Path, fault: str) -> None:
     file = tmp_path / "page.html"
-    for body, complaint in (("<p>nothing</p>", False), (fault, True)):
-        file.write_text(f"<!DOCTYPE html><link rel=icon href='data:,'><body>{body}</body>")
-        page, wrong = opened(browser, file)
-        assert bool(wrong) == complaint, wrong
+    for body, faulty in (("<p>nothing</p>", False), (fault, True)):
+        file.write_text(f"<!DOCTYPE html><link rel=icon href='data:,'><body>{body}</body>", encoding="utf-8")
+        page, faults = open_page(browser, file)
+        assert bool(faults) == faulty, faults
         page.close()
 
 
@@ -122,54 +119,55 @@ ROWS = """id => [...document.querySelectorAll(`#${id} tbody tr`)].map(
     row => [...row.querySelectorAll("data")].map(cell => [cell.value, cell.textContent]))"""
 
 
-def expected_tables(told: Json) -> dict[str, list[list[float]]]:
-    """The numbers that each table has to show, row by row, without the differences of the headline."""
-    runs, sides = told["runs"], ("jax", "torch")
+def expected_tables(report: Json) -> dict[str, list[list[float]]]:
+    """Return the numbers of each table, row by row, without the differences of the headline."""
+    sides = ("jax", "torch")
     keys = ("train_loss", "test_loss", "test_accuracy")
-    epochs = zip(*(runs[side]["epochs"] for side in sides), strict=True)
+    epochs = zip(*(report["runs"][side]["epochs"] for side in sides), strict=True)
     errors = ("local_error", "inherited_error", "gradient_error", "torch_float32_error", "jax_float32_error")
     return {
-        "headline": [[row["jax"], row["torch"]] for row in told["headline"]],
-        "epochs": [[one[key] for key in keys for one in pair] for pair in epochs],
-        "stages": [[row[error] for error in errors] for row in told["parity"]["stages"]],
+        "headline": [[row["jax"], row["torch"]] for row in report["headline"]],
+        "epochs": [[row[key] for key in keys for row in pair] for pair in epochs],
+        "stages": [[row[error] for error in errors] for row in report["parity"]["stages"]],
         "speeds": [
             [
                 *(row["ms_per_step"][name] for name in ("median", "low_quartile", "high_quartile")),
                 *(row[name]["median"] for name in ("images_per_second", "speed_to_best_torch", "times_floor")),
                 row["peak_bytes"],
             ]
-            for row in told["speed"]["rows"]
+            for row in report["speed"]["rows"]
         ],
-        "by-class": [[row["images"], *(row[side]["accuracy"] for side in sides)] for row in told["scores"]["classes"]],
-        "inside": [[row[name] for name in ("largest", "median", "furthest")] for row in told["inside"]["stages"]],
+        "by-class": [
+            [row["images"], *(row[side]["accuracy"] for side in sides)] for row in report["scores"]["classes"]
+        ],
+        "inside": [[row[name] for name in ("largest", "median", "furthest")] for row in report["inside"]["stages"]],
     }
 
 
 @in_a_browser
-def test_the_tables_carry_the_numbers_of_the_report(made: Made, browser: Browser) -> None:
-    """Exactly in each cell's value, and rounded in what the reader sees."""
-    page, _ = opened(browser, made.page)
-    tables = expected_tables(made.report)
+def test_the_tables_show_the_numbers_of_the_report(comparison: Comparison, browser: Browser) -> None:
+    page, _ = open_page(browser, comparison.page)
+    tables = expected_tables(comparison.report)
     assert sorted(tables) == sorted(page.evaluate("[...document.querySelectorAll('table')].map(table => table.id)"))
     for name, expected in tables.items():
         rows = page.evaluate(ROWS, name)
         assert len(rows) == len(expected) > 0
         for cells, numbers in zip(rows, expected, strict=True):
-            shown = cells[: len(numbers)]
-            assert [float(value) for value, _ in shown] == numbers, name
-            assert all(says(text, number) for (_, text), number in zip(shown, numbers, strict=True)), (name, shown)
-            for value, text in cells[len(numbers) :]:
-                assert float(value) == pytest.approx(numbers[0] - numbers[1])
-                assert says(text, float(value)), (name, text)
-    accuracy = made.report["headline"][0]
+            values = [float(value) for value, _ in cells]
+            assert values[: len(numbers)] == numbers, name
+            for difference in values[len(numbers) :]:
+                assert difference == pytest.approx(numbers[0] - numbers[1])
+            for value, (_, text) in zip(values, cells, strict=True):
+                assert is_rounded(text, value), (name, cells)
+    accuracy = comparison.report["headline"][0]
     first = page.locator("#headline tbody tr").first.inner_text().split("\t")
     assert first[1:3] == [f"{100 * accuracy[side]:.2f} %" for side in ("jax", "torch")]
-    assert made.report["verdict"]["sentence"] in page.locator("#verdict").inner_text()
+    assert comparison.report["verdict"]["sentence"] in page.locator("#verdict").inner_text()
     page.close()
 
 
-def says(text: str, number: float) -> bool:
-    """Whether a text is the number rounded, in percent or in MiB where that is its unit."""
+def is_rounded(text: str, number: float) -> bool:
+    """Return whether a text is the number rounded, in percent or in MiB where that is its unit."""
     plain = text.replace("−", "-").replace(",", "").replace("%", "").strip()
     digits, _, power = plain.partition("e")
     places = len(digits.partition(".")[2])
@@ -180,75 +178,70 @@ def says(text: str, number: float) -> bool:
 
 def test_a_wrong_text_is_seen() -> None:
     for text, number in (("91.84 %", 0.9184), ("−0.0021", -0.00214), ("1,091", 1144000512), ("3.2e−15", 3.2e-15)):
-        assert says(text, number)
-        assert not says(text, 1.1 * number)
-        assert not says(text, -number)
+        assert is_rounded(text, number)
+        assert not is_rounded(text, 1.1 * number)
+        assert not is_rounded(text, -number)
 
 
 @in_a_browser
-def test_the_predictions_shown_are_the_reports(made: Made, browser: Browser) -> None:
-    page, _ = opened(browser, made.page)
+def test_the_page_shows_the_predictions_of_the_report(comparison: Comparison, browser: Browser) -> None:
+    page, _ = open_page(browser, comparison.page)
     for key in ("predictions", "disagreements"):
         cards = page.locator(f"#{key} .cards li").all()
-        assert len(cards) == len(made.report[key])
-        for card, row in zip(cards, made.report[key], strict=True):
+        assert len(cards) == len(comparison.report[key])
+        for card, row in zip(cards, comparison.report[key], strict=True):
             assert f"no. {row['image']}" in card.inner_text()
-            for side, said in zip(("jax", "torch"), card.locator(".said").all(), strict=True):
-                assert float(said.locator("data").get_attribute("value") or "") == row[side]["confidence"]
-                assert made.report["classes"][row[side]["predicted"]] in said.inner_text()
-                assert ("(wrong)" in (said.text_content() or "")) == (row[side]["predicted"] != row["label"])
+            for side, answer in zip(("jax", "torch"), card.locator(".answer").all(), strict=True):
+                assert float(answer.locator("data").get_attribute("value") or "") == row[side]["confidence"]
+                assert comparison.report["classes"][row[side]["predicted"]] in answer.inner_text()
+                assert ("(wrong)" in (answer.text_content() or "")) == (row[side]["predicted"] != row["label"])
     page.close()
 
 
-COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".said.jax", ".said.torch", ".quiet",
+COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".answer.jax", ".answer.torch", ".quiet",
     ...["k", "sd", "c1", "mi", "nf"].map(name => `code .${name}`)].map(selector => {
-        const one = document.querySelector(selector);
-        let behind = one;
-        while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
-        return [selector, getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
+        const element = document.querySelector(selector);
+        let ground = element;
+        while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
+        return [selector, getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
     })"""
 
 
 @in_a_browser
-def test_dark_is_dark_and_everything_can_be_read_in_both(made: Made, browser: Browser) -> None:
-    """Other colours and other figures; text has the contrast of 4.5 that WCAG 2 (AA) asks for."""
+def test_text_can_be_read_in_light_and_in_dark(comparison: Comparison, browser: Browser) -> None:
     grounds, pictures = {}, {}
     for scheme in ("light", "dark"):
-        page, _ = opened(browser, made.page, scheme=scheme)
+        page, _ = open_page(browser, comparison.page, scheme=scheme)
         colours = page.evaluate(COLOURS)
         for selector, ink, ground in colours:
-            assert contrast(ink, ground) >= 4.5, f"{selector} is hard to read in {scheme}: {ink} on {ground}"
+            low, high = sorted((luminance(ink), luminance(ground)))
+            contrast = (high + 0.05) / (low + 0.05)
+            # WCAG 2 asks for 4.5 (level AA).
+            assert contrast >= 4.5, f"{selector} is hard to read in {scheme}: {ink} on {ground}"
         grounds[scheme] = luminance(colours[0][2])
         pictures[scheme] = page.evaluate("[...document.querySelectorAll('.plot img')].map(image => image.currentSrc)")
         page.close()
     assert grounds["dark"] < 0.05 < 0.9 < grounds["light"]
-    assert len(pictures["light"]) == len(set(pictures["light"] + pictures["dark"])) / 2 > 10
+    assert len(pictures["light"]) == len(set(pictures["light"] + pictures["dark"])) / 2 > 10, "no figure is used twice"
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of `rgb(…)`, as WCAG 2 defines it."""
+    """Return the relative luminance of `rgb(…)`, as WCAG 2 defines it."""
     channels = np.array([int(number) for number in re.findall(r"\d+", colour)[:3]]) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
-def contrast(one: str, other: str) -> float:
-    """Between two colours, from 1 to 21."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @in_a_browser
-def test_it_can_be_heard_followed_and_printed(made: Made, browser: Browser, tmp_path: Path) -> None:
-    """Every image has words, every link leads somewhere, headings go down by one, and there is no script."""
-    page, _ = opened(browser, made.page)
+def test_it_can_be_heard_navigated_and_printed(comparison: Comparison, browser: Browser, tmp_path: Path) -> None:
+    page, _ = open_page(browser, comparison.page)
     assert page.evaluate("[...document.images].every(image => image.alt.length > 5)")
     assert page.evaluate("[...document.links].every(link => document.getElementById(link.hash.slice(1)))")
     assert page.locator("nav a").count() == page.locator("main > section").count()
-    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(each => Number(each.tagName[1]))")
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(head => Number(head.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
+    assert all(below - above <= 1 for above, below in itertools.pairwise(levels)), "headings go down by one level"
     assert page.locator("script").count() == 0
     page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     assert (tmp_path / "page.pdf").stat().st_size > 100_000

@@ -1,60 +1,237 @@
-"""What the comparison page tells: the verdict, and what stands on the page beside it."""
+"""The comparison as a person runs it: what it prints, measures and writes, which runs it takes, and user errors."""
 
 import copy
+import io
 import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
-from experiments.comparison import charts, parity, programs, scores, sources, verdict
-from experiments.comparison.settings import ROOT
-from experiments.comparison.sources import Cut
-from experiments.comparison.theme import LIGHT, drawing
-from parity_tests.experiments.small_comparison import PARITY, Made, rendered
+from experiments.comparison import charts, page, programs, report, runs, scores
+from experiments.comparison.charts import DARK, LIGHT
+from experiments.comparison.config import FRAMEWORKS, CompareConfig
+from jax_cnn.config import UserError
+from jax_cnn.run import command_line
+from jax_cnn.run.display import ProgressBar
+from jax_cnn.torch_layout import load_weights
+from parity_tests.experiments.small_comparison import PARITY, Comparison, Json
 from parity_tests.harness.faults import FAULTS
 from parity_tests.harness.product_pairs import feed_forward
+from parity_tests.harness.report import examine
+from parity_tests.support import ROOT, assert_slip, read_json, run_command
+
+
+def render(content: Json) -> str:
+    """Return the page of a report, with the same small picture for every figure."""
+    picture = {"light": "", "dark": "", "width": 1, "height": 1}
+    return page.render(json.loads(json.dumps(content, default=str)), dict.fromkeys(page.list_figures(content), picture))
+
+
+# What the command leaves behind
+
+
+def test_a_person_sees_progress_the_verdict_and_where_the_page_is(comparison: Comparison) -> None:
+    lines = comparison.output.splitlines()
+    assert not re.search(r"[\x1b\r]", comparison.output)
+    assert [line for line in lines if re.match(r"\d of \d: ", line)] == [
+        "1 of 6: PyTorch's initial weights, for both",
+        "2 of 6: training with JAX",
+        "3 of 6: training with PyTorch",
+        "4 of 6: speed by configuration",
+        "5 of 6: test images",
+        "6 of 6: parity in float64",
+    ]
+    assert any(line.startswith("training with JAX: epoch 1/1: ") for line in lines), "the command's own progress"
+    assert lines[-2] == comparison.report["verdict"]["sentence"]
+    assert lines[-1] == f"The page is {comparison.page}: open it in a browser"
+
+
+def test_an_earlier_page_is_moved_aside(comparison: Comparison) -> None:
+    earlier = comparison.config.out_dir / "earlier-1" / page.PAGE
+    assert earlier.read_text(encoding="utf-8") == "an earlier page"
+    assert f"{comparison.config.out_dir} held an earlier run: it is now in" in comparison.output
+
+
+def test_both_started_from_pytorchs_weights_and_trained_as_asked(comparison: Comparison) -> None:
+    for framework, run in comparison.report["runs"].items():
+        config = run["record"]["config"]
+        assert config["init_weights"] == str(comparison.config.initial_weights)
+        assert (config["epochs"], config["limit_train"], config["limit_test"]) == (1, 3_000, 400)
+        assert run["record"]["command"].startswith(f"python scripts/train_{framework}.py ")
+        assert run["peak_bytes"] > 100 * 2**20
+        assert not run["reused"]
+        assert comparison.report["scores"]["accuracy"][framework] == pytest.approx(run["epochs"][-1]["test_accuracy"])
+        assert np.array(comparison.report["scores"]["confusion"][framework]).sum() == 400
+    assert comparison.report["versions"]["torch"]
+    assert comparison.report["machine"]["cores"] >= 1
+    assert "scripts/compare.py" in comparison.report["command"]
+
+
+def test_every_figure_is_a_picture_for_light_and_for_dark(comparison: Comparison) -> None:
+    folder = comparison.config.out_dir / page.FIGURES
+    names = list(page.list_figures(comparison.report))
+    files = {f"{name}{theme.suffix}.png" for name in names for theme in (LIGHT, DARK)}
+    assert {path.name for path in folder.iterdir()} == files
+    for name in names:
+        sizes = set()
+        for theme in (LIGHT, DARK):
+            picture = Image.open(folder / f"{name}{theme.suffix}.png").convert("RGB")
+            colours = np.asarray(picture)
+            assert f"#{colours[0, 0].tobytes().hex()}" == theme.paper
+            assert colours.std() > 5, f"{name} is empty"
+            sizes.add(picture.size)
+        ((width, height),) = sizes
+        assert width >= 800
+        assert height >= 300
+
+
+def test_every_figure_has_a_title_and_labelled_axes(comparison: Comparison) -> None:
+    for name, drawer in page.list_figures(comparison.report).items():
+        with charts.drawing(LIGHT):
+            figure = drawer(comparison.report, LIGHT)
+        assert figure.get_suptitle(), name
+        assert {figure.get_supxlabel(), *(axes.get_xlabel() for axes in figure.axes)} != {""}, name
+        assert {figure.get_supylabel(), *(axes.get_ylabel() for axes in figure.axes)} != {""}, name
+
+
+# Finished runs
+
+
+@pytest.fixture
+def copied(comparison: Comparison, tmp_path: Path) -> Callable[[str], Path]:
+    """A function that copies a framework's finished run, so that a test may damage it."""
+    return lambda framework: Path(shutil.copytree(comparison.config.out_dir / framework, tmp_path / framework))
+
+
+def test_a_finished_run_in_the_output_folder_is_taken(comparison: Comparison) -> None:
+    initial = load_weights(comparison.config.initial_weights, "float32")
+    for framework in FRAMEWORKS:
+        output = io.StringIO()
+        run = runs.obtain_run(framework, comparison.config, initial, ProgressBar(Console(file=output)))
+        assert run._asdict() | {"folder": str(run.folder), "reused": False} == comparison.report["runs"][framework]
+        assert run.reused
+        assert output.getvalue() == f"{run.folder} holds this run already: it is taken\n"
+        assert runs.starts_from(initial, framework, run.folder)
+        other_weights = {name: array + np.float32(1e-6) for name, array in initial.items()}
+        assert not runs.starts_from(other_weights, framework, run.folder)
+
+
+def test_of_a_changed_run_the_memory_and_the_first_weights_are_unknown(
+    comparison: Comparison, copied: Callable[[str], Path]
+) -> None:
+    folder, initial = copied("jax"), load_weights(comparison.config.initial_weights, "float32")
+    record = read_json(folder / "config.json")
+    record["config"]["init_weights"] = None
+    (folder / "config.json").write_text(json.dumps(record | {"started": "long ago"}), encoding="utf-8")
+    assert runs.read_run(folder, reused=True).peak_bytes is None, "process.json is about another run"
+    assert not runs.starts_from(initial, "jax", folder)
+    config = replace(comparison.config, jax_run=folder)
+    report.check_named(config)
+    with pytest.raises(UserError, match="it did not start from PyTorch's weights of seed 0, or its initial weights"):
+        runs.obtain_run("jax", config, initial, ProgressBar(Console(file=io.StringIO())))
+
+
+def test_runs_that_the_command_line_names_are_taken(comparison: Comparison, copied: Callable[[str], Path]) -> None:
+    jax_run, torch_run = copied("jax"), copied("torch")
+    config = replace(comparison.config, jax_run=jax_run, torch_run=torch_run)
+    report.check_named(config)
+    initial = load_weights(comparison.config.initial_weights, "float32")
+    progress = ProgressBar(Console(file=io.StringIO()))
+    (torch_run / runs.PROCESS).unlink()
+    named = {framework: runs.obtain_run(framework, config, initial, progress) for framework in FRAMEWORKS}
+    assert [(run.folder, run.reused) for run in named.values()] == [(jax_run, True), (torch_run, True)]
+
+    content = copy.deepcopy(comparison.report)
+    content["runs"] = {framework: run._asdict() for framework, run in named.items()}
+    content["headline"] = report.headline(content)
+    assert "not measured" not in render(comparison.report)
+    assert render(content).count("not measured") == 1, "the memory of a command that others started"
+
+    measured = scores.measure_networks(config, named)
+    assert measured == {key: comparison.report[key] for key in measured}
+    shutil.copy(comparison.config.initial_weights, named["jax"].folder / "weights.safetensors")
+    with pytest.raises(UserError, match=r"jax: its weights score \d+\.\d\d%, and its metrics say"):
+        scores.measure_networks(config, named)
+    with pytest.raises(UserError, match="its seed: 0, not 1; give a run that fits"):
+        report.check_named(replace(config, seed=1))
+
+
+SLIPS: dict[str, tuple[tuple[str, ...], str]] = {
+    "no run": (("--jax-run", "nowhere"), "--jax-run nowhere: no run is there (No such file or directory); give"),
+    "too few epochs": (("--epochs", "0"), "--epochs must be between 1 and 10,000, not 0"),
+    "no pictures": (("--images", "0"), "--images must be between 1 and 200, not 0"),
+    "both ways": (("--retrain", "--jax-run", "x"), "--retrain trains both and --jax-run or --torch-run takes"),
+    "two benchmarks": (("--run-benchmark", "--benchmark", "x"), "--run-benchmark measures again and --benchmark FILE"),
+    "an unknown flag": (("--epoch", "1"), "Unrecognized options: --epoch"),
+    "no such benchmark": (("--benchmark", "nowhere"), "--benchmark nowhere: No such file or directory; give"),
+    "no benchmark": (("--benchmark", "other.json"), "--benchmark other.json: its content is not what is needed; give"),
+    "no such parity report": (("--parity-report", "nowhere"), "--parity-report nowhere: No such file or directory"),
+    "no parity report": (("--parity-report", "other.json"), "--parity-report other.json: its content is not what"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), SLIPS.values(), ids=SLIPS)
+def test_a_users_error_is_reported_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError) as slip:
+        report.check_named(command_line.parse(CompareConfig(), "", arguments))
+    assert str(slip.value).startswith(message)
+    assert str(slip.value).isprintable()
+
+
+@pytest.mark.parametrize("arguments", [("--out-dir", "/dev/null/x"), ("--jax-run", "nowhere")])
+def test_a_users_error_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    assert_slip(run_command("compare", *arguments, cwd=tmp_path), f"error: {' '.join(arguments)}: ")
+
 
 # The verdict
 
 
-def test_the_verdict_follows_from_the_numbers(made: Made) -> None:
-    """The same as long as nothing differs; each planted difference turns it, and is told."""
-    assert made.report["verdict"] == verdict.judge(made.report)
-    assert made.report["verdict"]["same"]
-    allowed = made.report["verdict"]["accuracy_allowed"]
-    jax, torch = (made.report["runs"][side]["epochs"][-1]["test_accuracy"] for side in ("jax", "torch"))
-    assert allowed == pytest.approx(2 * np.sqrt((jax * (1 - jax) + torch * (1 - torch)) / 400))
-
-    worse = copy.deepcopy(made.report)
-    worse["runs"]["jax"]["epochs"][-1]["test_accuracy"] = torch - 1.2 * allowed
-    assert not verdict.judge(worse)["same"]
-    assert "points apart" in verdict.judge(worse)["sentence"]
-    worse["runs"]["jax"]["epochs"][-1]["test_accuracy"] = float("nan")
-    assert not verdict.judge(worse)["same"]
+def test_the_verdict_follows_from_the_numbers(comparison: Comparison) -> None:
+    verdict = comparison.report["verdict"]
+    assert verdict == report.judge(comparison.report)
+    assert verdict["same"]
+    jax, torch = (comparison.report["runs"][side]["epochs"][-1]["test_accuracy"] for side in FRAMEWORKS)
+    assert verdict["accuracy_allowed"] == pytest.approx(2 * np.sqrt((jax * (1 - jax) + torch * (1 - torch)) / 400))
+    worse = copy.deepcopy(comparison.report)
+    for accuracy in (torch - 1.2 * verdict["accuracy_allowed"], float("nan")):
+        worse["runs"]["jax"]["epochs"][-1]["test_accuracy"] = accuracy
+        assert not report.judge(worse)["same"]
+        assert "points apart" in report.judge(worse)["sentence"]
 
 
-def test_a_planted_fault_makes_the_page_say_not_the_same(made: Made) -> None:
-    """From the harness that finds it, by the verdict and the headings, to the curve that parts in float64 too."""
+def test_a_planted_fault_makes_the_page_say_not_the_same(comparison: Comparison) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == "one-weight")
-    faulty = copy.deepcopy(made.report)
-    faulty["parity"] = parity.measure(fault.plant(feed_forward()), 0, 3, lambda name: None)
-    faulty["verdict"] = verdict.judge(faulty)
+    faulty = copy.deepcopy(comparison.report)
+    faulty["parity"] = report.describe_parity(examine(fault.plant(feed_forward()), 0, 3))
+    faulty["verdict"] = report.judge(faulty)
     assert faulty["parity"]["passed"] == ["shapes"]
     assert faulty["verdict"]["sentence"].startswith("JAX and PyTorch do not train the same network: in float64 they")
     assert "fc2.weight" in faulty["verdict"]["sentence"]
-    page = rendered(faulty)
-    assert "<strong>Not the same.</strong>" in page
-    assert "Where they differ, stage by stage" in page
-    assert "In float64 they part as well" in page
-    with drawing(LIGHT):
-        assert charts.drift(faulty, LIGHT).get_suptitle() == "In float64 they part too"
+    content = render(faulty)
+    assert "<strong>Not the same.</strong>" in content
+    assert "Where they differ, stage by stage" in content
+    assert "In float64 they part as well" in content
+    with charts.drawing(LIGHT):
+        assert charts.draw_drift(faulty, LIGHT).get_suptitle() == "In float64 they part too"
 
 
-def test_a_parity_report_with_a_fault_is_believed(made: Made, tmp_path: Path) -> None:
-    told = json.loads(PARITY.read_text()) | {"first_divergence": "outputs: output of relu1: differs"}
-    (tmp_path / "report.json").write_text(json.dumps(told))
-    assert not verdict.judge(made.report | {"parity": parity.taken(tmp_path / "report.json")})["same"]
+def test_a_divergence_in_a_parity_report_decides_the_verdict(comparison: Comparison, tmp_path: Path) -> None:
+    content = read_json(PARITY) | {"first_divergence": "outputs: output of relu1: differs"}
+    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    config = replace(comparison.config, parity_report=tmp_path / "report.json")
+    assert not report.judge(comparison.report | {"parity": report.measure_parity(config, print)})["same"]
 
 
 # What the page is made from
@@ -62,60 +239,47 @@ def test_a_parity_report_with_a_fault_is_believed(made: Made, tmp_path: Path) ->
 
 def test_scores_of_a_small_case_by_hand() -> None:
     labels = np.array([0, 1, 1, 2])
-    logits = {side: np.full((4, 10), -50.0, np.float32) for side in ("jax", "torch")}
-    for side, said in (("jax", (0, 1, 2, 2)), ("torch", (0, 3, 1, 2))):
-        logits[side][range(4), said] = 50
-    told = scores.compare(logits, labels)
-    assert (told["accuracy"]["jax"], told["accuracy"]["torch"]) == (0.75, 0.75)
-    assert (told["both_right"], told["only_jax_right"], told["only_torch_right"], told["neither_right"]) == (2, 1, 1, 0)
-    assert told["disagreements"] == [1, 2]
-    assert told["confusion"]["jax"][1][:4] == [0, 1, 1, 0]
-    assert told["classes"][1]["torch"] == {"right": 1, "accuracy": 0.5, "mistaken_for": 3, "mistaken": 1}
-    assert told["classes"][5]["jax"]["accuracy"] is None
-    (second,) = scores.predictions([1], logits, labels)
-    assert second["torch"] == {"predicted": 3, "confidence": pytest.approx(1.0)}
+    logits: dict[Any, np.ndarray] = {side: np.full((4, 10), -50.0, np.float32) for side in FRAMEWORKS}
+    logits["jax"][range(4), (0, 1, 2, 2)] = 50
+    logits["torch"][range(4), (0, 3, 1, 2)] = 50
+    result = scores.compare(logits, labels)
+    assert result["accuracy"] == {"jax": 0.75, "torch": 0.75}
+    counts = [result[key] for key in ("both_right", "only_jax_right", "only_torch_right", "neither_right")]
+    assert counts == [2, 1, 1, 0]
+    assert result["disagreements"] == [1, 2]
+    assert result["confusion"]["jax"][1][:4] == [0, 1, 1, 0]
+    assert result["classes"][1] == {"label": 1, "images": 2, "jax": {"accuracy": 0.5}, "torch": {"accuracy": 0.5}}
+    assert result["classes"][5]["jax"]["accuracy"] is None
+    (row,) = scores.describe_images([1], logits, labels)
+    assert row["torch"] == {"predicted": 3, "confidence": pytest.approx(1.0)}
 
 
-def test_the_weights_give_the_accuracies_that_the_page_tells(made: Made) -> None:
-    """Each framework's own evaluation while it trained, and the page's look at the saved weights."""
-    for side, run in made.report["runs"].items():
-        assert made.report["scores"]["accuracy"][side] == pytest.approx(run["epochs"][-1]["test_accuracy"])
-        assert np.array(made.report["scores"]["confusion"][side]).sum() == 400
-
-
-def test_where_they_never_disagree_the_page_says_so(made: Made) -> None:
-    agreeing = copy.deepcopy(made.report) | {"disagreements": []}
+def test_the_page_says_so_where_they_never_disagree(comparison: Comparison) -> None:
+    agreeing = copy.deepcopy(comparison.report) | {"disagreements": []}
     agreeing["scores"]["disagreements"] = []
-    assert "Nowhere: on all" in rendered(agreeing)
-    assert "Nowhere: on all" not in rendered(made.report | {"disagreements": made.report["predictions"]})
+    assert "Nowhere: on all" in render(agreeing)
+    assert "Nowhere: on all" not in render(comparison.report | {"disagreements": comparison.report["predictions"]})
 
 
-def test_what_comes_from_the_report_is_escaped(made: Made) -> None:
-    """A configuration is only text, whatever it holds."""
-    hostile = copy.deepcopy(made.report) | {"command": "<script>alert(1)</script>"}
-    assert "<script>" not in rendered(hostile)
+def test_text_from_the_report_is_escaped(comparison: Comparison) -> None:
+    assert "<script>" not in render(comparison.report | {"command": "<script>alert(1)</script>"})
 
 
-def test_the_programs_shown_stand_in_the_files(made: Made) -> None:
-    """Line by line, in every part on both sides, and the three dialects beside PyTorch's model."""
-    told = made.report["programs"]
-    assert [stage["title"] for stage in told] == ["Data", "Model", "Loss", "Step", "Loop"]
-    assert [program["label"] for program in told[1]["programs"]] == [
-        "PyTorch",
-        "JAX with Flax Linen",
-        "JAX with Flax NNX",
-        "JAX in plain functions",
-    ]
-    for stage in told:
-        assert {program["side"] for program in stage["programs"]} == {"jax", "torch"}
-        for program in stage["programs"]:
+def test_the_programs_shown_are_in_the_files(comparison: Comparison) -> None:
+    parts = comparison.report["programs"]
+    assert [part["title"] for part in parts] == ["Data", "Model", "Loss", "Step", "Loop"]
+    labels = ["PyTorch", "JAX with Flax Linen", "JAX with Flax NNX", "JAX in plain functions"]
+    assert [program["label"] for program in parts[1]["programs"]] == labels
+    for part in parts:
+        assert {program["side"] for program in part["programs"]} == {"jax", "torch"}
+        for program in part["programs"]:
             assert program["lines"] > 0
             for listing in program["listings"]:
                 assert listing["file"].startswith("torch_ref/" if program["side"] == "torch" else "jax_cnn/")
-                lines = (ROOT / listing["file"]).read_text().splitlines()
-                held = lines[listing["first_line"] - 1 : listing["last_line"]]
-                assert [line.strip() for line in listing["code"].splitlines()] == [line.strip() for line in held]
-    step = told[3]["programs"][0]["listings"][1]["code"].splitlines()
+                lines = (ROOT / listing["file"]).read_text(encoding="utf-8").splitlines()
+                expected = lines[listing["first_line"] - 1 : listing["last_line"]]
+                assert [line.strip() for line in listing["code"].splitlines()] == [line.strip() for line in expected]
+    step = parts[3]["programs"][0]["listings"][1]["code"].splitlines()
     assert (step[0], step[-1]) == ("optimizer.zero_grad()", "optimizer.step()")
 
 
@@ -133,26 +297,26 @@ def f():
 '''
 
 
-def test_lines_of_code_are_counted_without_what_is_none(tmp_path: Path) -> None:
+def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings(tmp_path: Path) -> None:
     file = tmp_path / "program.py"
-    file.write_text(PROGRAM)
-    whole, part = sources.listing(Cut(str(file), "f")), sources.listing(Cut(str(file), "X"))
-    assert (whole["first_line"], whole["last_line"]) == (6, 11)
-    assert sources.count_lines([whole]) == 4
-    assert sources.count_lines([whole, part, part]) == 5
+    file.write_text(PROGRAM, encoding="utf-8")
+    function, constant = programs.read_listing(str(file), "f"), programs.read_listing(str(file), "X")
+    assert (function["first_line"], function["last_line"]) == (6, 11)
+    assert programs.count_lines([function]) == 4
+    assert programs.count_lines([function, constant, constant]) == 5
     with pytest.raises(LookupError, match="holds no g"):
-        sources.listing(Cut(str(file), "g"))
+        programs.read_listing(str(file), "g")
     with pytest.raises(LookupError, match="holds no f return yield"):
-        sources.listing(Cut(str(file), "f", "return", "yield"))
+        programs.read_listing(str(file), "f", "return", "yield")
 
 
-def test_the_headline_counts_what_ran(made: Made) -> None:
-    (row,) = (row for row in made.report["headline"] if row["figure"] == "lines")
-    assert {side: row[side] for side in ("jax", "torch")} == programs.total_lines(made.report["programs"])
-    shown = dict.fromkeys(("jax", "torch"), 0)
-    for stage in made.report["programs"]:
-        for program in stage["programs"]:
+def test_the_headline_counts_the_programs_that_ran(comparison: Comparison) -> None:
+    (row,) = (row for row in comparison.report["headline"] if row["figure"] == "lines")
+    assert {side: row[side] for side in FRAMEWORKS} == programs.total_lines(comparison.report["programs"])
+    shown = dict.fromkeys(FRAMEWORKS, 0)
+    for part in comparison.report["programs"]:
+        for program in part["programs"]:
             shown[program["side"]] += program["lines"]
-    assert 0 < row["torch"] < shown["torch"], "the step stands in the loop as well, and counts once"
+    assert 0 < row["torch"] < shown["torch"], "the step is also in the loop, and counts once"
     assert 0 < row["jax"] < shown["jax"], "two of the dialects did not run"
-    assert made.report["operations"]["lines"] > 30
+    assert comparison.report["operations"]["lines"] > 30

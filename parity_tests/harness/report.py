@@ -1,127 +1,177 @@
-"""What a person sees: the table by stage, the first divergence in a sentence, the drift as a figure."""
+"""What a person sees of a comparison: a table of its stages, and a figure of how far weights drift apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
+from jax_cnn.run.charts import BLACK, BLUE, GREEN, PURPLE, VERMILION
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
-from parity_tests.harness.checks import BATCH_SIZES, STAGE_BOUND, probing_weights
+from parity_tests.harness.checks import BATCH_SIZES, CHECKS, STAGE_BOUND, probing_weights
 from parity_tests.harness.compare import difference, relative_error
-from parity_tests.harness.float32 import cast
+from parity_tests.harness.float32 import cast, drift
 from parity_tests.harness.pair import Pair
 
-# Okabe & Ito's palette, and another line style for each: colour-blind readers tell them apart.
-CURVE_STYLES = {
-    "float64: JAX from PyTorch": ("#0072B2", "-"),
-    "float32: JAX from PyTorch": ("#D55E00", "-"),
-    "float32: JAX from float64": ("#CC79A7", "--"),
-    "float32: PyTorch from float64": ("#009E73", "--"),
-    "float32: JAX from itself, one ULP": ("#000000", ":"),
-    "float32: PyTorch from itself, one ULP": ("#000000", "-."),
+Json = dict[str, Any]
+
+DRIFT_POINTS = 40  # steps at which weights are compared, evenly spaced on a logarithmic axis
+DRIFT_LINES = {  # each curve has a line style of its own too, for readers who cannot tell the colours apart
+    "float64: JAX from PyTorch": (BLUE, "-"),
+    "float32: JAX from PyTorch": (VERMILION, "-"),
+    "float32: JAX from float64": (PURPLE, "--"),
+    "float32: PyTorch from float64": (GREEN, "--"),
+    "float32: JAX from itself, one ULP": (BLACK, ":"),
+    "float32: PyTorch from itself, one ULP": (BLACK, "-."),
 }
 
 
-class Row(NamedTuple):
-    """One stage. Errors are in units of the largest value of the tensor; in float64 unless said otherwise."""
+def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] | None = None) -> Json:
+    """Run the checks up to the first that finds a difference, compare stage by stage, and record the drift.
 
-    stage: str
-    shape: list[int]
-    local_error: float
-    inherited_error: float
-    gradient_error: float
-    inherited_gradient_error: float
-    torch_float32_error: float
-    jax_float32_error: float
-    verdict: str
+    If the shapes differ, there are no stages to compare and no drift.
+
+    Args:
+        pair: what is compared.
+        seed: of the weights and the inputs.
+        steps: training steps of the drift; 0 leaves it out.
+        progress: called with the name of each part before it starts.
+
+    Returns:
+        What JSON can hold: `first_divergence` (a sentence, or None), `passed` (names of checks), `stages` (rows of
+        `compare_stages`), and `drift` (`steps`, and one list of distances for each curve of `DRIFT_LINES`).
+
+    Raises:
+        Refused: the pair cannot be compared.
+    """
+    show = progress or (lambda name: None)
+    passed: list[str] = []
+    divergence = None
+    for name, check in CHECKS.items():
+        show(name)
+        divergence = next(check(pair, seed), None)
+        if divergence:
+            break
+        passed.append(name)
+    result: Json = {
+        "first_divergence": str(divergence) if divergence else None,
+        "passed": passed,
+        "stages": [],
+        "drift": {"steps": []},
+    }
+    if "shapes" in passed:
+        show("stage by stage")
+        result["stages"] = compare_stages(pair, seed)
+    if "shapes" in passed and steps:
+        show(f"drift over {steps} steps")
+        compared = sorted({round(step) for step in np.geomspace(1, steps, DRIFT_POINTS)})
+        result["drift"] = {"steps": compared, **drift(pair, seed, compared)}
+    return result
 
 
-def stage_rows(pair: Pair, seed: int) -> list[Row]:
-    """Compare every stage that both sides have, on the reference's own input (local) and end to end (inherited)."""
+def compare_stages(pair: Pair, seed: int) -> list[Json]:
+    """Return a row for each stage that both sides have, in the reference's order.
+
+    `local` errors are those of JAX on the reference's own input, `inherited` ones those of JAX from end to end. Errors
+    are in units of the tensor's largest value, NaN where shapes differ; in float64 unless the name says float32.
+    """
     weights, batch = probing_weights(pair, seed), pair.synthetic_batch(seed, BATCH_SIZES[0])
     theirs = capture_torch(pair, weights, batch)
     local, inherited = capture_jax(pair, weights, batch, theirs), capture_jax(pair, weights, batch)
     narrow = cast(weights, np.float32)
     torch32, jax32 = capture_torch(pair, narrow, batch), capture_jax(pair, narrow, batch)
     return [
-        Row(
-            stage,
-            list(theirs.outputs[stage].shape[1:]),
-            error(local.outputs, theirs.outputs, stage),
-            error(inherited.outputs, theirs.outputs, stage),
-            error(local.output_grads, theirs.output_grads, stage),
-            error(inherited.output_grads, theirs.output_grads, stage),
-            error(torch32.outputs, theirs.outputs, stage),
-            error(jax32.outputs, theirs.outputs, stage),
-            verdict(stage, local, inherited, theirs),
-        )
+        {
+            "stage": stage,
+            "shape": list(theirs.outputs[stage].shape[1:]),
+            "local_error": stage_error(local.outputs, theirs.outputs, stage),
+            "inherited_error": stage_error(inherited.outputs, theirs.outputs, stage),
+            "gradient_error": stage_error(local.output_grads, theirs.output_grads, stage),
+            "inherited_gradient_error": stage_error(inherited.output_grads, theirs.output_grads, stage),
+            "torch_float32_error": stage_error(torch32.outputs, theirs.outputs, stage),
+            "jax_float32_error": stage_error(jax32.outputs, theirs.outputs, stage),
+            "verdict": describe_stage(stage, local, inherited, theirs),
+        }
         for stage in theirs.outputs
         if stage in local.outputs
     ]
 
 
-def error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], stage: str) -> float:
-    """The relative error of one stage; NaN where shapes differ."""
+def stage_error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], stage: str) -> float:
+    """Return the relative error of one stage, or NaN if the shapes differ."""
     one, other = actual[stage], expected[stage]
     return relative_error(one, other) if one.shape == other.shape else float("nan")
 
 
-def verdict(stage: str, local: Capture, inherited: Capture, theirs: Capture) -> str:
-    """Whether a difference is born in this stage, passes through it, or is not there."""
-    for what, born, passed, expected in (
+def describe_stage(stage: str, local: Capture, inherited: Capture, theirs: Capture) -> str:
+    """Say whether a difference begins in this stage, is inherited from another one, or is not there."""
+    for part, alone, end_to_end, expected in (
         ("output", local.outputs, inherited.outputs, theirs.outputs),
         ("gradient", local.output_grads, inherited.output_grads, theirs.output_grads),
     ):
-        if difference(born[stage], expected[stage], STAGE_BOUND):
-            return f"{what} differs: born {'here' if what == 'output' else 'in the next stage'}"
-        if difference(passed[stage], expected[stage], STAGE_BOUND):
-            return f"{what} differs: inherited"
+        if difference(alone[stage], expected[stage], STAGE_BOUND):
+            return f"{part} differs: born {'here' if part == 'output' else 'in the next stage'}"
+        if difference(end_to_end[stage], expected[stage], STAGE_BOUND):
+            return f"{part} differs: inherited"
     return "same"
 
 
-def stage_table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal of 80 columns; the file has the rest of them."""
-    caption = "float64, in units of each tensor's largest value"
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption)
+def stage_table(rows: Sequence[Json]) -> Table:
+    """Return the rows of `compare_stages` as a table for a terminal of 80 columns, without the inherited gradients."""
+    columns = {
+        "local_error": "local\nerror",
+        "inherited_error": "inherited\nerror",
+        "gradient_error": "gradient\nerror",
+        "torch_float32_error": "PyTorch\nfloat32",
+        "jax_float32_error": "JAX\nfloat32",
+    }
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="float64, in units of each tensor's largest value")
     table.add_column("stage", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for heading in ("local\nerror", "inherited\nerror", "gradient\nerror", "PyTorch\nfloat32", "JAX\nfloat32"):
+    for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
     for row in rows:
-        errors = (
-            row.local_error,
-            row.inherited_error,
-            row.gradient_error,
-            row.torch_float32_error,
-            row.jax_float32_error,
-        )
-        numbers = (f"{number:.1e}" if number else "0" for number in errors)
-        table.add_row(row.stage, "x".join(map(str, row.shape)), *numbers, row.verdict)
+        numbers = (f"{row[name]:.1e}" if row[name] else "0" for name in columns)
+        table.add_row(row["stage"], "x".join(map(str, row["shape"])), *numbers, row["verdict"])
     return table
 
 
-def plot_drift(at: Sequence[int], curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw how far weights are apart over the steps, on logarithmic axes, into a PNG."""
+def plot_drift(steps: Sequence[int], curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """Draw how far weights are apart over the steps into a PNG."""
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplots()
-    for name, values in curves.items():
-        colour, style = CURVE_STYLES[name]
-        axes.loglog(at, values, style, color=colour, label=name)
+    draw_drift(axes, steps, curves)
     envelope = np.max([curves[name] for name in curves if name.endswith("one ULP")], axis=0)
     axes.fill_between(
-        at, envelope, envelope.min() / 1e3, color="black", alpha=0.06, label="inside the one-ULP envelope"
+        steps, envelope, envelope.min() / 1e3, color=BLACK, alpha=0.06, label="inside the one-ULP envelope"
     )
-    axes.set(title=title, xlabel="training steps", ylabel="distance of the weights (root mean square)")
+    axes.set(title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")  # inside it would hide a curve
     figure.savefig(path, dpi=150)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows for a file."""
-    return [row._asdict() for row in rows]
+def draw_drift(
+    axes: Axes,
+    steps: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """Draw how far weights are apart over the steps on these axes, which become logarithmic.
+
+    Args:
+        axes: where to draw.
+        steps: the training steps after which weights were compared.
+        curves: distances at these steps, under the names of `DRIFT_LINES`.
+        colours: by the same names; those of `DRIFT_LINES` if None.
+    """
+    for name, distances in curves.items():
+        colour, line = DRIFT_LINES[name]
+        label = name.replace(", one ULP", ", moved by one ULP")
+        axes.loglog(steps, distances, line, color=colours[name] if colours else colour, label=label)
+    axes.set(xlabel="training steps", ylabel="distance of the weights (root mean square)")

@@ -1,156 +1,208 @@
-"""Figures with curves and dots: loss, accuracy, drift, speed, classes. Each is drawn from the report alone."""
+"""The look of the figures on light and on dark pages, and the figures with curves and points.
+
+Each figure is drawn from the report alone.
+"""
 
 import math
-from typing import Any
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from experiments.comparison.theme import Theme, figure, title
+from experiments.comparison.config import FRAMEWORKS
+from jax_cnn.run.charts import BLACK, BLUE, ORANGE, SKY_BLUE, VERMILION
+from parity_tests.harness import report as harness_report
 
 Json = dict[str, Any]
-NAMES = {"jax": "JAX", "torch": "PyTorch"}
+
+WIDTH = 5.0  # inches: as wide as the screen of a phone, where 10 points are then 10 points
+DPI = 160
+TITLE_LETTERS = 52  # in a line
 MARKERS = {"jax": "o", "torch": "s"}
 
 
-def loss(report: Json, theme: Theme) -> Figure:
-    """Both losses of both frameworks by epoch, and below how far they are apart."""
-    rows = {side: report["runs"][side]["epochs"] for side in NAMES}
-    made, upper, lower, epochs = two_panels(rows["jax"])
-    for side, name in NAMES.items():
-        style: Json = {
-            "color": theme.side(side),
-            "marker": MARKERS[side],
-            "fillstyle": "none" if side == "torch" else "full",
-        }
-        for key, label, line in (("train_loss", "training", "--"), ("test_loss", "test", "-")):
-            size = 9 if side == "torch" else 5  # both can be seen where they coincide
-            values = [row[key] for row in rows[side]]
-            upper.plot(epochs, values, line, label=f"{name}, {label}", markersize=size, **style)
-    for key, label, line in (("train_loss", "training", "--"), ("test_loss", "test", "-")):
-        apart = [jax[key] - torch[key] for jax, torch in zip(rows["jax"], rows["torch"], strict=True)]
-        lower.plot(epochs, apart, line, color=theme.ink, marker=".", label=label)
-    last = {side: each[-1]["test_loss"] for side, each in rows.items()}
+class Theme(NamedTuple):
+    """The colours of a colour scheme. The page's style sheet has the same ones."""
+
+    suffix: str
+    paper: str
+    ink: str
+    quiet: str
+    jax: str
+    torch: str
+    negative: str
+    positive: str
+    """`negative` and `positive` are the ends of the colour map for weights, in which 0 has the paper's colour."""
+
+    def side(self, name: str) -> str:
+        """Return the colour of a framework."""
+        return self.jax if name == "jax" else self.torch
+
+
+LIGHT = Theme("", "#fdfcfa", "#1f2124", "#6b6f76", BLUE, VERMILION, "#7d2a5a", "#00563f")
+DARK = Theme("-dark", "#16181b", "#e8e6e1", "#9a9da3", SKY_BLUE, ORANGE, "#e9a3cb", "#4fd6ae")
+
+
+@contextmanager
+def drawing(theme: Theme) -> Iterator[None]:
+    """Draw figures in these colours."""
+    settings: dict[Any, Any] = {
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), theme.paper),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), theme.quiet),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), theme.ink),
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "figure.titlesize": 10.5,
+        "figure.titleweight": "bold",
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(height: float) -> Figure:
+    """Return an empty figure of this height in inches."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """Write above a figure what to see in it, in as many lines as it takes."""
+    figure.suptitle(textwrap.fill(text, TITLE_LETTERS, break_long_words=False), ha="left", x=0.012)
+
+
+def draw_loss(report: Json, theme: Theme) -> Figure:
+    """Draw training and test loss of both frameworks by epoch, and their differences."""
+    figure, upper, lower = draw_by_epoch(
+        report, theme, {"train_loss": (", training", "--"), "test_loss": (", test", "-")}
+    )
     upper.set(ylabel="cross-entropy (nats per image)")
-    upper.margins(y=0.1)
     upper.set_ylim(bottom=0)
-    title(made, f"Test loss at the end: {last['jax']:.4f} (JAX) and {last['torch']:.4f} (PyTorch)")
     upper.legend(ncols=2, handlelength=3.2)
     lower.set(ylabel="JAX − PyTorch\n(nats per image)")
     lower.legend(ncols=2, handlelength=3.2)
-    return made
+    jax, torch = (report["runs"][side]["epochs"][-1]["test_loss"] for side in FRAMEWORKS)
+    set_title(figure, f"Test loss at the end: {jax:.4f} (JAX) and {torch:.4f} (PyTorch)")
+    return figure
 
 
-def accuracy(report: Json, theme: Theme) -> Figure:
-    """Test accuracy of both by epoch, and below how far they are apart, with what chance explains."""
-    rows = {side: report["runs"][side]["epochs"] for side in NAMES}
-    made, upper, lower, epochs = two_panels(rows["jax"])
-    for side, name in NAMES.items():
-        fill: Json = {"fillstyle": "none", "markersize": 9} if side == "torch" else {}
-        values = [100 * row["test_accuracy"] for row in rows[side]]
-        upper.plot(epochs, values, "-", color=theme.side(side), marker=MARKERS[side], label=name, **fill)
-    pairs = list(zip(rows["jax"], rows["torch"], strict=True))
-    apart = [100 * (jax["test_accuracy"] - torch["test_accuracy"]) for jax, torch in pairs]
+def draw_accuracy(report: Json, theme: Theme) -> Figure:
+    """Draw the test accuracy of both frameworks by epoch, and their difference with what chance explains."""
+    figure, upper, lower = draw_by_epoch(report, theme, {"test_accuracy": ("", "-")}, scale=100)
+    upper.set(ylabel="test accuracy (%)")
+    upper.legend()
     allowed = 100 * report["verdict"]["accuracy_allowed"]
     lower.axhspan(-allowed, allowed, color=theme.quiet, alpha=0.18, linewidth=0, label="explained by chance")
-    lower.plot(epochs, apart, "-", color=theme.ink, marker=".")
-    last = [each[-1]["test_accuracy"] for each in rows.values()]
-    upper.margins(y=0.1)
-    upper.set(ylabel="test accuracy (%)")
-    equally = "As far as chance can tell, equally" if abs(apart[-1]) <= allowed else "Not equally"
-    title(made, f"{equally} accurate: {last[0]:.2%} and {last[1]:.2%}")
-    upper.legend()
     lower.set(ylabel="JAX − PyTorch\n(points)")
     lower.legend()
-    return made
+    jax, torch = (report["runs"][side]["epochs"][-1]["test_accuracy"] for side in FRAMEWORKS)
+    equally = "As far as chance can tell, equally" if 100 * abs(jax - torch) <= allowed else "Not equally"
+    set_title(figure, f"{equally} accurate: {jax:.2%} and {torch:.2%}")
+    return figure
 
 
-def two_panels(rows: list[Json]) -> tuple[Figure, Axes, Axes, list[int]]:
-    """A curve and, below it, a difference, over the same epochs."""
-    made = figure(4.6)
-    upper, lower = made.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+def draw_by_epoch(
+    report: Json, theme: Theme, curves: Mapping[str, tuple[str, str]], scale: float = 1
+) -> tuple[Figure, Axes, Axes]:
+    """Draw curves by epoch for both frameworks, and below them their differences.
+
+    `curves` gives the label and the line style of some keys of an epoch. Their values are multiplied by `scale`.
+    """
+    figure = new_figure(4.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+    rows = {side: report["runs"][side]["epochs"] for side in FRAMEWORKS}
+    epochs = [row["epoch"] for row in rows["jax"]]
     lower.axhline(0, color="0.5", linewidth=0.8)
+    for side, name in FRAMEWORKS.items():
+        # Larger and hollow: both markers are seen where they coincide.
+        marker: Json = {"markersize": 9, "fillstyle": "none"} if side == "torch" else {}
+        for key, (label, line) in curves.items():
+            values = [scale * row[key] for row in rows[side]]
+            marker |= {"color": theme.side(side), "marker": MARKERS[side]}
+            upper.plot(epochs, values, line, label=name + label, **marker)
+    for key, (label, line) in curves.items():
+        difference = [scale * (jax[key] - torch[key]) for jax, torch in zip(rows["jax"], rows["torch"], strict=True)]
+        lower.plot(epochs, difference, line, color=theme.ink, marker=".", label=label.removeprefix(", "))
+    upper.margins(y=0.1)
     lower.set(xlabel="epoch")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
         axes.grid(True)
-    return made, upper, lower, [row["epoch"] for row in rows]
+    return figure, upper, lower
 
 
-def drift(report: Json, theme: Theme) -> Figure:
-    """How far weights are apart over the steps, on logarithmic axes."""
-    at, curves = report["parity"]["drift"]["steps"], report["parity"]["drift"]["curves"]
-    styles = {
-        "float64: JAX from PyTorch": (theme.jax, "-"),
-        "float32: JAX from PyTorch": (theme.torch, "-"),
-        "float32: JAX from float64": (theme.third, "--"),
-        "float32: PyTorch from float64": (theme.fourth, "--"),
-        "float32: JAX from itself, one ULP": (theme.ink, ":"),
-        "float32: PyTorch from itself, one ULP": (theme.ink, "-."),
-    }
-    made = figure(4.9)
-    axes = made.subplots()
-    for name, values in curves.items():
-        colour, line = styles[name]
-        axes.loglog(at, values, line, color=colour, label=name.replace(", one ULP", ", moved by one ULP"))
-    axes.set(xlabel="training steps", ylabel="distance of the weights (root mean square)")
-    together = (
-        "stay together; in float32 they part as rounding sends them"
-        if report["parity"]["drift"]["together"]
-        else "part too"
-    )
-    title(made, f"In float64 they {together}")
+def draw_drift(report: Json, theme: Theme) -> Figure:
+    """Draw how far the weights are apart over the training steps."""
+    drift = report["parity"]["drift"]
+    figure = new_figure(4.9)
+    axes = figure.subplots()
+    of_theme = {BLUE: theme.jax, VERMILION: theme.torch, BLACK: theme.ink}
+    colours = {name: of_theme.get(colour, colour) for name, (colour, _) in harness_report.DRIFT_LINES.items()}
+    harness_report.draw_drift(axes, drift["steps"], drift["curves"], colours)
     axes.grid(True)
-    made.legend(loc="outside lower left", ncols=1, fontsize=8.5)
-    return made
+    figure.legend(loc="outside lower left", ncols=1, fontsize=8.5)
+    together = "stay together; in float32 they part as rounding sends them" if drift["together"] else "part too"
+    set_title(figure, f"In float64 they {together}")
+    return figure
 
 
-def throughput(report: Json, theme: Theme) -> Figure:
-    """Images per second by configuration: medians, with bars to the quartiles."""
+def draw_throughput(report: Json, theme: Theme) -> Figure:
+    """Draw the images per second of every configuration: medians, with bars to the quartiles."""
     rows = report["speed"]["rows"][::-1]
-    made = figure(1.2 + 0.42 * len(rows))
-    axes = made.subplots()
-    for at, row in enumerate(rows):
+    figure = new_figure(1.2 + 0.42 * len(rows))
+    axes = figure.subplots()
+    for position, row in enumerate(rows):
         side = "jax" if row["name"] == "jax" else "torch"
         speed = row["images_per_second"]
         bars = [[speed["median"] - speed["low_quartile"]], [speed["high_quartile"] - speed["median"]]]
-        axes.errorbar(speed["median"], at, xerr=bars, fmt=MARKERS[side], color=theme.side(side), capsize=3)
+        axes.errorbar(speed["median"], position, xerr=bars, fmt=MARKERS[side], color=theme.side(side), capsize=3)
     axes.set_yticks(range(len(rows)), [row["title"].replace("PyTorch, ", "PyTorch,\n") for row in rows], fontsize=8.5)
     axes.set(xlabel="images per second (median, quartiles)", ylabel="configuration")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(True, axis="x")
     ratio = next(row for row in rows if row["name"] == "jax")["speed_to_best_torch"]["median"]
-    title(made, f"JAX trains {ratio:.2f} times as fast as the best PyTorch")
-    return made
+    set_title(figure, f"JAX trains {ratio:.2f} times as fast as the best PyTorch")
+    return figure
 
 
-def classes(report: Json, theme: Theme) -> Figure:
-    """Accuracy by class, with the standard error of each."""
+def draw_classes(report: Json, theme: Theme) -> Figure:
+    """Draw the accuracy of both frameworks by class, with the standard error of each."""
     rows = [row for row in report["scores"]["classes"] if row["images"]][::-1]
-    made = figure(4.2)
-    axes = made.subplots()
-    for side, shift in (("jax", 0.13), ("torch", -0.13)):
-        shares = np.array([row[side]["accuracy"] for row in rows])
-        errors = [math.sqrt(p * (1 - p) / row["images"]) for p, row in zip(shares, rows, strict=True)]
+    names = [report["classes"][row["label"]] for row in rows]
+    figure = new_figure(4.2)
+    axes = figure.subplots()
+    hardest = []
+    for (side, name), shift in zip(FRAMEWORKS.items(), (0.13, -0.13), strict=True):
+        accuracies = [row[side]["accuracy"] for row in rows]
+        errors = [math.sqrt(p * (1 - p) / row["images"]) for p, row in zip(accuracies, rows, strict=True)]
         axes.errorbar(
-            100 * shares,
+            100 * np.array(accuracies),
             np.arange(len(rows)) + shift,
             xerr=100 * np.array(errors),
             fmt=MARKERS[side],
             color=theme.side(side),
             capsize=2,
             elinewidth=1,
-            label=NAMES[side],
+            label=name,
         )
-    hardest = [report["classes"][min(rows, key=lambda row: row[side]["accuracy"])["label"]] for side in NAMES]
-    axes.set_yticks(range(len(rows)), [report["classes"][row["label"]] for row in rows])
+        hardest.append(names[int(np.argmin(accuracies))])
+    axes.set_yticks(range(len(rows)), names)
     axes.set(xlabel="recognised (% of the class), ± standard error", ylabel="class")
-    whose = f"{hardest[0]}, for both" if hardest[0] == hardest[1] else f"{hardest[0]} (JAX), {hardest[1]} (PyTorch)"
-    title(made, f"The hardest class: {whose}")
     axes.grid(True)
     axes.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none")
-    return made
+    jax, torch = hardest
+    set_title(figure, f"The hardest class: {f'{jax}, for both' if jax == torch else f'{jax} (JAX), {torch} (PyTorch)'}")
+    return figure

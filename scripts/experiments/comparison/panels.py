@@ -1,137 +1,149 @@
-"""Figures made of pictures: confusion, filters, feature maps, test images. Each is drawn from the report alone."""
+"""The figures that consist of pictures: confusion, filters, feature maps, test images. Drawn from the report alone."""
 
+import base64
+import io
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
-from experiments.comparison.arrays import pixels, unpack
-from experiments.comparison.charts import NAMES
-from experiments.comparison.theme import Theme, figure, title
+from experiments.answers import Framework
+from experiments.comparison.charts import Theme, new_figure, set_title
+from experiments.comparison.config import FRAMEWORKS
+from experiments.comparison.scores import decode
 
 Json = dict[str, Any]
 COLUMNS = 4  # of a grid of test images
+FILTER_COLUMNS = 8
 
 
-def confusion(report: Json, theme: Theme, side: str) -> Figure:
-    """How many images of each class one network takes for each class. The shade tells only mistakes apart."""
+def draw_confusion(report: Json, theme: Theme, side: Framework) -> Figure:
+    """Draw how many images of each class one network takes for each class. Only mistakes are shaded."""
     counts = np.array(report["scores"]["confusion"][side])
-    mistakes = off_diagonal(counts)
-    most = max(off_diagonal(np.array(each)).max() for each in report["scores"]["confusion"].values())
-    made = figure(5.0)
-    axes = made.subplots()
-    darkest = 1.6 * max(most, 1)
-    axes.imshow(mistakes, cmap=theme.sequential, vmin=0, vmax=darkest)
+    mistakes_of_both = {name: np.array(matrix) for name, matrix in report["scores"]["confusion"].items()}
+    for matrix in mistakes_of_both.values():
+        np.fill_diagonal(matrix, 0)
+    mistakes = mistakes_of_both[side]
+    darkest = 1.6 * max(1, *(matrix.max() for matrix in mistakes_of_both.values()))
+    figure = new_figure(5.0)
+    axes = figure.subplots()
+    axes.imshow(mistakes, cmap=sequential(theme), vmin=0, vmax=darkest)
     for row, column in np.argwhere(counts):
-        bold = "bold" if row == column else "normal"
-        colour = theme.paper if mistakes[row, column] > 0.45 * darkest else theme.ink
-        style: Json = {"ha": "center", "va": "center", "fontsize": 7.5, "fontweight": bold, "color": colour}
-        axes.text(column, row, f"{counts[row, column]}", **style)
+        style: Json = {
+            "color": theme.paper if mistakes[row, column] > 0.45 * darkest else theme.ink,
+            "fontweight": "bold" if row == column else "normal",
+        }
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=7.5, **style)
     names = report["classes"]
     axes.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_yticks(range(len(names)), names, fontsize=8.5)
     axes.tick_params(length=0)
     axes.set(xlabel="what the network says (number of images)", ylabel="what the image shows")
-    worst = np.unravel_index(mistakes.argmax(), mistakes.shape)
-    title(
-        made,
-        f"{NAMES[side]}'s commonest mistake, {mistakes.max()} times: {names[worst[0]]} taken for {names[worst[1]]}",
+    shown, predicted = np.unravel_index(mistakes.argmax(), mistakes.shape)
+    mistake = f"{names[shown]} taken for {names[predicted]}"
+    set_title(figure, f"{FRAMEWORKS[side]}'s commonest mistake, {mistakes.max()} times: {mistake}")
+    return figure
+
+
+def draw_filters(report: Json, theme: Theme, side: Framework) -> Figure:
+    """Draw the first layer's kernels of one network, on a scale that both networks share."""
+    kernels = {name: decode(encoded) for name, encoded in report["pictures"]["filters"].items()}
+    limit = max(float(np.abs(array).max()) for array in kernels.values())
+    figure = new_figure(3.2)
+    axes = figure.subplots()
+    picture = axes.imshow(
+        mosaic(kernels[side], FILTER_COLUMNS, row_gap=2), cmap=diverging(theme), vmin=-limit, vmax=limit
     )
-    return made
-
-
-def off_diagonal(counts: np.ndarray) -> np.ndarray:
-    """The mistakes alone."""
-    return np.where(np.eye(len(counts), dtype=bool), 0, counts)
-
-
-def filters(report: Json, theme: Theme, side: str) -> Figure:
-    """The first layer's kernels of one network, on a scale that both share."""
-    both = {name: unpack(each) for name, each in report["pictures"]["filters"].items()}
-    limit = max(float(np.abs(each).max()) for each in both.values())
-    made = figure(3.2)
-    axes = made.subplots()
-    picture = axes.imshow(mosaic(both[side], 8, gap=(2, 1)), cmap=theme.diverging, vmin=-limit, vmax=limit)
-    for at in range(len(both[side])):
-        row, column = divmod(at, 8)
-        axes.text(column * 4 + 1, row * 5 - 0.6, f"{at}", ha="center", va="bottom", fontsize=7)
-    bare(axes)
+    for number in range(len(kernels[side])):
+        row, column = divmod(number, FILTER_COLUMNS)
+        axes.text(column * 4 + 1, row * 5 - 0.6, f"{number}", ha="center", va="bottom", fontsize=7)
+    hide_frame(axes)
     axes.set_ylim(axes.get_ylim()[0], -2)
     axes.set(xlabel="column, in each kernel of 3 x 3", ylabel="row, in each kernel")
-    bar = made.colorbar(picture, ax=axes, shrink=0.85, pad=0.02)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.85, pad=0.02)
     bar.set_label("weight (no unit)")
     bar.outline.set_visible(False)
-    title(made, f"{NAMES[side]}'s first layer, filter by filter")
-    return made
+    set_title(figure, f"{FRAMEWORKS[side]}'s first layer, filter by filter")
+    return figure
 
 
-def features(report: Json, theme: Theme, side: str) -> Figure:
-    """One image's feature maps after each stage of one network, on a scale by stage that both share."""
+def draw_features(report: Json, theme: Theme, side: Framework) -> Figure:
+    """Draw one image's feature maps after each stage of one network. Both networks share the scale of a stage."""
     inside = report["inside"]
-    maps = {name: unpack(each) for name, each in report["pictures"]["features"][side].items()}
-    stages = [row for row in inside["stages"] if row["channels"]]
-    made = figure(1.0 + 0.82 * len(stages))
-    for row, axes in zip(stages, made.subplots(len(stages), 1), strict=True):
+    rows = [row for row in inside["stages"] if row["channels"]]
+    figure = new_figure(1.0 + 0.82 * len(rows))
+    for row, axes in zip(rows, figure.subplots(len(rows), 1), strict=True):
+        maps = decode(report["pictures"]["features"][side][row["stage"]])
+        number, size, _ = maps.shape
         signed = row["stage"].startswith("conv")
-        colours = theme.diverging if signed else theme.sequential
-        low = -row["largest"] if signed else 0.0
-        axes.imshow(mosaic(maps[row["stage"]], len(row["channels"])), cmap=colours, vmin=low, vmax=row["largest"])
-        size = row["shape"][-1]
-        bare(axes)
-        places = [at * (size + 1) + (size - 1) / 2 for at in range(len(row["channels"]))]
-        axes.set_xticks(places, row["channels"], fontsize=7)
+        axes.imshow(
+            mosaic(maps, number),
+            cmap=diverging(theme) if signed else sequential(theme),
+            vmin=-row["largest"] if signed else 0,
+            vmax=row["largest"],
+        )
+        hide_frame(axes)
+        axes.set_xticks(np.arange(number) * (size + 1) + (size - 1) / 2, row["channels"], fontsize=7)
         axes.tick_params(length=0, pad=1)
         axes.set_ylabel(f"{row['stage']}\n{size} x {size}", rotation=0, ha="right", va="center", fontsize=8.5)
-    name = report["classes"][inside["label"]].lower()
-    title(
-        made, f"{NAMES[side]} on test image {inside['image']} ({name}): ever smaller maps, of less where and more what"
-    )
-    made.supxlabel("columns of pixels; under each map, its channel", fontsize=9)
-    made.supylabel("stages; in each, rows of pixels", fontsize=9)
-    return made
+    image = f"test image {inside['image']} ({report['classes'][inside['label']].lower()})"
+    set_title(figure, f"{FRAMEWORKS[side]} on {image}: ever smaller maps, of less where and more what")
+    figure.supxlabel("columns of pixels; under each map, its channel", fontsize=9)
+    figure.supylabel("stages; in each, rows of pixels", fontsize=9)
+    return figure
 
 
-def mosaic(pictures: np.ndarray, columns: int, gap: tuple[int, int] = (1, 1)) -> np.ndarray:
-    """Pictures [number, row, column] in rows of so many; between them, gaps of rows and columns that are not drawn."""
+def mosaic(
+    pictures: Float[np.ndarray, "number row column"], columns: int, row_gap: int = 1
+) -> Float[np.ndarray, "row column"]:
+    """Return pictures side by side in rows. The gaps between them are NaN, which is not drawn."""
     number, height, width = pictures.shape
-    lines = -(-number // columns)
-    down, right = height + gap[0], width + gap[1]
-    whole = np.full((lines * down - gap[0], columns * right - gap[1]), np.nan)
-    for at, picture in enumerate(pictures):
-        row, column = divmod(at, columns)
-        top, left = row * down, column * right
-        whole[top : top + height, left : left + width] = picture
-    return whole
+    padded = np.full((number, height + row_gap, width + 1), np.nan)
+    padded[:, :height, :width] = pictures
+    rows = padded.reshape(-1, columns, height + row_gap, width + 1).swapaxes(1, 2)
+    return rows.reshape(-1, columns * (width + 1))[:-row_gap, :-1]
 
 
-def grid(report: Json, theme: Theme, key: str) -> Figure:
-    """Test images with what both networks say of them, and how sure they are."""
-    rows = report[key]
-    lines = -(-len(rows) // COLUMNS)
-    made = figure(1.0 + 1.75 * lines)
-    cells = made.subplots(lines, COLUMNS, squeeze=False)
-    for axes in cells.flat:
-        bare(axes)
+def draw_images(report: Json, theme: Theme, key: str) -> Figure:
+    """Draw test images with what both networks say of them, and their confidence."""
+    images = report[key]
+    rows = -(-len(images) // COLUMNS)
+    figure = new_figure(1.0 + 1.75 * rows)
+    cells = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    for axes in cells:
+        hide_frame(axes)
         axes.set_visible(False)
-    for row, axes in zip(rows, cells.flat, strict=False):
+    for image, axes in zip(images, cells, strict=False):
         axes.set_visible(True)
-        axes.imshow(pixels(report["pictures"]["test_images"][str(row["image"])]), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{row['image']}: {report['classes'][row['label']]}", fontsize=7.5, loc="center", pad=3)
-        for line, side in enumerate(NAMES):
-            said = f"{report['classes'][row[side]['predicted']]} {row[side]['confidence']:.0%}"
-            place = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 7.5}
-            axes.text(0.5, -0.04 - 0.13 * line, said, color=theme.side(side), **place)
+        png = base64.b64decode(report["pictures"]["test_images"][str(image["image"])])
+        axes.imshow(np.asarray(Image.open(io.BytesIO(png))), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{image['image']}: {report['classes'][image['label']]}", fontsize=7.5, loc="center", pad=3)
+        for line, side in enumerate(FRAMEWORKS):
+            answer = f"{report['classes'][image[side]['predicted']]} {image[side]['confidence']:.0%}"
+            place = {"transform": axes.transAxes, "ha": "center", "va": "top"}
+            axes.text(0.5, -0.04 - 0.13 * line, answer, color=theme.side(side), fontsize=7.5, **place)
     what = "on which they disagree" if key == "disagreements" else "and what both say of them"
-    title(made, f"Test images {what}: JAX above, PyTorch below")
-    made.supxlabel("column of pixels; number and class above each image", fontsize=9)
-    made.supylabel("row of pixels", fontsize=9)
-    return made
+    set_title(figure, f"Test images {what}: JAX above, PyTorch below")
+    figure.supxlabel("column of pixels; number and class above each image", fontsize=9)
+    figure.supylabel("row of pixels", fontsize=9)
+    return figure
 
 
-def bare(axes: Axes) -> None:
-    """No ticks and no frame: pixels need none."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def hide_frame(axes: Axes) -> None:
+    """Remove the ticks and the frame, which pixels do not need."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def sequential(theme: Theme) -> Colormap:
+    """Return a colour map from the paper's colour, for 0, to the ink's."""
+    return LinearSegmentedColormap.from_list("sequential", [theme.paper, theme.ink])
+
+
+def diverging(theme: Theme) -> Colormap:
+    """Return a colour map with the paper's colour, for 0, in the middle."""
+    return LinearSegmentedColormap.from_list("diverging", [theme.negative, theme.paper, theme.positive])

@@ -1,140 +1,152 @@
-"""The two programs, part by part: which pieces of the real files the page shows beside one another."""
+"""The two programs side by side: pieces of the project's own files, found by name, and their lines of code."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import ast
+import io
+import textwrap
+import tokenize
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
-from experiments.comparison.sources import Cut, code_lines, count_lines, listing
+from experiments.comparison.config import FRAMEWORKS, ROOT
 
 Json = dict[str, Any]
 
-
-class Program(NamedTuple):
-    """One part of the program as one side writes it."""
-
-    side: str
-    label: str
-    cuts: Sequence[Cut]
-    ran: bool = True
-    """Whether the two commands run it by default: of the dialects, one does."""
-
-
-class Stage(NamedTuple):
-    """One part of the program, in each framework, and what to see in it."""
-
-    title: str
-    lesson: str
-    programs: Sequence[Program]
-
-
-def stage(title: str, lesson: str, torch: Sequence[Cut], jax: Sequence[Cut]) -> Stage:
-    """A part that either side writes in one way."""
-    return Stage(title, lesson, [Program("torch", "PyTorch", torch), Program("jax", "JAX", jax)])
-
-
-DIALECTS = "jax_cnn/dialects"
-OPERATIONS = "jax_cnn/ops.py"
-STAGES = (
-    stage(
-        "Data",
-        "PyTorch's loader fetches and converts one image at a time on the way to a batch. JAX gathers 64 batches of "
-        "raw bytes at once and scales them on the device. The order of the images is one and the same.",
-        [Cut("torch_ref/data.py", "load_dataset"), Cut("torch_ref/data.py", "load_batches")],
-        [
-            Cut("jax_cnn/feed.py", "Feed.chunks"),
-            Cut("jax_cnn/feed.py", "Feed._send"),
-            Cut("jax_cnn/train.py", "to_images"),
+# What the page shows, by part of the program and by the way to write it. Each piece is a file and a definition in it
+# (`Class.method` for a method). If only some of its statements are shown, two more words say how the first and the last
+# of them begin.
+PROGRAMS = {
+    "Data": {
+        "PyTorch": ["torch_ref/data.py load_dataset", "torch_ref/data.py load_batches"],
+        "JAX": ["jax_cnn/feed.py Feed.chunks", "jax_cnn/feed.py Feed._send", "jax_cnn/train.py to_images"],
+    },
+    "Model": {
+        "PyTorch": ["torch_ref/model.py SimpleCNN"],
+        "JAX with Flax Linen": [
+            "jax_cnn/dialects/linen.py ConvReluPool",
+            "jax_cnn/dialects/linen.py SimpleCNN",
+            "jax_cnn/dialects/__init__.py conv_bias_relu_pool",
         ],
-    ),
-    Stage(
-        "Model",
-        "A PyTorch module owns its weights and is called; a batch is [image, channel, row, column]. In JAX a network "
-        "is a function of the weights and the images [image, row, column, channel], and there are three ways to write "
-        "it. Plain functions hide nothing. A Linen module is a description that declares its weights where it uses "
-        "them and keeps none. An NNX module holds its weights, as PyTorch's does, and is taken apart for training. "
-        "All three have the same weights, share `conv_bias_relu_pool` and give the same numbers; `tap` lets the tests "
-        "look inside.",
-        [
-            Program("torch", "PyTorch", [Cut("torch_ref/model.py", "SimpleCNN")]),
-            Program(
-                "jax",
-                "JAX with Flax Linen",
-                [
-                    Cut(f"{DIALECTS}/linen.py", "ConvReluPool"),
-                    Cut(f"{DIALECTS}/linen.py", "SimpleCNN"),
-                    Cut(f"{DIALECTS}/__init__.py", "conv_bias_relu_pool"),
-                ],
-            ),
-            Program(
-                "jax",
-                "JAX with Flax NNX",
-                [Cut(f"{DIALECTS}/nnx.py", "ConvReluPool"), Cut(f"{DIALECTS}/nnx.py", "SimpleCNN")],
-                ran=False,
-            ),
-            Program(
-                "jax",
-                "JAX in plain functions",
-                [Cut(f"{DIALECTS}/plain.py", name) for name in ("dense", "conv_relu_pool", "simple_cnn")],
-                ran=False,
-            ),
+        "JAX with Flax NNX": ["jax_cnn/dialects/nnx.py ConvReluPool", "jax_cnn/dialects/nnx.py SimpleCNN"],
+        "JAX in plain functions": [
+            "jax_cnn/dialects/plain.py dense",
+            "jax_cnn/dialects/plain.py conv_relu_pool",
+            "jax_cnn/dialects/plain.py simple_cnn",
         ],
-    ),
-    stage(
-        "Loss",
-        "Cross-entropy from logits on both sides. In JAX it has to be a function of the weights, because that is what "
-        "will be differentiated.",
-        [Cut("torch_ref/train.py", "criterion")],
-        [Cut("jax_cnn/train.py", "cross_entropy"), Cut("jax_cnn/train.py", "loss_fn")],
-    ),
-    stage(
-        "Step",
-        "PyTorch records the forward pass, fills in gradients where the weights are, and changes them in place. JAX "
-        "turns the loss into a function that returns gradients, and a step into one from state to state.",
-        [
-            Cut("torch_ref/trainer.py", "TorchTrainer.__init__", "self._optimizer"),
-            Cut("torch_ref/train.py", "train_one_epoch", "optimizer.zero_grad", "optimizer.step"),
+    },
+    "Loss": {
+        "PyTorch": ["torch_ref/train.py criterion"],
+        "JAX": ["jax_cnn/train.py cross_entropy", "jax_cnn/train.py loss_fn"],
+    },
+    "Step": {
+        "PyTorch": [
+            "torch_ref/trainer.py TorchTrainer.__init__ self._optimizer self._optimizer",
+            "torch_ref/train.py train_one_epoch optimizer.zero_grad optimizer.step",
         ],
-        [Cut("jax_cnn/train.py", "make_optimizer"), Cut("jax_cnn/train.py", "train_step")],
-    ),
-    stage(
-        "Loop",
-        "PyTorch comes back to Python after every step. In JAX 64 steps are one compiled program, and Python only sees "
-        "that the next batches are on their way.",
-        [Cut("torch_ref/train.py", "train_one_epoch"), Cut("torch_ref/trainer.py", "TorchTrainer.train_epoch")],
-        [Cut("jax_cnn/train.py", "train_chunk"), Cut("jax_cnn/trainer.py", "JaxTrainer.train_epoch")],
-    ),
-)
+        "JAX": ["jax_cnn/train.py make_optimizer", "jax_cnn/train.py train_step"],
+    },
+    "Loop": {
+        "PyTorch": ["torch_ref/train.py train_one_epoch", "torch_ref/trainer.py TorchTrainer.train_epoch"],
+        "JAX": ["jax_cnn/train.py train_chunk", "jax_cnn/trainer.py JaxTrainer.train_epoch"],
+    },
+}
+NOT_RUN = {"JAX with Flax NNX", "JAX in plain functions"}  # unless --dialect asks for them
+OPERATIONS = "jax_cnn/ops.py"  # replaces calls of a library, so it is neither shown nor counted with the rest
 
 
-def stages() -> list[Json]:
-    """Every stage with its listings, and how many lines of code each program takes for it."""
+def describe_parts() -> list[Json]:
+    """Return every part of the program with the listings and the lines of code of each way to write it."""
     return [
-        {"title": each.title, "lesson": each.lesson, "programs": [describe(program) for program in each.programs]}
-        for each in STAGES
+        {"title": title, "programs": [describe_program(label, places) for label, places in programs.items()]}
+        for title, programs in PROGRAMS.items()
     ]
 
 
-def describe(program: Program) -> Json:
-    """One program with its listings."""
-    listings = [listing(cut) for cut in program.cuts]
+def describe_program(label: str, places: Iterable[str]) -> Json:
+    """Return one way to write one part of the program."""
+    listings = [read_listing(*place.split()) for place in places]
     return {
-        "side": program.side,
-        "label": program.label,
-        "ran": program.ran,
+        "side": "torch" if label == "PyTorch" else "jax",
+        "label": label,
+        "ran": label not in NOT_RUN,
         "lines": count_lines(listings),
         "listings": listings,
     }
 
 
-def operations() -> Json:
-    """What JAX's network calls where PyTorch's calls its library: not shown, and not counted with the rest."""
-    return {"file": OPERATIONS, "lines": len(code_lines(OPERATIONS))}
+def total_lines(parts: Iterable[Json]) -> dict[str, int]:
+    """Return each framework's lines of code in the programs that ran."""
+    programs = [program for part in parts for program in part["programs"] if program["ran"]]
+    return {
+        side: count_lines(listing for program in programs if program["side"] == side for listing in program["listings"])
+        for side in FRAMEWORKS
+    }
 
 
-def total_lines(told: Sequence[Json]) -> dict[str, int]:
-    """Lines of code of all that ran; what is shown twice counts once."""
+def count_lines(listings: Iterable[Json]) -> int:
+    """Return the number of lines of code. A line that two listings share counts once."""
+    lines = {
+        (listing["file"], line)
+        for listing in listings
+        for line in code_lines(listing["file"]) & set(range(listing["first_line"], listing["last_line"] + 1))
+    }
+    return len(lines)
 
-    def ran(side: str) -> list[Json]:
-        programs = [program for stage in told for program in stage["programs"]]
-        return [each for one in programs if one["side"] == side and one["ran"] for each in one["listings"]]
 
-    return {side: count_lines(ran(side)) for side in ("jax", "torch")}
+def read_listing(file: str, name: str, first: str = "", last: str = "") -> Json:
+    """Return the code of a definition without its indentation, and its place.
+
+    Args:
+        file: its path from the root of the project.
+        name: the name of the definition, or `Class.method`.
+        first: the beginning of the first statement to show. Empty for the whole definition.
+        last: the beginning of the last statement to show.
+
+    Raises:
+        LookupError: the file does not hold it.
+    """
+    definition: ast.AST = ast.parse(read_source(file))
+    for part in name.split("."):
+        definition = next((node for node in getattr(definition, "body", []) if defines(node, part)), ast.Module([], []))
+    # The walk begins with the definition itself, which is the one that an empty text takes.
+    statements = [node for node in ast.walk(definition) if isinstance(node, ast.stmt)]
+    begin, end = (
+        next((node for node in statements if ast.unparse(node).startswith(text)), None) for text in (first, last)
+    )
+    if begin is None or end is None:
+        raise LookupError(f"{file} holds no {name} {first} {last}".rstrip())
+    first_line = min(node.lineno for node in (begin, *getattr(begin, "decorator_list", [])))
+    last_line = end.end_lineno or end.lineno
+    code = read_source(file).splitlines()[first_line - 1 : last_line]
+    return {
+        "file": file,
+        "name": name,
+        "first_line": first_line,
+        "last_line": last_line,
+        "code": textwrap.dedent("\n".join(code)),
+    }
+
+
+def defines(statement: ast.stmt, name: str) -> bool:
+    """Return whether a statement defines a function, a class or a variable of this name."""
+    if isinstance(statement, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id == name for target in statement.targets)
+    return isinstance(statement, ast.FunctionDef | ast.ClassDef) and statement.name == name
+
+
+@cache
+def code_lines(file: str) -> frozenset[int]:
+    """Return the numbers of the lines that hold code: not blank, not a comment, not a docstring."""
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(read_source(file)).readline)
+    lines = {line for token in tokens if token.type not in ignored for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(read_source(file))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return frozenset(lines)
+
+
+@cache
+def read_source(file: str) -> str:
+    """Return the text of a file of this project."""
+    return (ROOT / file).read_text(encoding="utf-8")

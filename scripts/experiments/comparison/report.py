@@ -1,165 +1,238 @@
-"""Everything that the page shows, in one JSON object: measured step by step, with visible progress."""
+"""Measure everything that the page shows, and return it as one object for JSON."""
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from experiments import processes
-from experiments.comparison import programs, scores, verdict
-from experiments.comparison.arrays import pack, png
-from experiments.comparison.earlier import read_benchmark
-from experiments.comparison.settings import COMMITTED_BENCHMARK, CompareConfig
-from experiments.comparison.training import FRAMEWORKS, Framework, Run, initial_weights, obtain
+from experiments.answers import Framework
+from experiments.comparison import programs, scores
+from experiments.comparison.config import COMMITTED_BENCHMARK, FRAMEWORKS, ROOT, CompareConfig
+from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initial_weights
+from experiments.records import explain_mismatch
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, load_fashion_mnist
+from jax_cnn.data import CLASS_NAMES
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import load_weights
 
 Json = dict[str, Any]
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "matplotlib")
 SECTIONS = 6
-SLACK = 1  # images: a tie within rounding may fall differently in a batch of another size. Worst seen: 0
-MAPS = 8  # feature maps of each stage that are shown
-LOOKED_INTO = 0  # the test image whose feature maps are shown
-IMAGES = 40 * 64 + 32  # that the harness trains on, as in scripts/parity_report.py
-NAMES = {"jax": "JAX", "torch": "PyTorch"}
+PARITY_IMAGES = 40 * 64 + 32  # on which the harness trains, as in scripts/parity_report.py
+STANDARD_ERRORS = 2.0  # by which two accuracies may differ
+SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "times_floor", "peak_bytes")
 
 
 def measure(config: CompareConfig, progress: ProgressBar) -> Json:
-    """Train or take both runs, and measure all that the page shows.
+    """Train both frameworks or take finished runs, and measure everything that the page shows.
 
     Raises:
-        UserError: a run does not fit, training fails, or a run's weights do not give the accuracy that it tells.
+        UserError: a run does not fit, training fails, or a run's weights do not have the accuracy in its metrics.
     """
-    progress.begin("PyTorch's initial weights, for both", 0, SECTIONS)
-    initial = initial_weights(config)
+
+    def begin(number: int, title: str) -> None:
+        progress.begin(title, number - 1, SECTIONS)
+        progress.say(f"{number} of {SECTIONS}: {title}")
+
+    begin(1, "PyTorch's initial weights, for both")
+    initial = save_initial_weights(config)
     runs: dict[Framework, Run] = {}
-    for number, framework in enumerate(FRAMEWORKS, start=1):
-        progress.begin(f"training with {NAMES[framework]}", number, SECTIONS)
-        runs[framework] = obtain(framework, config, initial, progress.report, progress.say)
-    progress.begin("speed by configuration", 3, SECTIONS)
-    result = provenance(PACKAGES) | {
+    for number, (framework, name) in enumerate(FRAMEWORKS.items(), start=2):
+        begin(number, f"training with {name}")
+        runs[framework] = obtain_run(framework, config, initial, progress)
+    begin(4, "speed by configuration")
+    report = provenance(PACKAGES) | {
         "config": asdict(config),
         "classes": list(CLASS_NAMES),
-        "runs": {framework: run.as_json() for framework, run in runs.items()},
-        "speed": speed_table(config, progress.report),
-        "programs": programs.stages(),
-        "operations": programs.operations(),
+        "runs": {framework: run._asdict() for framework, run in runs.items()},
+        "speed": measure_speed(config, progress.report),
+        "programs": programs.describe_parts(),
+        "operations": {"file": programs.OPERATIONS, "lines": len(programs.code_lines(programs.OPERATIONS))},
     }
-    progress.begin("test images", 4, SECTIONS)
-    result |= look(config, runs)
-    progress.begin("parity in float64", 5, SECTIONS)
-    result["parity"] = hold_together(config, progress.report)
-    result["headline"] = headline(result)
-    result["verdict"] = verdict.judge(result)
-    return result
+    begin(5, "test images")
+    report |= scores.measure_networks(config, runs)
+    begin(6, "parity in float64")
+    report["parity"] = measure_parity(config, progress.report)
+    report["headline"] = headline(report)
+    report["verdict"] = judge(report)
+    return report
 
 
-def speed_table(config: CompareConfig, show: Callable[[str], None]) -> Json:
-    """From the file asked for, from a benchmark here and now, or the figures that come with the project.
+def check_named(config: CompareConfig) -> None:
+    """Check the files and the runs that the command line names, before any work is done.
 
     Raises:
-        UserError: the file is no benchmark's, or the benchmark failed.
+        UserError: one is missing, has other content, or is not a finished run of this configuration.
+    """
+    if config.benchmark is not None:
+        read_speed(config.benchmark)
+    if config.parity_report is not None:
+        read_parity(config.parity_report)
+    for framework in FRAMEWORKS:
+        folder, wanted = config.named_run(framework), config.training(framework)
+        if folder and (reason := explain_mismatch(folder, framework, wanted, ignored=MAY_DIFFER, same_machine=False)):
+            raise UserError(f"--{framework}-run {folder}: {reason}; give a run that fits, or omit the flag to train")
+
+
+def read_result(flag: str, file: Path, expected: str, pick: Callable[[Json], Json]) -> Json:
+    """Return what `pick` takes from a JSON file.
+
+    Raises:
+        UserError: the file is missing, or `pick` does not find what it needs.
+    """
+    try:
+        return pick(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        reason = "its content is not what is needed"
+    raise UserError(f"{flag} {file}: {reason}; give {expected}")
+
+
+def read_speed(file: Path) -> Json:
+    """Read the speed of every configuration from a benchmark.json, and where it was measured."""
+
+    def pick(result: Json) -> Json:
+        contenders = result["contest"]["contenders"]
+        return {
+            "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
+            "command": result["command"].replace(f"{ROOT}/", ""),  # as a person would type it
+            **{name: result[name] for name in ("started", "machine", "versions")},
+            "busy": result["load_before"],
+            "batch_size": result["config"]["batch_size"],
+            "best_torch": contenders[result["contest"]["best_torch"]]["title"],
+            "rows": [
+                {"name": name} | {key: contender[key] for key in SPEEDS}
+                for name, contender in contenders.items()
+                if "rounds" in contender
+            ],
+        }
+
+    return read_result("--benchmark", file, "a benchmark.json that scripts/benchmark.py wrote", pick)
+
+
+def measure_speed(config: CompareConfig, show: Callable[[str], None]) -> Json:
+    """Read the speed table from a file, or measure it now if the command line asks for that.
+
+    Raises:
+        UserError: the file is missing or has other content, or the benchmark failed.
     """
     if not config.run_benchmark:
-        return read_benchmark(config.benchmark or COMMITTED_BENCHMARK)
+        return read_speed(config.benchmark or COMMITTED_BENCHMARK)
     folder = config.out_dir / "benchmark"
-    places = ["--out-dir", str(folder), "--data-dir", str(config.data_dir)]
-    processes.run("benchmark", ["--quick", *places], lambda line: show(line[:60]))
-    return read_benchmark(folder / "benchmark.json")
+    arguments = ["--quick", "--out-dir", str(folder), "--data-dir", str(config.data_dir)]
+    processes.run("benchmark", arguments, lambda line: show(line[:60]))
+    return read_speed(folder / "benchmark.json")
 
 
-def look(config: CompareConfig, runs: dict[Framework, Run]) -> Json:
-    """What both trained networks say of the test images, and how they look inside.
+def read_parity(file: Path) -> Json:
+    """Read a report.json with a drift, and where it was measured."""
 
-    Raises:
-        UserError: a run's weights do not give the accuracy that it tells.
-    """
-    from experiments.comparison.networks import jax_answers, torch_answers  # only now: they load the frameworks
-
-    weights = {framework: load_weights(run.weights, "float32") for framework, run in runs.items()}
-    where = (config.data_dir, config.limit_test, LOOKED_INTO)
-    answers = {"jax": jax_answers(weights["jax"], *where), "torch": torch_answers(weights["torch"], *where)}
-    data = load_fashion_mnist(config.data_dir)
-    labels = data.test_labels[: config.limit_test].astype(np.int64)
-    logits = {side: each.logits for side, each in answers.items()}
-    told = scores.compare(logits, labels)
-    for framework, run in runs.items():
-        claimed, found = run.epochs[-1]["test_accuracy"], told["accuracy"][framework]
-        if abs(claimed - found) * len(labels) > SLACK + 0.5:
-            raise UserError(
-                f"{run.folder}: its weights score {found:.2%}, and its metrics say {claimed:.2%}; train it again"
-            )
-    grid = scores.predictions(list(range(min(config.images, len(labels)))), logits, labels)
-    apart = scores.predictions(told["disagreements"][: config.disagreements], logits, labels)
-    stages = {side: each.stages for side, each in answers.items()}
-    channels = {name: liveliest(maps) for name, maps in stages["torch"].items() if maps.ndim == 3}
-    shown = sorted({LOOKED_INTO, *(row["image"] for row in (*grid, *apart))})
-    return {
-        "scores": told,
-        "predictions": grid,
-        "disagreements": apart,
-        "inside": {"image": LOOKED_INTO, "label": int(labels[LOOKED_INTO]), "stages": stage_rows(stages, channels)},
-        "pictures": {
-            "test_images": {str(image): png(data.test_images[image]) for image in shown},
-            "filters": {side: pack(each["conv1.weight"][:, 0]) for side, each in weights.items()},
-            "features": {
-                side: {name: pack(maps[channels[name]] if name in channels else maps) for name, maps in each.items()}
-                for side, each in stages.items()
-            },
-        },
-    }
-
-
-def liveliest(maps: np.ndarray) -> list[int]:
-    """The channels whose maps vary most, in their own order."""
-    return sorted(np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:MAPS].tolist())
-
-
-def stage_rows(stages: dict[str, dict[str, np.ndarray]], channels: dict[str, list[int]]) -> list[Json]:
-    """How far apart the trained networks' outputs are in each stage, in units of PyTorch's largest."""
-    return [
-        {
-            "stage": name,
-            "shape": list(theirs.shape),
-            "channels": channels.get(name),
-            "furthest": float(np.abs(stages["jax"][name] - theirs).max()),
-            "median": float(np.median(np.abs(stages["jax"][name] - theirs))),
-            "largest": float(np.abs(theirs).max()),
+    def pick(result: Json) -> Json:
+        steps = result["drift"]["steps"]
+        if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
+            raise ValueError("no drift")
+        source = {name: result[name] for name in ("command", "started", "machine", "versions")}
+        return {
+            "first_divergence": result["first_divergence"],
+            "passed": result.get("passed", []),  # which reports of earlier versions do not list
+            "stages": result["stages"],
+            "drift": result["drift"],
+            "source": source | {"file": str(file)},
         }
-        for name, theirs in stages["torch"].items()
-    ]
+
+    return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
 
 
-def hold_together(config: CompareConfig, show: Callable[[str], None]) -> Json:
-    """The harness's verdict on the code, whatever the two runs came to.
+def measure_parity(config: CompareConfig, show: Callable[[str], None]) -> Json:
+    """Compare the two implementations with the harness, or read an earlier comparison from a file.
 
     Raises:
-        UserError: the file asked for is no parity report.
+        UserError: the file is missing or has other content.
     """
-    from experiments.comparison import parity  # only now: it loads the frameworks
-    from parity_tests.harness.product_pairs import simple_cnn
-
     if config.parity_report is not None:
-        return parity.taken(config.parity_report)
-    return parity.measure(simple_cnn(config.data_dir, IMAGES), config.seed, config.drift_steps, show)
+        return describe_parity(read_parity(config.parity_report))
+    from parity_tests.harness.product_pairs import simple_cnn  # only now: it loads both frameworks
+    from parity_tests.harness.report import examine
+
+    pair = simple_cnn(config.data_dir, PARITY_IMAGES)
+    return describe_parity(examine(pair, config.seed, config.drift_steps, show))
+
+
+def describe_parity(result: Json) -> Json:
+    """Return what the page needs of a result of the harness."""
+    from parity_tests.harness.checks import CHECKS, STAGE_BOUND  # only now: they load both frameworks
+    from parity_tests.harness.trajectory import TRAJECTORY_BOUND
+
+    first = result["first_divergence"]
+    curves = dict(result["drift"])
+    steps = curves.pop("steps")
+    return {
+        "checks": list(CHECKS),
+        "passed": result["passed"] if first else list(CHECKS),
+        "first_divergence": first,
+        "bound": STAGE_BOUND.limit,
+        "stages": result["stages"],
+        "drift": {
+            "steps": steps,
+            "curves": curves,
+            "together": not first and curves["float64: JAX from PyTorch"][-1] <= TRAJECTORY_BOUND.limit,
+        },
+        "source": result.get("source"),
+    }
 
 
 def headline(report: Json) -> list[Json]:
-    """The table at the top, a row for each figure; None where it was not measured."""
-    rows = {side: report["runs"][side]["epochs"] for side in FRAMEWORKS}
-    lines = programs.total_lines(report["programs"])
+    """Return the rows of the table at the top. A figure that was not measured is None."""
+    epochs = {side: report["runs"][side]["epochs"] for side in FRAMEWORKS}
     figures: dict[str, Json] = {
-        "accuracy": {side: each[-1]["test_accuracy"] for side, each in rows.items()},
-        "loss": {side: each[-1]["test_loss"] for side, each in rows.items()},
-        "epoch_seconds": {side: median(row["train_seconds"] for row in each) for side, each in rows.items()},
-        "compile_seconds": {side: sum(row["compile_seconds"] for row in each) for side, each in rows.items()},
+        "accuracy": {side: rows[-1]["test_accuracy"] for side, rows in epochs.items()},
+        "loss": {side: rows[-1]["test_loss"] for side, rows in epochs.items()},
+        "epoch_seconds": {side: median(row["train_seconds"] for row in rows) for side, rows in epochs.items()},
+        "compile_seconds": {side: sum(row["compile_seconds"] for row in rows) for side, rows in epochs.items()},
         "peak_bytes": {side: report["runs"][side]["peak_bytes"] for side in FRAMEWORKS},
-        "lines": lines,
+        "lines": programs.total_lines(report["programs"]),
     }
-    return [{"figure": name, **figure} for name, figure in figures.items()]
+    return [{"figure": name, **values} for name, values in figures.items()]
+
+
+def judge(report: Json) -> Json:
+    """Decide from the measured numbers whether the two train the same network, and say it in a sentence."""
+    epochs = report["runs"]["jax"]["epochs"]
+    jax, torch = (report["runs"][side]["epochs"][-1]["test_accuracy"] for side in FRAMEWORKS)
+    allowed = STANDARD_ERRORS * standard_error(jax, torch, report["scores"]["images"])
+    training = f"after {len(epochs)} epoch{'s' if len(epochs) != 1 else ''}"
+    accuracies = f"they score {100 * jax:.2f} % and {100 * torch:.2f} %, {100 * abs(jax - torch):.2f} points apart"
+    reasons = []
+    if divergence := report["parity"]["first_divergence"]:
+        reasons.append(f"in float64 they differ by more than rounding ({divergence})")
+    if not abs(jax - torch) <= allowed:  # NaN must not pass
+        reasons.append(f"{training} {accuracies}, of which chance explains {100 * allowed:.2f}")
+    if reasons:
+        sentence = f"JAX and PyTorch do not train the same network: {'; and '.join(reasons)}."
+    else:
+        sentence = (
+            f"JAX and PyTorch train the same network: in float64 all {len(report['parity']['checks'])} checks agree to "
+            f"rounding, and {training} from the same weights on the same batches {accuracies} where chance alone "
+            f"explains {100 * allowed:.2f}."
+        )
+    return {
+        "same": not reasons,
+        "accuracy_allowed": allowed,
+        "standard_errors": STANDARD_ERRORS,
+        "sentence": sentence,
+    }
+
+
+def standard_error(jax: float, torch: float, images: int) -> float:
+    """Return the standard error of a difference of two accuracies: sqrt(p (1 - p) / n) of each, added in squares.
+
+    Two networks on the same images differ less than this by chance, but the chance of training adds to it. Over ten
+    seeds, full trainings of the two were 0.27 points apart (standard deviation), where this gives 0.39.
+    """
+    return math.sqrt(sum(accuracy * (1 - accuracy) / images for accuracy in (jax, torch)))

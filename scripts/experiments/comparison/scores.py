@@ -1,84 +1,155 @@
-"""What two networks' logits say: who is right, where they disagree, and how sure they are. NumPy alone."""
+"""Compare the two trained networks on the test images: their answers, and their stages on one image."""
 
+import base64
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped, UInt8
+from PIL import Image
+
+from experiments.answers import Framework, compute_logits, compute_stages
+from experiments.comparison.config import FRAMEWORKS, CompareConfig
+from experiments.comparison.runs import Run
+from jax_cnn.config import UserError
+from jax_cnn.data import load_fashion_mnist
+from jax_cnn.run.folder import WEIGHTS
+from jax_cnn.torch_layout import load_weights
 
 Json = dict[str, Any]
 Logits = Float[np.ndarray, "size 10"]
 Labels = Int[np.ndarray, " size"]
 
 CLASSES = 10
+SLACK = 1  # images: in a batch of another size, rounding may decide a tie otherwise. Worst seen: 0
+MAPS = 8  # feature maps to show of each stage
+INSIDE = 0  # number of the test image whose feature maps are shown
 
 
 def softmax(logits: Logits) -> Float[np.ndarray, "size 10"]:
-    """Probabilities, in float64."""
+    """Return probabilities in float64."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def confusion(predicted: Labels, labels: Labels) -> Int[np.ndarray, "10 10"]:
-    """How many images of each class (row) were taken for each class (column)."""
+def count_confusion(predicted: Labels, labels: Labels) -> Int[np.ndarray, "10 10"]:
+    """Return how many images of each class (row) the network takes for each class (column)."""
     counts = np.zeros((CLASSES, CLASSES), np.int64)
     np.add.at(counts, (labels, predicted), 1)
     return counts
 
 
-def compare(logits: dict[str, Logits], labels: Labels) -> Json:
-    """Everything that the page tells of the test set, from the logits of `jax` and `torch`."""
-    probabilities = {side: softmax(each) for side, each in logits.items()}
-    predicted = {side: each.argmax(axis=1) for side, each in logits.items()}
-    right = {side: each == labels for side, each in predicted.items()}
-    apart = np.flatnonzero(predicted["jax"] != predicted["torch"])
-    counts = {side: confusion(each, labels) for side, each in predicted.items()}
+def compare(logits: Mapping[Framework, Logits], labels: Labels) -> Json:
+    """Compare what the two networks say of the test set, from the logits of `jax` and of `torch`."""
+    confidence = np.array([softmax(logits[side]).max(axis=1) for side in FRAMEWORKS])
+    predicted = {side: logits[side].argmax(axis=1) for side in FRAMEWORKS}
+    jax, torch = (predicted[side] == labels for side in FRAMEWORKS)
+    disagreements = np.flatnonzero(predicted["jax"] != predicted["torch"])
+    confusion = {side: count_confusion(predicted[side], labels) for side in FRAMEWORKS}
     return {
         "images": len(labels),
-        "accuracy": {side: float(each.mean()) for side, each in right.items()},
-        "both_right": int((right["jax"] & right["torch"]).sum()),
-        "only_jax_right": int((right["jax"] & ~right["torch"]).sum()),
-        "only_torch_right": int((right["torch"] & ~right["jax"]).sum()),
-        "neither_right": int((~right["jax"] & ~right["torch"]).sum()),
-        "disagreements": apart.tolist(),
+        "accuracy": {"jax": float(jax.mean()), "torch": float(torch.mean())},
+        "both_right": int((jax & torch).sum()),
+        "only_jax_right": int((jax & ~torch).sum()),
+        "only_torch_right": int((torch & ~jax).sum()),
+        "neither_right": int((~jax & ~torch).sum()),
+        "disagreements": disagreements.tolist(),
         "median_confidence": {
-            "all": median_confidence(probabilities, np.arange(len(labels))),
-            "disagreements": median_confidence(probabilities, apart),
+            "all": float(np.median(confidence)),
+            "disagreements": float(np.median(confidence[:, disagreements])) if len(disagreements) else None,
         },
-        "furthest_probability": float(np.abs(probabilities["jax"] - probabilities["torch"]).max()),
-        "confusion": {side: each.tolist() for side, each in counts.items()},
-        "classes": [by_class(label, counts) for label in range(CLASSES)],
+        "confusion": {side: counts.tolist() for side, counts in confusion.items()},
+        "classes": [describe_class(label, confusion) for label in range(CLASSES)],
     }
 
 
-def median_confidence(probabilities: dict[str, Logits], images: Labels) -> float | None:
-    """How sure the networks are of what they say of these images; None if there are none."""
-    surest = [each[images].max(axis=1) for each in probabilities.values()]
-    return float(np.median(surest)) if len(images) else None
+def describe_class(label: int, confusion: Mapping[Framework, Int[np.ndarray, "10 10"]]) -> Json:
+    """Return the number of images of a class, and which share of them each network recognises."""
+    images = int(confusion["jax"][label].sum())
+    shares = {side: int(counts[label, label]) / images if images else None for side, counts in confusion.items()}
+    return {"label": label, "images": images} | {side: {"accuracy": share} for side, share in shares.items()}
 
 
-def by_class(label: int, counts: dict[str, np.ndarray]) -> Json:
-    """One class: how many images, which share of them each network recognises, and what each takes it for most."""
-    images = int(counts["jax"][label].sum())
-    row: Json = {"label": label, "images": images}
-    for side, matrix in counts.items():
-        wrong = np.where(np.arange(CLASSES) == label, 0, matrix[label])
-        row[side] = {
-            "right": int(matrix[label, label]),
-            "accuracy": int(matrix[label, label]) / images if images else None,
-            "mistaken_for": int(wrong.argmax()) if wrong.any() else None,
-            "mistaken": int(wrong.max()),
-        }
-    return row
+def describe_images(images: Sequence[int], logits: Mapping[Framework, Logits], labels: Labels) -> list[Json]:
+    """Return what each network says of these images, and its confidence."""
+    rows: list[Json] = [{"image": image, "label": int(labels[image])} for image in images]
+    for side in FRAMEWORKS:
+        for row, probabilities in zip(rows, softmax(logits[side][list(images)]), strict=True):
+            row[side] = {"predicted": int(probabilities.argmax()), "confidence": float(probabilities.max())}
+    return rows
 
 
-def predictions(indices: list[int], logits: dict[str, Logits], labels: Labels) -> list[Json]:
-    """What each network says of these images, and how sure it is."""
-    probabilities = {side: softmax(each[indices]) for side, each in logits.items()}
-    return [
-        {"image": image, "label": int(labels[image])}
-        | {
-            side: {"predicted": int(each[at].argmax()), "confidence": float(each[at].max())}
-            for side, each in probabilities.items()
-        }
-        for at, image in enumerate(indices)
-    ]
+def measure_networks(config: CompareConfig, runs: Mapping[Framework, Run]) -> Json:
+    """Ask both trained networks about the test images, and look inside them.
+
+    Raises:
+        UserError: a run's weights do not have the accuracy in its metrics.
+    """
+    data = load_fashion_mnist(config.data_dir)
+    pixels = data.test_images[: config.limit_test]
+    labels = data.test_labels[: config.limit_test].astype(np.int64)
+    weights = {framework: load_weights(run.folder / WEIGHTS, "float32") for framework, run in runs.items()}
+    logits = {framework: compute_logits(framework, weights[framework], pixels) for framework in runs}
+    result = compare(logits, labels)
+    for framework, run in runs.items():
+        claimed, measured = run.epochs[-1]["test_accuracy"], result["accuracy"][framework]
+        if abs(claimed - measured) * len(labels) > SLACK + 0.5:
+            raise UserError(
+                f"{run.folder}: its weights score {measured:.2%}, and its metrics say {claimed:.2%}; train it again"
+            )
+    predictions = describe_images(range(min(config.images, len(labels))), logits, labels)
+    disagreements = describe_images(result["disagreements"][: config.disagreements], logits, labels)
+    shown = sorted({INSIDE, *(row["image"] for row in (*predictions, *disagreements))})
+    stages = {framework: compute_stages(framework, weights[framework], pixels[INSIDE]) for framework in runs}
+    rows = [compare_stage(stage, stages["jax"][stage], expected) for stage, expected in stages["torch"].items()]
+    return {
+        "scores": result,
+        "predictions": predictions,
+        "disagreements": disagreements,
+        "inside": {"image": INSIDE, "label": int(labels[INSIDE]), "stages": rows},
+        "pictures": {
+            "test_images": {str(image): encode_png(pixels[image]) for image in shown},
+            "filters": {framework: encode(tensors["conv1.weight"][:, 0]) for framework, tensors in weights.items()},
+            "features": {
+                framework: {
+                    row["stage"]: encode(outputs[row["stage"]][row["channels"]]) for row in rows if row["channels"]
+                }
+                for framework, outputs in stages.items()
+            },
+        },
+    }
+
+
+def compare_stage(stage: str, actual: np.ndarray, expected: np.ndarray) -> Json:
+    """Compare one stage of the trained networks, and choose the channels that vary most in PyTorch."""
+    distance = np.abs(actual - expected)
+    channels = None
+    if expected.ndim == 3:
+        channels = sorted(np.argsort(-expected.std(axis=(1, 2)), kind="stable")[:MAPS].tolist())
+    return {
+        "stage": stage,
+        "shape": list(expected.shape),
+        "channels": channels,
+        "furthest": float(distance.max()),
+        "median": float(np.median(distance)),
+        "largest": float(np.abs(expected).max()),
+    }
+
+
+def encode(array: Shaped[np.ndarray, "..."]) -> Json:
+    """Return an array for JSON, exact and on one line: its dtype, its shape, and its bytes in row-major order."""
+    content = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "base64": content}
+
+
+def decode(encoded: Json) -> Shaped[np.ndarray, "..."]:
+    """Return the array that `encode` took."""
+    return np.frombuffer(base64.b64decode(encoded["base64"]), encoded["dtype"]).reshape(encoded["shape"])
+
+
+def encode_png(pixels: UInt8[np.ndarray, "row column"]) -> str:
+    """Return a grey picture as a PNG in base64."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
