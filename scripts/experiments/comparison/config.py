@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.answers import Framework
-from experiments.speed.settings import check_range
-from jax_cnn.config import Device, TrainConfig, UserError
+from experiments.speed.config import check_range
+from jax_cnn.config import Device, FolderConfig, LimitConfig, SeedConfig, TrainConfig, UserError
 
 FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with the names that the page shows
 ROOT = Path(__file__).parents[3]
@@ -14,17 +14,9 @@ MOST_PICTURES = 200  # in each of the two grids, because the page holds every pi
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
     """The settings of a comparison: what to train, which finished runs to take, and how much to show."""
 
-    epochs: int = TrainConfig.epochs
-    """Number of passes over the training set."""
-    seed: int = TrainConfig.seed
-    """Seed of the initial weights, which PyTorch draws for both frameworks, and of the order of the images."""
-    limit_train: int | None = None
-    """Train on the first N images only."""
-    limit_test: int | None = None
-    """Test on the first N test images only."""
     device: Device = "cpu"
     """Device to train on."""
     jax_run: Path | None = None
@@ -45,8 +37,6 @@ class CompareConfig:
     """Number of test images in the grid of predictions."""
     disagreements: int = 24
     """Show at most this number of the test images on which the two frameworks disagree."""
-    data_dir: Path = TrainConfig.data_dir
-    """Folder of the data set. Files that are missing are downloaded into it."""
     out_dir: Path = Path("runs/compare")
     """Folder for the page, its figures and the two runs. An earlier page in it is moved aside, not overwritten."""
 

@@ -17,8 +17,8 @@ from pygments.lexers import PythonLexer
 from experiments.comparison import charts, panels
 from experiments.comparison.charts import DARK, LIGHT, Theme
 from experiments.comparison.config import FRAMEWORKS
-from jax_cnn.files import write_atomically
-from jax_cnn.run.folder import set_aside, writing
+from jax_cnn.files import write_atomically, write_json, writing
+from jax_cnn.run.folder import set_aside
 
 Json = dict[str, Any]
 
@@ -33,11 +33,10 @@ def write(report: Json, out_dir: Path, say: Callable[[str], None]) -> Path:
         UserError: the folder cannot be written.
     """
     set_aside(out_dir, (PAGE, REPORT, FIGURES), say)
-    text = json.dumps(report, indent=1, default=str, allow_nan=False) + "\n"
     with writing(out_dir):
-        write_atomically(out_dir / REPORT, text.encode())
-        pictures = draw(json.loads(text), out_dir / FIGURES)
-        write_atomically(out_dir / PAGE, render(json.loads(text), pictures).encode())
+        write_json(out_dir / REPORT, report)
+        written = json.loads((out_dir / REPORT).read_text(encoding="utf-8"))
+        write_atomically(out_dir / PAGE, render(written, draw(written, out_dir / FIGURES)).encode())
     return out_dir / PAGE
 
 

@@ -18,21 +18,21 @@ Json = dict[str, Any]
 PROGRAMS = {
     "Data": {
         "PyTorch": ["torch_ref/data.py load_dataset", "torch_ref/data.py load_batches"],
-        "JAX": ["jax_cnn/feed.py Feed.chunks", "jax_cnn/feed.py Feed._send", "jax_cnn/train.py to_images"],
+        "JAX": [
+            "jax_cnn/trainer.py JaxTrainer._chunks",
+            "jax_cnn/trainer.py JaxTrainer._send",
+            "jax_cnn/train.py to_images",
+        ],
     },
     "Model": {
         "PyTorch": ["torch_ref/model.py SimpleCNN"],
         "JAX with Flax Linen": [
-            "jax_cnn/dialects/linen.py ConvReluPool",
-            "jax_cnn/dialects/linen.py SimpleCNN",
-            "jax_cnn/dialects/__init__.py conv_bias_relu_pool",
+            "jax_cnn/model.py SimpleCNN",
+            "jax_cnn/model.py ConvReluPool",
+            "jax_cnn/model.py conv_relu_pool",
         ],
-        "JAX with Flax NNX": ["jax_cnn/dialects/nnx.py ConvReluPool", "jax_cnn/dialects/nnx.py SimpleCNN"],
-        "JAX in plain functions": [
-            "jax_cnn/dialects/plain.py dense",
-            "jax_cnn/dialects/plain.py conv_relu_pool",
-            "jax_cnn/dialects/plain.py simple_cnn",
-        ],
+        "JAX with Flax NNX": ["jax_cnn/dialects/nnx.py SimpleCNN", "jax_cnn/dialects/nnx.py ConvReluPool"],
+        "JAX in plain functions": ["jax_cnn/dialects/plain.py simple_cnn", "jax_cnn/dialects/plain.py dense"],
     },
     "Loss": {
         "PyTorch": ["torch_ref/train.py criterion"],

@@ -12,9 +12,9 @@ from experiments.answers import Framework
 from experiments.comparison.config import ROOT, CompareConfig
 from experiments.records import ENVIRONMENT, NO_INFLUENCE, explain_mismatch, flags, read_metrics, read_record
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.files import write_atomically
+from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, set_aside, writing
+from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, set_aside
 from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 
 Json = dict[str, Any]
@@ -108,7 +108,7 @@ def train(framework: Framework, config: TrainConfig, show: Callable[[str], None]
     )
     process = {"started": read_record(folder)["started"], "peak_bytes": finished.peak_bytes}
     with writing(folder):
-        write_atomically(folder / PROCESS, json.dumps(process).encode())
+        write_json(folder / PROCESS, process)
 
 
 def read_run(folder: Path, *, reused: bool) -> Run:
