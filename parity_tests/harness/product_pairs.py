@@ -1,4 +1,4 @@
-"""The pairs that come with the project: SimpleCNN, and the two networks that a course compares it with."""
+"""The pairs that come with the project: SimpleCNN and the two baselines. The only file here that knows FashionMNIST."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +21,7 @@ NAMES: dict[Model, str] = {"linear": "SoftmaxRegression", "mlp": "FeedForward", 
 
 
 def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
-    """What torch_ref's loader serves: torchvision's images through ToTensor, batch by batch."""
+    """Yield the batches of torch_ref's loader: torchvision's images through ToTensor."""
     dataset = load_dataset(data_dir, train=True, limit=limit)
     order = epoch_order(seed, epoch, len(dataset))  # type: ignore[arg-type]  # both of ours have a length
     for images, labels in load_batches(dataset, BATCH_SIZE, order.tolist()):
@@ -29,7 +29,7 @@ def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> 
 
 
 def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
-    """What jax_cnn's training gathers on the device."""
+    """Yield the batches that jax_cnn trains on, scaled by the same function."""
     data = load_fashion_mnist(data_dir)
     pixels, labels = data.train_images[:limit], data.train_labels[:limit]
     full, rest = split_batches(epoch_order(seed, epoch, len(pixels)), BATCH_SIZE)
@@ -42,7 +42,14 @@ def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> It
 def product_pair(
     network: Network, dialect: Dialect = "linen", data_dir: Path | None = None, limit: int | None = None
 ) -> Pair:
-    """One of the project's networks; with a data folder, on the first `limit` training images of FashionMNIST."""
+    """Return the pair of a network of the project.
+
+    Args:
+        network: which one.
+        dialect: how the JAX side is written.
+        data_dir: where FashionMNIST is, or None for a pair without data pipelines.
+        limit: use only so many training images.
+    """
     return Pair(
         name=f"{NAMES[network.model]} in {dialect}",
         module=partial(make_model, *network),
@@ -57,15 +64,15 @@ def product_pair(
 
 
 def simple_cnn(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """SimpleCNN."""
+    """Return the pair of SimpleCNN."""
     return product_pair(CNN, dialect, data_dir, limit)
 
 
 def feed_forward(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """Flatten, Linear 784 -> 512, ReLU, Linear 512 -> 10."""
+    """Return the pair of the network with one hidden layer of 512."""
     return product_pair(Network("mlp"), dialect, data_dir, limit)
 
 
 def softmax_regression(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """Flatten, Linear 784 -> 10."""
+    """Return the pair of the network with a single linear layer."""
     return product_pair(Network("linear"), dialect, data_dir, limit)
