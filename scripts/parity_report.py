@@ -28,7 +28,7 @@ class ReportConfig:
     """The flags of this command."""
 
     pair: str = "simple_cnn"
-    """simple_cnn, feed_forward, softmax_regression, or module:name of your own Pair (or of a function returning one)."""
+    """simple_cnn, feed_forward, softmax_regression, or module:name of your own Pair or of a function returning one."""
     dialect: Dialect = "linen"
     """How the JAX side of the first three is written."""
     fault: str = "none"

@@ -37,8 +37,8 @@ def precision(pair: Pair, seeds: Sequence[int]) -> Iterator[Divergence]:
     nearly equal values: gradients beyond the budget are measured again with the truth's choices. optax computes
     Adam's bias correction in float32: updates are measured with an exact one.
     """
-    errors = step_errors(pair, seeds)
-    for name, steered in step_errors(pair, seeds, steered=True).items():
+    errors, steered_errors = step_errors(pair, seeds)
+    for name, steered in steered_errors.items():
         if errors[name][0] > budget(errors[name]):
             errors[f"{name}, with the truth's choices"] = steered
             del errors[name]
@@ -60,19 +60,23 @@ def budget(error: tuple[float, float]) -> float:
     return FACTOR * max(error[1], HALF_ULP)
 
 
-def step_errors(pair: Pair, seeds: Sequence[int], *, steered: bool = False) -> Errors:
-    """Measure every output and gradient of one forward and backward pass in float32.
+def step_errors(pair: Pair, seeds: Sequence[int]) -> tuple[Errors, Errors]:
+    """Measure one forward and backward pass in float32.
 
-    With `steered`, JAX's ReLUs and pools make the truth's choices, and only gradients are returned.
+    Returns:
+        The errors of all outputs and gradients, and those of the gradients when JAX's ReLUs and pools make the truth's
+        choices.
     """
-    runs: list[tuple[Arrays, Arrays, Arrays]] = []
+    free, steered = [], []
     for seed in seeds:
         weights, batch = pair.draw(seed, "float32"), next(batch_pairs(pair, seed))[1]
         truth = capture_torch(pair, cast(weights, np.float64), batch)
-        choices = truth._replace(outputs=cast(truth.outputs, np.float32)) if steered else None
-        in_jax, in_torch = capture_jax(pair, weights, batch, steer=choices), capture_torch(pair, weights, batch)
-        runs.append((named(in_jax, steered), named(in_torch, steered), named(truth, steered)))
-    return pool(runs)
+        choices = truth._replace(outputs=cast(truth.outputs, np.float32))
+        in_jax, in_torch = capture_jax(pair, weights, batch), capture_torch(pair, weights, batch)
+        free.append(tuple(named_outputs(side) | named_gradients(side) for side in (in_jax, in_torch, truth)))
+        in_jax = capture_jax(pair, weights, batch, steer=choices)
+        steered.append(tuple(named_gradients(side) for side in (in_jax, in_torch, truth)))
+    return pool(free), pool(steered)
 
 
 def cast(arrays: Arrays, dtype: type[np.floating[Any]]) -> Arrays:
@@ -80,14 +84,15 @@ def cast(arrays: Arrays, dtype: type[np.floating[Any]]) -> Arrays:
     return {name: array.astype(dtype) for name, array in arrays.items()}
 
 
-def named(capture: Capture, gradients_only: bool) -> Arrays:
-    """Return the arrays of a capture under the names that a report shows."""
-    outputs = {} if gradients_only else {f"output of {stage}": array for stage, array in capture.outputs.items()}
-    return (
-        outputs
-        | {f"gradient by the output of {stage}": array for stage, array in capture.output_grads.items()}
-        | {f"gradient by {name}": array for name, array in capture.weight_grads.items()}
-    )
+def named_outputs(capture: Capture) -> Arrays:
+    """Return the outputs of all stages under the names that a report shows."""
+    return {f"output of {stage}": array for stage, array in capture.outputs.items()}
+
+
+def named_gradients(capture: Capture) -> Arrays:
+    """Return all gradients under the names that a report shows."""
+    by_outputs = {f"gradient by the output of {stage}": array for stage, array in capture.output_grads.items()}
+    return by_outputs | {f"gradient by {name}": array for name, array in capture.weight_grads.items()}
 
 
 def update_errors(pair: Pair, after: int, seeds: Sequence[int]) -> Errors:
@@ -126,8 +131,8 @@ def later_state(pair: Pair, seed: int, after: int) -> tuple[AdamState, TorchDict
     return AdamState(fresh.weights, first, second, after), noise()
 
 
-def pool(runs: Sequence[tuple[Arrays, Arrays, Arrays]]) -> Errors:
-    """Return distances over all runs of (JAX, PyTorch, truth): root mean squares, relative to that of the truth."""
+def pool(runs: Sequence[tuple[Arrays, ...]]) -> Errors:
+    """Return the errors over all runs of (JAX, PyTorch, truth): root mean squares, relative to that of the truth."""
 
     def rms(values: Iterator[np.ndarray]) -> float:
         return float(np.sqrt(np.mean([np.mean(np.square(value)) for value in values])))
