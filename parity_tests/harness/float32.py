@@ -138,7 +138,7 @@ def pool(runs: Sequence[tuple[Arrays, ...]]) -> Errors:
         return float(np.sqrt(np.mean([np.mean(np.square(value)) for value in values])))
 
     errors = {}
-    for name, array in runs[0][2].items():
+    for name, array in runs[0][0].items():  # JAX may have fewer stages than PyTorch
         if array.size * len(runs) < FEWEST_VALUES:
             continue
         scale = rms(truth[name] for _, _, truth in runs) or 1.0
