@@ -1,7 +1,6 @@
 """The catalogue of planted bugs, which the checks must find."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,14 +20,13 @@ from parity_tests.harness.planting import (
     Plant,
     change_batches,
     change_initialisation,
-    change_loss,
     change_middle,
-    change_optimizer,
     change_stage,
     change_tensor,
     find_stage,
     find_tensor,
     find_weight_after_flatten,
+    set_fields,
     stage_before,
 )
 
@@ -102,29 +100,29 @@ FAULTS = (
     Fault("pool-averages", "JAX", "the pool averages", "outputs",
           output_of(pool), change_stage(pool, lambda inputs, *_: planting.windows(inputs).mean(axis=(2, 4)))),
     Fault("loss-summed", "JAX", "the loss is summed over the batch instead of averaged", "loss",
-          place("batch of"), change_loss(lambda logits, labels: cross_entropy(logits, labels).sum())),
+          place("batch of"), set_fields(jax_loss=lambda logits, labels: cross_entropy(logits, labels).sum())),
     Fault("remainder-weighted-wrongly", "JAX", "the smaller last batch is divided by the size of a full one", "loss",
-          place(f"batch of {BATCH_SIZES[1]}"), change_loss(planting.mean_over(BATCH_SIZES[0]))),
+          place(f"batch of {BATCH_SIZES[1]}"), set_fields(jax_loss=planting.mean_over(BATCH_SIZES[0]))),
     Fault("label-smoothing", "PyTorch", "the loss smooths labels by 1 %", "loss", place("batch of"),
-          lambda pair: replace(pair, torch_loss=nn.CrossEntropyLoss(label_smoothing=0.01))),
+          set_fields(torch_loss=nn.CrossEntropyLoss(label_smoothing=0.01))),
     Fault("gradient-sign", "JAX", "the sign of one entry of one gradient is flipped", "gradients",
           lambda pair: f"gradient by {last_weight(pair)}", planting.flip_one_gradient(last_weight)),
     Fault("eps-inside-root", "JAX", "Adam's eps is added inside the square root, as TensorFlow does", "optimizer",
           place("from the start, step 1, weights"),
-          change_optimizer(lambda c: optax.adam(c.learning_rate, c.b1, c.b2, eps=0.0, eps_root=c.eps))),
+          set_fields(jax_optimizer=lambda c: optax.adam(c.learning_rate, c.b1, c.b2, eps=0.0, eps_root=c.eps))),
     Fault("no-bias-correction", "JAX", "Adam's moments are not corrected for their start at 0", "optimizer",
-          place("from the start, step 1, weights"), change_optimizer(planting.adam_without_bias_correction)),
+          place("from the start, step 1, weights"), set_fields(jax_optimizer=planting.adam_without_bias_correction)),
     Fault("betas-swapped", "JAX", "Adam's two decays are swapped", "optimizer",
           place("from the start, step 1, first moment"),
-          change_optimizer(lambda c: optax.adam(c.learning_rate, c.b2, c.b1, c.eps))),
+          set_fields(jax_optimizer=lambda c: optax.adam(c.learning_rate, c.b2, c.b1, c.eps))),
     Fault("step-off-by-one", "JAX", "Adam's bias correction counts one step too many", "optimizer",
-          place("from the start, step 1, weights"), change_optimizer(planting.adam_one_step_ahead)),
+          place("from the start, step 1, weights"), set_fields(jax_optimizer=planting.adam_one_step_ahead)),
     Fault("learning-rate", "JAX", "the learning rate is 1 % too large", "optimizer",
           place("from the start, step 1, weights"),
-          change_optimizer(lambda c: optax.adam(1.01 * c.learning_rate, c.b1, c.b2, c.eps))),
+          set_fields(jax_optimizer=lambda c: optax.adam(1.01 * c.learning_rate, c.b1, c.b2, c.eps))),
     Fault("weight-decay", "PyTorch", "Adam decays the weights by 1e-4", "optimizer",
           place("from the start, step 1, first moment"),
-          lambda pair: replace(pair, torch_optimizer=partial(torch.optim.Adam, weight_decay=1e-4))),
+          set_fields(torch_optimizer=partial(torch.optim.Adam, weight_decay=1e-4))),
     Fault("biases-zero", "JAX", "biases are initialised to zero", "initialisation",
           bias, change_initialisation(planting.zero_biases)),
     Fault("lecun-normal", "JAX", "weights are drawn as Flax does by default", "initialisation",

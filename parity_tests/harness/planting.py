@@ -26,6 +26,12 @@ Plant = Callable[[Pair], Pair]
 Leaves = Mapping[str, jax.Array]  # under PyTorch's names
 Part = TypeVar("Part")
 
+
+def set_fields(**fields: Any) -> Plant:
+    """Give the pair other values in these fields."""
+    return lambda pair: replace(pair, **fields)
+
+
 # --- Places ---
 
 
@@ -217,19 +223,9 @@ def flip_one_gradient(find: Find) -> Plant:
 # --- Loss and optimizer ---
 
 
-def change_loss(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Plant:
-    """Train JAX on another loss."""
-    return lambda pair: replace(pair, jax_loss=loss)
-
-
 def mean_over(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return a mean loss that always divides by this batch size."""
     return lambda logits, labels: cross_entropy(logits, labels).sum() / size
-
-
-def change_optimizer(make: Callable[[AdamConfig], optax.GradientTransformation]) -> Plant:
-    """Train JAX with another optimizer."""
-    return lambda pair: replace(pair, jax_optimizer=make)
 
 
 def adam_without_bias_correction(config: AdamConfig) -> optax.GradientTransformation:
