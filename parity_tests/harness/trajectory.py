@@ -55,15 +55,14 @@ class TorchRun:
                 "exp_avg_sq": torch.from_numpy(state.second_moment[name].copy()),
             }
 
-    def step(self, batch: Batch) -> float:
-        """Train on one batch and return the loss before the step."""
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
         with exact_arithmetic(self._dtype):
             self._optimizer.zero_grad()
             logits = self._module(torch.from_numpy(batch.inputs.astype(self._dtype)))
             loss = self._pair.torch_loss(logits, torch.from_numpy(batch.labels.astype(np.int64)))
             loss.backward()
             self._optimizer.step()
-        return loss.item()
 
     def apply_gradients(self, grads: TorchDict) -> None:
         """Take one step of the optimizer with these gradients."""
@@ -103,12 +102,11 @@ class JaxRun:
         self._step = jax.jit(partial(train.train_step, optimizer=self._optimizer, loss_fn=self._loss))
         self._apply = jax.jit(self._apply_gradients)
 
-    def step(self, batch: Batch) -> float:
-        """Train on one batch and return the loss before the step."""
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
         with exact_arithmetic(self._dtype):
             inputs = jnp.asarray(self._pair.input_layout.to_jax(batch.inputs.astype(self._dtype)))
-            self._state, loss = self._step(self._state, inputs, jnp.asarray(batch.labels.astype(np.uint8)))
-            return float(loss)
+            self._state, _ = self._step(self._state, inputs, jnp.asarray(batch.labels.astype(np.uint8)))
 
     def apply_gradients(self, grads: TorchDict) -> None:
         """Take one step of the optimizer with these gradients."""
