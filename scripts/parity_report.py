@@ -1,55 +1,53 @@
 """Compare JAX and PyTorch stage by stage, say where they first differ, and draw how they drift apart in training."""
 
 import importlib
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jax_cnn.config import Dialect, UserError
+from jax_cnn.config import Dialect, FolderConfig, SeedConfig, UserError, check_limits
 from jax_cnn.data import prepare_fashion_mnist
-from jax_cnn.files import write_atomically
+from jax_cnn.files import write_json, writing
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
+
+if TYPE_CHECKING:  # the harness loads both frameworks, and a wrong flag should not wait for them
+    from parity_tests.harness.pair import Pair
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """What to compare."""
+class ReportConfig(FolderConfig, SeedConfig):
+    """The flags of this command."""
 
     pair: str = "simple_cnn"
-    """simple_cnn, feed_forward, softmax_regression, or your own as module:name (a Pair, or what returns one)."""
+    """simple_cnn, feed_forward, softmax_regression, or module:name of your own Pair or of a function returning one."""
     dialect: Dialect = "linen"
-    """In which the first three are written."""
+    """How the JAX side of the first three is written."""
     fault: str = "none"
-    """Plant this fault first, to see what it looks like; `list` tells which there are."""
-    seed: int = 0
-    """Of the weights and the inputs."""
+    """Plant this fault first, to see how it looks in the report; `list` prints all faults."""
     steps: int = 100
     """Training steps of the drift figure; 0 leaves it out."""
-    data_dir: Path = Path("data")
-    """Where the data set is, or is put."""
     out_dir: Path = Path("runs/parity")
-    """Where report.json and drift.png are written."""
+    """The folder for report.json and drift.png."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.seed < 0:
-            raise UserError("--steps and --seed must be 0 or more")
+        check_limits(self)
+        if self.steps < 0:
+            raise UserError(f"--steps must be 0 or more, not {self.steps}")
 
 
 def main() -> None:
-    """Read the command line, compare, show."""
+    """Read the command line, compare, and show the result; end with status 1 if the sides differ."""
     config = command_line.parse(ReportConfig(), __doc__)
     check_out_dir(config.out_dir)
     console = Console()
 
-    # Only now: a slip should not wait for two frameworks.
     from parity_tests.harness import report
     from parity_tests.harness.capture import Refused
     from parity_tests.harness.faults import FAULTS
@@ -60,10 +58,7 @@ def main() -> None:
         return
     pair = load_pair(config, console)
     if config.fault != "none":
-        known = {fault.name: fault for fault in FAULTS}
-        if config.fault not in known:
-            raise UserError(f"--fault {config.fault}: there is no such fault; --fault list names them")
-        pair = plant(pair, known[config.fault])
+        pair = plant(pair, config.fault)
     try:
         comparison = report.examine(pair, config.seed, config.steps)
     except Refused as reason:
@@ -77,50 +72,64 @@ def main() -> None:
     curves = dict(comparison["drift"])
     steps = curves.pop("steps")
     if curves:
-        title = "float64 stays together; float32 drifts as one ULP sends it"
+        title = "How far apart weights drift" if first else "float64 stays together; float32 drifts as one ULP sends it"
         report.plot_drift(steps, curves, title, config.out_dir / "drift.png")
     result = provenance(PACKAGES) | {"pair": pair.name, "fault": config.fault, "seed": config.seed} | comparison
-    write_atomically(config.out_dir / "report.json", (json.dumps(result, indent=1) + "\n").encode())
+    with writing(config.out_dir):
+        write_json(config.out_dir / "report.json", result)
     console.print(f"Results are in {config.out_dir}", highlight=False, soft_wrap=True)
     if first:
         sys.exit(1)
 
 
-def load_pair(config: ReportConfig, console: Console) -> Any:
-    """One of the project's pairs, or one that the user has declared."""
+def load_pair(config: ReportConfig, console: Console) -> "Pair":
+    """Return one of the project's pairs, or one that the user has declared.
+
+    Raises:
+        UserError: there is no such pair.
+    """
     from parity_tests.harness import product_pairs
     from parity_tests.harness.pair import Pair
 
-    ours = {
+    makers = {
         "simple_cnn": product_pairs.simple_cnn,
         "feed_forward": product_pairs.feed_forward,
         "softmax_regression": product_pairs.softmax_regression,
     }
-    if config.pair in ours:
+    if config.pair in makers:
         prepare_fashion_mnist(config.data_dir, console.print)
-        return ours[config.pair](config.data_dir, 40 * 64 + 32, config.dialect)
+        return makers[config.pair](config.data_dir, product_pairs.REPORT_IMAGES, config.dialect)
     module, colon, name = config.pair.partition(":")
     if not colon:
-        raise UserError(f"--pair {config.pair}: give {', '.join(ours)}, or your own as module:name")
+        raise UserError(f"--pair {config.pair}: give {', '.join(makers)}, or your own as module:name")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name)
+        declared = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--pair {config.pair}: {error}; run from the folder that holds {module}.py") from None
-    pair = found() if callable(found) else found
+    pair = declared() if callable(declared) else declared
     if not isinstance(pair, Pair):
         raise UserError(f"--pair {config.pair}: is {type(pair).__name__}, not a parity_tests.harness.pair.Pair")
     return pair
 
 
-def plant(pair: Any, fault: Any) -> Any:
-    """The pair with the fault in it."""
+def plant(pair: "Pair", name: str) -> "Pair":
+    """Return the pair with the fault of this name in it.
+
+    Raises:
+        UserError: there is no such fault, or the pair has no place for it.
+    """
+    from parity_tests.harness.faults import FAULTS
+
+    faults = {fault.name: fault for fault in FAULTS}
+    if name not in faults:
+        raise UserError(f"--fault {name}: there is no such fault; --fault list prints all")
     try:
-        faulty = fault.plant(pair)
-        fault.where(pair)
+        faults[name].where(pair)
+        faulty = faults[name].plant(pair)
     except LookupError as reason:
-        raise UserError(f"--fault {fault.name} cannot be planted: {reason}") from None
-    return replace(faulty, name=f"{pair.name} with {fault.name}")
+        raise UserError(f"--fault {name} cannot be planted: {reason}") from None
+    return replace(faulty, name=f"{pair.name} with {name}")
 
 
 if __name__ == "__main__":

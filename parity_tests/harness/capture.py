@@ -1,6 +1,6 @@
-"""What each side computes on one batch: every stage's output, the loss, and the gradient of both and of every weight.
+"""Record what each side computes on one batch: all stages' outputs, the loss, and the gradients by outputs and weights.
 
-Everything comes back as NumPy arrays in PyTorch's names and layouts, so that nothing else sees two frameworks at once.
+Everything is returned as NumPy arrays in PyTorch's names and layouts, so that other files see only one kind of array.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from parity_tests.harness.pair import Batch, Pair
 
 
 class Capture(NamedTuple):
-    """One forward and backward pass. Stages stand in the order in which the reference runs them."""
+    """One forward and backward pass. Stages are in the order in which the reference runs them."""
 
     outputs: dict[str, np.ndarray]
     output_grads: dict[str, np.ndarray]
@@ -27,12 +27,12 @@ class Capture(NamedTuple):
 
 
 class Refused(Exception):
-    """A pair that the harness cannot compare, with the reason."""
+    """The pair cannot be compared; the message says why."""
 
 
 @contextmanager
 def exact_arithmetic(dtype: str) -> Iterator[None]:
-    """Compute in this dtype and in nothing less: no TF32, no bfloat16 passes, on any device. The one place for it."""
+    """Let both frameworks compute in this dtype and with nothing less: no TF32 and no bfloat16 on any device."""
     torch_settings = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -48,7 +48,7 @@ def capture_torch(pair: Pair, weights: TorchDict, batch: Batch) -> Capture:
     """Run the reference forward and backward, in the dtype of the weights.
 
     Raises:
-        Refused: a stage runs twice, gives something other than one tensor, or does not reach the loss.
+        Refused: a stage runs twice, returns something other than one tensor, or has no influence on the loss.
     """
     dtype = dtype_of(weights)
     module = pair.reference(dtype, weights)
@@ -81,66 +81,72 @@ def capture_jax(
 ) -> Capture:
     """Run the JAX side forward and backward, in the dtype of the weights.
 
-    With a reference, every stage is fed with the reference's own inputs, and every stage's gradient starts from the
-    reference's own gradient of its output: what differs then is born in that stage. Without one, differences are
-    inherited from stage to stage, as in use.
+    With a reference, every stage gets the reference's own input, and the gradient of every stage starts from the
+    reference's own gradient of its output, so that a difference shows in the stage where it begins (local). Without
+    one, differences pass from stage to stage as they do in use (inherited).
 
     Args:
         pair: what is compared.
-        weights: by name, in one floating dtype.
+        weights: by name, all of one floating dtype.
         batch: the inputs.
         reference: `capture_torch` of the same weights and batch, or None.
-        steer: let every stage's output have this capture's value and its own gradient: so each ReLU and each pool makes
-            the choices of that capture, and what differs in the gradients is arithmetic alone.
+        steer: give every stage's output the value of this capture, and let JAX compute the gradient. Each ReLU and each
+            pool then makes the choices of that capture, and gradients differ by arithmetic alone.
 
     Returns:
-        Stages that JAX has, in the reference's order where there is one.
+        The stages that JAX has, in the reference's order if there is a reference.
     """
     with exact_arithmetic(dtype_of(weights)):
         leaves = pair.to_leaves(weights)
         inputs = jnp.asarray(pair.input_layout.to_jax(batch.inputs.astype(dtype_of(weights))))
         labels = jnp.asarray(batch.labels.astype(np.uint8))
         if reference is None:
-            return _inherited(pair, leaves, inputs, labels, _constants(pair, steer.outputs) if steer else {})
-        return _local(pair, leaves, inputs, labels, reference)
+            steering = to_constants(pair, steer.outputs) if steer else {}
+            return capture_inherited(pair, leaves, inputs, labels, steering)
+        return capture_local(pair, leaves, inputs, labels, reference)
 
 
-def _constants(pair: Pair, stages: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A reference's values in JAX's layouts."""
+def to_constants(pair: Pair, stages: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Carry the reference's values of all stages into JAX's layouts."""
     return {stage: jnp.asarray(pair.stage_layout(stage, value.ndim).to_jax(value)) for stage, value in stages.items()}
 
 
-def _inherited(
-    pair: Pair, leaves: dict[str, jax.Array], inputs: jax.Array, labels: jax.Array, steer: Mapping[str, jax.Array]
+def capture_inherited(
+    pair: Pair,
+    leaves: dict[str, jax.Array],
+    inputs: jax.Array,
+    labels: jax.Array,
+    steering: Mapping[str, jax.Array],
 ) -> Capture:
-    """From end to end. Zeros added to every stage's output have that output's gradient."""
+    """Run from end to end. The gradient by a stage's output is the gradient by zeros that are added to it."""
 
     def run(leaves: Any, zeros: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs: dict[str, jax.Array] = {}
 
         def tap(stage: str, value: jax.Array) -> jax.Array:
             outputs[stage] = value
-            if stage in steer:
-                value = steer[stage] + (value - lax.stop_gradient(value))
+            if stage in steering:
+                value = steering[stage] + (value - lax.stop_gradient(value))
             return value + zeros[stage] if stage in zeros else value
 
         return pair.jax_loss(pair.apply(pair.to_tree(leaves), inputs, tap), labels), outputs
 
     _, outputs = run(leaves, {})
     zeros = jax.tree.map(jnp.zeros_like, outputs)
-    loss, (weight_grads, output_grads) = jax.value_and_grad(lambda *given: run(*given)[0], (0, 1))(leaves, zeros)
-    return _to_torch(pair, outputs, output_grads, weight_grads, loss)
+    compute = jax.value_and_grad(lambda leaves, zeros: run(leaves, zeros)[0], argnums=(0, 1))
+    loss, (weight_grads, output_grads) = compute(leaves, zeros)
+    return to_capture(pair, outputs, output_grads, weight_grads, loss)
 
 
-def _local(
+def capture_local(
     pair: Pair, leaves: dict[str, jax.Array], inputs: jax.Array, labels: jax.Array, reference: Capture
 ) -> Capture:
-    """Stage by stage, on the reference's values.
+    """Run stage by stage, each on the reference's values.
 
-    The objective is the loss plus, for every stage, its output times the reference's gradient of that output. A stage's
-    input is a constant here, so the objective's derivative by it is what the stages behind it pass back, and no more.
+    The objective is the loss plus, for every stage, its output times the reference's gradient by that output. As a
+    stage's input is a constant here, the derivative of the objective by it is what the next stage passes back.
     """
-    constants, upstream = _constants(pair, reference.outputs), _constants(pair, reference.output_grads)
+    constants, upstream = to_constants(pair, reference.outputs), to_constants(pair, reference.output_grads)
 
     def objective(leaves: Any, constants: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
         outputs: dict[str, jax.Array] = {}
@@ -156,17 +162,17 @@ def _local(
         return loss + passed_back, (outputs, loss)
 
     gradients, (outputs, loss) = jax.grad(objective, (0, 1), has_aux=True)(leaves, constants)
-    return _to_torch(pair, outputs, {stage: gradients[1][stage] for stage in outputs}, gradients[0], loss)
+    return to_capture(pair, outputs, {stage: gradients[1][stage] for stage in outputs}, gradients[0], loss)
 
 
-def _to_torch(
+def to_capture(
     pair: Pair,
     outputs: Mapping[str, jax.Array],
     output_grads: Mapping[str, jax.Array],
     weight_grads: Mapping[str, jax.Array],
     loss: jax.Array,
 ) -> Capture:
-    trainable = pair.trainable()
+    """Carry what JAX computed into PyTorch's names and layouts."""
 
     def carry(stages: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         return {
@@ -176,13 +182,13 @@ def _to_torch(
     return Capture(
         carry(outputs),
         carry(output_grads),
-        pair.to_weights({name: weight_grads[name] for name in trainable}),
+        pair.to_weights({name: weight_grads[name] for name in pair.trainable()}),
         float(loss),
     )
 
 
 def gradient(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """A copy of a tensor's gradient.
+    """Return a copy of a tensor's gradient.
 
     Raises:
         Refused: it has none.
@@ -193,7 +199,7 @@ def gradient(name: str, tensor: torch.Tensor) -> np.ndarray:
 
 
 def dtype_of(weights: TorchDict) -> str:
-    """The one dtype of all weights.
+    """Return the one dtype of all weights.
 
     Raises:
         Refused: they have several.

@@ -1,4 +1,4 @@
-"""How two sets of arrays are held together, and how a difference is told."""
+"""How two sets of arrays are compared, and how a difference is reported."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Divergence(NamedTuple):
-    """One place where the sides differ by more than rounding can explain."""
+    """One place where the two sides differ by more than rounding can explain."""
 
     check: str
     where: str
@@ -22,7 +22,7 @@ class Bound(NamedTuple):
 
     Attributes:
         limit: absolute, or in units of the largest expected value of the tensor if `relative`.
-        source: the measurement behind it.
+        source: the measurement behind the limit.
         relative: see `limit`.
     """
 
@@ -41,17 +41,17 @@ def compare(
     bound: Bound,
     label: str = "{}",
 ) -> Iterator[Divergence]:
-    """Yield what differs, in the order of `expected`.
+    """Yield every difference, in the order of `expected`.
 
-    A missing or an extra key, another shape or dtype (nothing is broadcast or cast), a NaN or an infinity on either
-    side or on both, and an empty comparison are differences, whatever the bound.
+    Whatever the bound, these count as differences: a missing or an extra key, another shape or dtype (nothing is
+    broadcast or cast), a NaN or an infinity on either side or on both, and a comparison of nothing.
 
     Args:
-        check: the name of the check that asks.
+        check: the name of the check that compares.
         actual: JAX's arrays, by name.
-        expected: PyTorch's.
+        expected: PyTorch's arrays, by name.
         bound: the largest error allowed.
-        label: how a name is told, with {} where it goes: "gradient of {}".
+        label: how a name is shown, with {} in its place: "gradient of {}".
     """
     if not expected:
         yield Divergence(check, label.format("anything"), "there is nothing to compare")
@@ -59,14 +59,14 @@ def compare(
         yield Divergence(check, label.format(name), "JAX has it and PyTorch does not")
     for name, reference in expected.items():
         problem = (
-            "PyTorch has it and JAX does not" if name not in actual else difference(actual[name], reference, bound)
+            "PyTorch has it and JAX does not" if name not in actual else find_difference(actual[name], reference, bound)
         )
         if problem:
             yield Divergence(check, label.format(name), problem)
 
 
-def difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> str:
-    """What is wrong with one array, or an empty string."""
+def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> str:
+    """Return what is wrong with one array of JAX's, or an empty string."""
     if actual.shape != expected.shape:
         return f"JAX's shape is {list(actual.shape)}, PyTorch's {list(expected.shape)}"
     if actual.dtype != expected.dtype:
@@ -75,26 +75,26 @@ def difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> str:
         return "it is empty on both sides"
     for side, array in (("JAX", actual), ("PyTorch", expected)):
         if not np.isfinite(array).all():
-            at = first_index(~np.isfinite(array))
-            return f"{side} has {array[at]} at {list(at)}"
+            index = first_index(~np.isfinite(array))
+            return f"{side} has {array[index]} at {list(index)}"
     errors = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
     limit = bound.limit * (float(np.abs(expected).max()) if bound.relative else 1.0)
     if errors.max() <= limit:
         return ""
-    at = first_index(errors == errors.max())
+    index = first_index(errors == errors.max())
     return (
-        f"error {errors.max():.1e} > {limit:.1e} at {list(at)} "
-        f"(JAX {actual[at]:.9g}, PyTorch {expected[at]:.9g}; {(errors > limit).sum():,} of {errors.size:,} values; "
-        f"bound: {bound.source})"
+        f"error {errors.max():.1e} > {limit:.1e} at {list(index)} "
+        f"(JAX {actual[index]:.9g}, PyTorch {expected[index]:.9g}; "
+        f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source})"
     )
 
 
 def first_index(mask: np.ndarray) -> tuple[int, ...]:
-    """Where the first True is."""
+    """Return the index of the first True."""
     return tuple(int(index) for index in np.unravel_index(int(mask.argmax()), mask.shape))
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest error, in units of the largest expected value: the number that the tables show."""
+    """Return the largest error, in units of the largest expected value."""
     scale = float(np.abs(expected).max()) or 1.0
     return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max()) / scale

@@ -1,4 +1,4 @@
-"""What is compared: two implementations of one network, and all that it takes to hold them together."""
+"""A pair: two implementations of one network, and everything that a comparison needs to know about them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +13,8 @@ from torch import nn
 
 from jax_cnn import train
 from jax_cnn.config import AdamConfig
+from jax_cnn.model import Tap, no_tap
 from jax_cnn.torch_layout import Layout, TorchDict, to_flax, walk
-
-Tap = Callable[[str, jax.Array], jax.Array]
 
 
 class Batch(NamedTuple):
@@ -25,20 +24,23 @@ class Batch(NamedTuple):
     labels: np.ndarray
 
 
+Batches = Callable[[int, int], Iterator[Batch]]  # (seed, epoch) -> the batches of this epoch
+
+
 class StageLayout(NamedTuple):
-    """How one stage's output is carried between the frameworks: both ways, NumPy to NumPy."""
+    """How one stage's output is carried from one framework to the other, both ways, as NumPy arrays."""
 
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
-    """[batch, channel, …] to [batch, …, channel], which is nothing to do for [batch, channel]."""
+    """Turn [batch, channel, …] into [batch, …, channel]; [batch, channel] stays as it is."""
     return np.ascontiguousarray(np.moveaxis(array, 1, -1))
 
 
 def channels_first(array: np.ndarray) -> np.ndarray:
-    """[batch, …, channel] to [batch, channel, …]."""
+    """Turn [batch, …, channel] into [batch, channel, …]."""
     return np.ascontiguousarray(np.moveaxis(array, -1, 1))
 
 
@@ -47,7 +49,7 @@ UNCHANGED = StageLayout(np.ascontiguousarray, np.ascontiguousarray)
 
 
 def flattened(chw: tuple[int, int, int]) -> StageLayout:
-    """The output of a flatten: PyTorch's features are in the order channel, row, column; JAX's row, column, channel."""
+    """Return the layout of a flatten's output: channel, row, column in PyTorch, and row, column, channel in JAX."""
     channels, rows, columns = chw
 
     def to_jax(array: np.ndarray) -> np.ndarray:
@@ -59,74 +61,75 @@ def flattened(chw: tuple[int, int, int]) -> StageLayout:
     return StageLayout(to_jax, to_torch)
 
 
-def torch_mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy, as torch.nn.CrossEntropyLoss computes it."""
-    return nn.functional.cross_entropy(logits, labels)
-
-
 def jax_mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy, as the product's training computes it."""
+    """Compute the mean cross-entropy as `jax_cnn` does in training."""
     return train.cross_entropy(logits, labels).mean()
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A PyTorch module and a pure JAX function that are meant to be the same network.
+    """A PyTorch module and a pure JAX function that are meant to be the same network. PyTorch is the reference.
 
-    The first five fields are all that a new pair must give. The rest is how both sides train; it has the product's
-    defaults, and `faults.py` plants its bugs by replacing a field.
+    A new pair must give the first five fields. The others say how both sides train; their defaults are those of this
+    project. `faults.py` plants its bugs by replacing a field.
     """
 
     name: str
     module: Callable[[], nn.Module]
     """Makes the reference. Its stages are its direct children, each used once."""
     apply: Callable[[Any, jax.Array, Tap], jax.Array]
-    """(tree, inputs, tap) -> logits. `tap(stage, value)` is called with each stage's output, and its result is used."""
+    """(tree, inputs, tap) -> logits. Calls `tap(stage, value)` with each stage's output and goes on with its result."""
     layout: Layout
     """Where each tensor of the module's state dict stands in the JAX tree."""
     input_shape: tuple[int, ...]
-    """Of one input of the reference, for example (1, 28, 28)."""
+    """The shape of one input of the reference, for example (1, 28, 28)."""
+    training_apply: Callable[[Any, jax.Array], jax.Array] | None = None
+    """(tree, inputs) -> logits: the program that trains, if it computes several stages of `apply` as one operation."""
     classes: int = 10
     stage_layouts: Mapping[str, StageLayout] = field(default_factory=dict)
-    """For stages whose outputs differ by more than where the channel stands: a flatten."""
+    """For stages whose outputs differ by more than the place of the channel axis, such as a flatten."""
     input_layout: StageLayout = CHANNELS_LAST
     adam: AdamConfig = field(default_factory=AdamConfig)
-    torch_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch_mean_loss
+    torch_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = nn.functional.cross_entropy
     jax_loss: Callable[[jax.Array, jax.Array], jax.Array] = jax_mean_loss
     torch_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     jax_optimizer: Callable[[AdamConfig], optax.GradientTransformation] = train.make_optimizer
     torch_to_jax: Callable[[TorchDict, Layout], Any] = to_flax
     jax_init: Callable[[jax.Array], Any] | None = None
-    """Draws JAX's own initial tree from a key; None where a port has no initialisation of its own."""
-    torch_batches: Callable[[int, int], Iterator[Batch]] | None = None
-    """(seed, epoch) -> the batches of PyTorch's data pipeline; None to make up inputs."""
-    jax_batches: Callable[[int, int], Iterator[Batch]] | None = None
-    """Likewise of JAX's, with inputs carried to PyTorch's layout."""
+    """Draws JAX's own initial tree from a key; None if the JAX side has no initialisation of its own."""
+    torch_batches: Batches | None = None
+    """The batches of PyTorch's data pipeline; None if there is none: inputs are then random numbers."""
+    jax_batches: Batches | None = None
+    """The batches of JAX's data pipeline, with inputs in PyTorch's layout; None if there is none."""
+
+    def training_logits(self, tree: Any, inputs: jax.Array) -> jax.Array:
+        """Compute the logits with the program that trains."""
+        return self.training_apply(tree, inputs) if self.training_apply else self.apply(tree, inputs, no_tap)
 
     def stage_layout(self, stage: str, ndim: int) -> StageLayout:
-        """How to carry the output of this stage, which has `ndim` axes."""
+        """Return how to carry the output of this stage, which has `ndim` axes."""
         return self.stage_layouts.get(stage, CHANNELS_LAST if ndim > 2 else UNCHANGED)
 
     def reference(self, dtype: str, weights: TorchDict | None = None) -> nn.Module:
-        """The reference in evaluation mode: dropout off, batch normalisation with its running statistics.
+        """Return the reference in evaluation mode: dropout off, batch normalisation with its running statistics.
 
         Args:
             dtype: "float32" or "float64".
-            weights: by name, or None for those that it draws itself.
+            weights: by name, or None for the initial weights that the module draws.
         """
         module = self.module().to(getattr(torch, dtype)).eval()
         if weights is not None:
             state = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
-            module.load_state_dict(state, strict=False)  # `shapes` has held the names
+            module.load_state_dict(state, strict=False)  # counters are missing; the check `shapes` has seen the names
         return module
 
     def draw(self, seed: int, dtype: str = "float64") -> TorchDict:
-        """The reference's own initial weights and float buffers, by name; drawn in float32 whatever the dtype."""
+        """Return the reference's initial weights and float buffers, by name; drawn in float32 whatever the dtype."""
         torch.manual_seed(seed)
         return to_numpy(self.module().state_dict(), dtype)
 
     def trainable(self) -> list[str]:
-        """Names of the tensors that the optimizer changes; the rest are buffers, which stay as they are."""
+        """Return the names of the tensors that the optimizer changes. The others are buffers, which stay."""
         return [name for name, _ in self.module().named_parameters()]
 
     def to_leaves(self, weights: TorchDict) -> dict[str, jax.Array]:
@@ -134,12 +137,12 @@ class Pair:
         return self.leaves_of(self.torch_to_jax(weights, self.layout))
 
     def leaves_of(self, tree: Any) -> dict[str, jax.Array]:
-        """The leaves of a tree that `apply` takes, under PyTorch's names."""
+        """Return the leaves of a tree that `apply` takes, under PyTorch's names."""
         names = {leaf.path: name for name, leaf in self.layout.items()}
         return {names[path]: jnp.asarray(leaf) for path, leaf in walk(tree)}
 
     def to_tree(self, leaves: Mapping[str, jax.Array]) -> Any:
-        """Put leaves where the layout says: the tree that `apply` takes."""
+        """Build the tree that `apply` takes from leaves under PyTorch's names."""
         tree: dict[str, Any] = {}
         for name, value in leaves.items():
             *modules, last = self.layout[name].path
@@ -156,7 +159,7 @@ class Pair:
         }
 
     def synthetic_batch(self, seed: int, size: int) -> Batch:
-        """Values from 0 to 1, with a block of zeros (ties for a pool) and one input of zeros."""
+        """Return random values from 0 to 1, with a block of zeros (ties for a pool) and one input of zeros."""
         rng = np.random.default_rng((seed, size))
         inputs = rng.random((size, *self.input_shape), dtype=np.float32)
         inputs[..., : inputs.shape[-1] // 3] = 0
@@ -165,7 +168,7 @@ class Pair:
 
 
 def to_numpy(tensors: Mapping[str, torch.Tensor], dtype: str) -> TorchDict:
-    """Copies of the floating tensors as arrays of this dtype; counters such as num_batches_tracked are left out."""
+    """Copy the floating tensors into arrays of this dtype; leave out counters such as num_batches_tracked."""
     return {
         name: tensor.detach().cpu().numpy().astype(dtype)
         for name, tensor in tensors.items()

@@ -1,12 +1,12 @@
-"""How bugs are planted in a pair: tools for `faults.py`, and for faults of your own.
+"""Tools that plant bugs in a pair: for `faults.py`, and for faults of your own.
 
-Nothing here knows a particular network. A place is found by what is there: a convolution's weight has four axes, a
-stage is a ReLU if the reference's module is one.
+Nothing here knows a particular network. A place is found by its kind: a convolution's weight has four axes, a stage is
+a ReLU if the reference's module is one. If a pair has no such place, the tools raise a LookupError that says so.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,16 +17,27 @@ from jax import numpy as jnp
 from torch import nn
 
 from jax_cnn.config import AdamConfig
+from jax_cnn.model import Tap
 from jax_cnn.torch_layout import Layout, TorchDict
 from jax_cnn.train import cross_entropy
-from parity_tests.harness.pair import Batch, Pair, Tap
+from parity_tests.harness.pair import Batch, Pair
 
-Find = Callable[[Pair], str]
+Find = Callable[[Pair], str]  # the name of a tensor or a stage
 Plant = Callable[[Pair], Pair]
+Leaves = Mapping[str, jax.Array]  # under PyTorch's names
+Part = TypeVar("Part")
+
+
+def set_fields(**fields: Any) -> Plant:
+    """Give the pair other values in these fields."""
+    return lambda pair: replace(pair, **fields)
+
+
+# --- Places ---
 
 
 def find_tensor(pair: Pair, ndim: int, which: int = 0) -> str:
-    """The name of a tensor with so many axes, in the order of the layout."""
+    """Return the name of a tensor with so many axes: the first in the layout, or the one at index `which`."""
     names = [name for name, leaf in pair.layout.items() if len(leaf.shape) == ndim]
     if not names:
         raise LookupError(f"{pair.name} has no tensor with {ndim} axes")
@@ -34,22 +45,37 @@ def find_tensor(pair: Pair, ndim: int, which: int = 0) -> str:
 
 
 def find_stage(pair: Pair, kind: type[nn.Module]) -> str:
-    """The name of the first stage of this kind."""
+    """Return the name of the first stage of this kind."""
     for stage, module in pair.module().named_children():
         if isinstance(module, kind):
             return stage
     raise LookupError(f"{pair.name} has no stage {kind.__name__}")
 
 
-def module_of(tensor: str) -> str:
-    """The stage that a tensor belongs to."""
-    return tensor.rpartition(".")[0]
+def find_weight_after_flatten(pair: Pair) -> str:
+    """Return the name of the linear weight whose rows JAX has in another order: it is more than transposed."""
+    for name, leaf in pair.layout.items():
+        if len(leaf.shape) == 2:
+            probe = np.arange(np.prod(leaf.shape)).reshape(leaf.shape)
+            if not np.array_equal(leaf.to_jax(probe), probe.T):
+                return name
+    raise LookupError(f"{pair.name} has no linear layer behind a flatten of several channels")
 
 
-def before(pair: Pair, stage: str) -> str:
-    """The stage in front of this one."""
+def stage_before(pair: Pair, stage: str) -> str | None:
+    """Return the name of the stage in front of this one, or None for the first."""
     stages = [name for name, _ in pair.module().named_children()]
-    return stages[stages.index(stage) - 1]
+    return stages[stages.index(stage) - 1] if stages.index(stage) else None
+
+
+def require(part: Part | None, pair: Pair, name: str) -> Part:
+    """Return an optional part of the pair that a fault needs."""
+    if part is None:
+        raise LookupError(f"{pair.name} has no {name}")
+    return part
+
+
+# --- Weights ---
 
 
 def change_tensor(find: Find, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
@@ -71,73 +97,14 @@ def change_tensor(find: Find, change: Callable[[np.ndarray], np.ndarray]) -> Pla
     return plant
 
 
-def change_stage(find: Find, change: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]) -> Plant:
-    """Compute a stage anew, as change(the stage's input, its sound output, its weights by their last name)."""
+def change_middle(change: Callable[[float], float]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that changes the value in the middle of an array."""
 
-    def plant(pair: Pair) -> Pair:
-        stage = find(pair)
-        stages = [name for name, _ in pair.module().named_children()]
-        before = stages[stages.index(stage) - 1] if stages.index(stage) else None
+    def changed(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[array.size // 2] = change(array.reshape(-1)[array.size // 2])
+        return array
 
-        def apply(tree: Any, inputs: jax.Array, tap: Tap) -> jax.Array:
-            flowing: dict[str | None, jax.Array] = {None: inputs}
-            own = {
-                name.rpartition(".")[2]: leaf for name, leaf in pair.leaves_of(tree).items() if module_of(name) == stage
-            }
-
-            def faulty_tap(name: str, value: jax.Array) -> jax.Array:
-                flowing[name] = tap(name, change(flowing[before], value, own) if name == stage else value)
-                return flowing[name]
-
-            return pair.apply(tree, inputs, faulty_tap)
-
-        return replace(pair, apply=apply)
-
-    return plant
-
-
-def change_batches(change: Callable[[Batch], Batch]) -> Plant:
-    """Change every batch that JAX's pipeline serves."""
-
-    def plant(pair: Pair) -> Pair:
-        sound = pair.jax_batches
-        return replace(pair, jax_batches=sound and (lambda seed, epoch: map(change, sound(seed, epoch))))
-
-    return plant
-
-
-def change_optimizer(make: Callable[[AdamConfig], optax.GradientTransformation]) -> Plant:
-    """Train JAX with another optimizer."""
-    return lambda pair: replace(pair, jax_optimizer=make)
-
-
-def change_loss(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Plant:
-    """Train JAX on another loss."""
-    return lambda pair: replace(pair, jax_loss=loss)
-
-
-def flip_one_gradient(find: Find) -> Plant:
-    """Flip the sign of one entry of one tensor's gradient; the outputs stay as they are."""
-
-    @jax.custom_vjp
-    def pass_on(leaf: jax.Array) -> jax.Array:
-        return leaf
-
-    def flip(_: None, grad: jax.Array) -> tuple[jax.Array]:
-        return (grad.at[jnp.unravel_index(jnp.abs(grad).argmax(), grad.shape)].multiply(-1),)
-
-    pass_on.defvjp(lambda leaf: (leaf, None), flip)
-
-    def plant(pair: Pair) -> Pair:
-        name = find(pair)
-
-        def apply(tree: Any, inputs: jax.Array, tap: Tap) -> jax.Array:
-            leaves = pair.leaves_of(tree)
-            return pair.apply(pair.to_tree(leaves | {name: pass_on(leaves[name])}), inputs, tap)
-
-        return replace(pair, apply=apply)
-
-    return plant
+    return changed
 
 
 def poison_both(pair: Pair) -> Pair:
@@ -152,6 +119,71 @@ def poison_both(pair: Pair) -> Pair:
     return replace(pair, module=module)
 
 
+def unmap(pair: Pair) -> Pair:
+    """Leave one tensor out of the layout."""
+    layout = dict(pair.layout)
+    del layout[find_tensor(pair, 1)]
+    return replace(pair, layout=layout)
+
+
+def only_transpose_after_flatten(pair: Pair) -> Pair:
+    """Leave the rows of the linear weight behind the flatten in PyTorch's order."""
+    name = find_weight_after_flatten(pair)
+    leaf = pair.layout[name]._replace(to_jax=np.transpose, to_torch=np.transpose)
+    return replace(pair, layout={**pair.layout, name: leaf})
+
+
+def change_initialisation(change: Callable[[jax.Array, Leaves], Leaves]) -> Plant:
+    """Start JAX from change(key, the leaves that the pair draws from it)."""
+
+    def plant(pair: Pair) -> Pair:
+        draw = require(pair.jax_init, pair, "initialisation in JAX")
+        return replace(pair, jax_init=lambda key: pair.to_tree(change(key, pair.leaves_of(draw(key)))))
+
+    return plant
+
+
+def zero_biases(key: jax.Array, leaves: Leaves) -> Leaves:
+    """Set biases to zero."""
+    return {name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf for name, leaf in leaves.items()}
+
+
+def lecun_normal(key: jax.Array, leaves: Leaves) -> Leaves:
+    """Draw weights as Flax does by default: LeCun normal, and biases of zero."""
+    draw = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(key, len(leaves))
+    return {
+        name: draw(key, leaf.shape) if leaf.ndim > 1 else jnp.zeros_like(leaf)
+        for key, (name, leaf) in zip(keys, leaves.items(), strict=True)
+    }
+
+
+# --- Stages ---
+
+
+def change_stage(find: Find, change: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], jax.Array]) -> Plant:
+    """Replace a stage's output by change(its input, its right output, its own tensors by the last part of the name)."""
+
+    def plant(pair: Pair) -> Pair:
+        stage = find(pair)
+        previous = stage_before(pair, stage)
+
+        def apply(tree: Any, inputs: jax.Array, tap: Tap) -> jax.Array:
+            outputs: dict[str | None, jax.Array] = {None: inputs}
+            tensors = {name.rpartition("."): leaf for name, leaf in pair.leaves_of(tree).items()}
+            own = {last: leaf for (module, _, last), leaf in tensors.items() if module == stage}
+
+            def faulty_tap(name: str, value: jax.Array) -> jax.Array:
+                outputs[name] = tap(name, change(outputs[previous], value, own) if name == stage else value)
+                return outputs[name]
+
+            return pair.apply(tree, inputs, faulty_tap)
+
+        return replace(pair, apply=apply, training_apply=None)
+
+    return plant
+
+
 def one_sided_conv(inputs: jax.Array, _: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
     """Pad below and to the right only, as a 'SAME' that was meant for an even kernel does."""
     dimensions = ("NHWC", "HWIO", "NHWC")
@@ -160,43 +192,89 @@ def one_sided_conv(inputs: jax.Array, _: jax.Array, own: dict[str, jax.Array]) -
 
 
 def windows(inputs: jax.Array) -> jax.Array:
-    """[batch, 2 rows, 2 columns, channel] to [batch, rows, 2, columns, 2, channel]."""
+    """Turn [batch, 2 rows, 2 columns, channel] into [batch, rows, 2, columns, 2, channel]."""
     batch, height, width, channels = inputs.shape
     return inputs.reshape(batch, height // 2, 2, width // 2, 2, channels)
 
 
+def flip_one_gradient(find: Find) -> Plant:
+    """Flip the sign of the largest entry of one tensor's gradient; the outputs stay as they are."""
+
+    @jax.custom_vjp
+    def identity(leaf: jax.Array) -> jax.Array:
+        return leaf
+
+    def flip(_: None, grad: jax.Array) -> tuple[jax.Array]:
+        return (grad.at[jnp.unravel_index(jnp.abs(grad).argmax(), grad.shape)].multiply(-1),)
+
+    identity.defvjp(lambda leaf: (leaf, None), flip)
+
+    def plant(pair: Pair) -> Pair:
+        name = find(pair)
+
+        def apply(tree: Any, inputs: jax.Array, tap: Tap) -> jax.Array:
+            leaves = pair.leaves_of(tree)
+            return pair.apply(pair.to_tree(leaves | {name: identity(leaves[name])}), inputs, tap)
+
+        return replace(pair, apply=apply, training_apply=None)
+
+    return plant
+
+
+# --- Loss and optimizer ---
+
+
+def mean_over(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return a mean loss that always divides by this batch size."""
+    return lambda logits, labels: cross_entropy(logits, labels).sum() / size
+
+
 def adam_without_bias_correction(config: AdamConfig) -> optax.GradientTransformation:
-    """Both moments as they are, which makes the first steps too large."""
-    sound = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    """Return Adam that uses both moments as they are, which makes the first steps too large."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _, state = sound.update(grads, state, params)
+        _, state = adam.update(grads, state, params)
         step = jax.tree.map(lambda mu, nu: -config.learning_rate * mu / (jnp.sqrt(nu) + config.eps), state.mu, state.nu)
         return step, state
 
-    return optax.GradientTransformation(sound.init, update)
+    return optax.GradientTransformation(adam.init, update)
 
 
 def adam_one_step_ahead(config: AdamConfig) -> optax.GradientTransformation:
-    """Correct the moments as if one more step had been taken."""
-    sound = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    """Return Adam that corrects the moments as if one more step had been taken."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         ahead = state._replace(count=state.count + 1)
-        step, after = sound.update(grads, ahead, params)
+        step, after = adam.update(grads, ahead, params)
         return jax.tree.map(lambda part: -config.learning_rate * part, step), after._replace(count=state.count + 1)
 
-    return optax.GradientTransformation(sound.init, update)
+    return optax.GradientTransformation(adam.init, update)
+
+
+# --- Data ---
+
+
+def change_batches(change: Callable[[Batch], Batch]) -> Plant:
+    """Change every batch of JAX's pipeline."""
+
+    def plant(pair: Pair) -> Pair:
+        batches = require(pair.jax_batches, pair, "data pipeline in JAX")
+        return replace(pair, jax_batches=lambda seed, epoch: map(change, batches(seed, epoch)))
+
+    return plant
 
 
 def drop_remainder(pair: Pair) -> Pair:
-    """Serve full batches only."""
+    """Let JAX train on full batches only."""
+    batches = require(pair.jax_batches, pair, "data pipeline in JAX")
 
     def full_batches(seed: int, epoch: int) -> Iterator[Batch]:
-        sizes: set[int] = set()
-        for batch in pair.jax_batches(seed, epoch):  # type: ignore[misc]  # not None where planted
-            sizes.add(len(batch.labels))
-            if len(sizes) == 1:
+        size = 0
+        for batch in batches(seed, epoch):
+            size = size or len(batch.labels)
+            if len(batch.labels) == size:
                 yield batch
 
     return replace(pair, jax_batches=full_batches)
@@ -204,74 +282,5 @@ def drop_remainder(pair: Pair) -> Pair:
 
 def repeat_the_first_order(pair: Pair) -> Pair:
     """Let PyTorch visit the images of every epoch in the order of the first."""
-    batches = pair.torch_batches
-    assert batches is not None
+    batches = require(pair.torch_batches, pair, "data pipeline in PyTorch")
     return replace(pair, torch_batches=lambda seed, _: batches(seed, 0))
-
-
-def zero_biases(pair: Pair) -> Pair:
-    """Start with biases at zero, as Flax does by default."""
-
-    def init(key: jax.Array) -> Any:
-        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]  # not None where planted
-        return pair.to_tree({n: jnp.zeros_like(leaf) if n.endswith("bias") else leaf for n, leaf in leaves.items()})
-
-    return replace(pair, jax_init=init)
-
-
-def lecun_normal(pair: Pair) -> Pair:
-    """Start as Flax does by default: LeCun normal and zero biases."""
-
-    def init(key: jax.Array) -> Any:
-        leaves = pair.leaves_of(pair.jax_init(key))  # type: ignore[misc]  # not None where planted
-        draw = jax.nn.initializers.lecun_normal()
-        keys = jax.random.split(key, len(leaves))
-        return pair.to_tree(
-            {
-                name: draw(key, leaf.shape) if leaf.ndim > 1 else jnp.zeros_like(leaf)
-                for key, (name, leaf) in zip(keys, leaves.items(), strict=True)
-            }
-        )
-
-    return replace(pair, jax_init=init)
-
-
-def unmap(pair: Pair) -> Pair:
-    """Forget one tensor in the layout."""
-    layout = dict(pair.layout)
-    del layout[find_tensor(pair, 1)]
-    return replace(pair, layout=layout)
-
-
-def after_flatten(pair: Pair) -> str:
-    """The linear weight whose rows must be permuted: carrying it is more than a transpose."""
-    for name, leaf in pair.layout.items():
-        if len(leaf.shape) == 2:
-            probe = np.arange(np.prod(leaf.shape)).reshape(leaf.shape)
-            if not np.array_equal(leaf.to_jax(probe), probe.T):
-                return name
-    raise LookupError(f"{pair.name} has no linear layer behind a flatten of several channels")
-
-
-def carry_as_if_never_flattened(pair: Pair) -> Pair:
-    """Transpose the linear weight behind the flatten and leave its rows in PyTorch's order."""
-    name = after_flatten(pair)
-    leaf = pair.layout[name]._replace(to_jax=np.transpose, to_torch=np.transpose)
-    return replace(pair, layout={**pair.layout, name: leaf})
-
-
-def nudge(array: np.ndarray) -> np.ndarray:
-    """Change one value, in the middle, by 1e-6."""
-    array.reshape(-1)[array.size // 2] += 1e-6
-    return array
-
-
-def poison(array: np.ndarray) -> np.ndarray:
-    """Make one value, in the middle, NaN."""
-    array.reshape(-1)[array.size // 2] = np.nan
-    return array
-
-
-def mean_over(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A mean that always divides by the size of a full batch."""
-    return lambda logits, labels: cross_entropy(logits, labels).sum() / size

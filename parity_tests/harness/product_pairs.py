@@ -1,4 +1,4 @@
-"""The pairs that come with the project: SimpleCNN, and the two networks that a course compares it with."""
+"""The pairs that come with the project: SimpleCNN and the two baselines. The only file here that knows FashionMNIST."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,18 +13,19 @@ from jax_cnn import torch_layout
 from jax_cnn.config import CNN, Dialect, Model, Network
 from jax_cnn.data import epoch_order, load_fashion_mnist, split_batches
 from jax_cnn.dialects import make_apply
-from jax_cnn.model import Apply, init_params
+from jax_cnn.model import Apply, Tap, init_params
 from jax_cnn.train import to_images
-from parity_tests.harness.pair import Batch, Pair, Tap, channels_first, flattened
+from parity_tests.harness.pair import Batch, Pair, channels_first, flattened
 from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
 
 BATCH_SIZE = 64
+REPORT_IMAGES = 40 * BATCH_SIZE + 32  # training images of a parity report: 40 full batches and a remainder
 NAMES: dict[Model, str] = {"linear": "SoftmaxRegression", "mlp": "FeedForward", "cnn": "SimpleCNN"}
 
 
 def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
-    """What torch_ref's loader serves: torchvision's images through ToTensor, batch by batch."""
+    """Yield the batches of torch_ref's loader: torchvision's images through ToTensor."""
     dataset = load_dataset(data_dir, train=True, limit=limit)
     order = epoch_order(seed, epoch, len(dataset))  # type: ignore[arg-type]  # both of ours have a length
     for images, labels in load_batches(dataset, BATCH_SIZE, order.tolist()):
@@ -32,7 +33,7 @@ def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> 
 
 
 def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
-    """What jax_cnn's training gathers on the device."""
+    """Yield the batches that jax_cnn trains on, scaled by the same function."""
     data = load_fashion_mnist(data_dir)
     pixels, labels = data.train_images[:limit], data.train_labels[:limit]
     full, rest = split_batches(epoch_order(seed, epoch, len(pixels)), BATCH_SIZE)
@@ -56,16 +57,20 @@ def product_pair(
     dialect: Dialect = "linen",
     data_dir: Path | None = None,
     limit: int | None = None,
-    fused: bool = False,
 ) -> Pair:
-    """Return one of the project's networks; with a data folder, on the first `limit` images of FashionMNIST.
+    """Return the pair of a network of the project.
 
-    Fused, it is the program that trains, whose blocks have one stage each. Otherwise every stage can be compared.
+    Args:
+        network: which one.
+        dialect: how the JAX side is written.
+        data_dir: where FashionMNIST is, or None for a pair without data pipelines.
+        limit: use only so many training images.
     """
     return Pair(
         name=f"{NAMES[network.model]} in {dialect}",
         module=partial(make_model, *network),
-        apply=with_torch_stages(make_apply(network, dialect, fused)),
+        apply=with_torch_stages(make_apply(network, dialect, fused=False)),
+        training_apply=make_apply(network, dialect),
         layout=torch_layout.layout_of(network),
         input_shape=(1, 28, 28),
         stage_layouts={"flatten": flattened((64, 7, 7))} if network == CNN else {},
@@ -76,15 +81,15 @@ def product_pair(
 
 
 def simple_cnn(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """SimpleCNN."""
+    """Return the pair of SimpleCNN."""
     return product_pair(CNN, dialect, data_dir, limit)
 
 
 def feed_forward(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """Flatten, Linear 784 -> 512, ReLU, Linear 512 -> 10."""
+    """Return the pair of the network with one hidden layer of 512."""
     return product_pair(Network("mlp"), dialect, data_dir, limit)
 
 
 def softmax_regression(data_dir: Path | None = None, limit: int | None = None, dialect: Dialect = "linen") -> Pair:
-    """Flatten, Linear 784 -> 10."""
+    """Return the pair of the network with a single linear layer."""
     return product_pair(Network("linear"), dialect, data_dir, limit)

@@ -1,4 +1,4 @@
-"""What a person sees of a comparison: a table of its stages, and a figure of how far weights drift apart."""
+"""Examine a pair, and show the result: a table of the stages, and a figure of how far weights drift apart."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from jax_cnn.run.charts import BLACK, BLUE, GREEN, PURPLE, VERMILION
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
-from parity_tests.harness.checks import BATCH_SIZES, CHECKS, STAGE_BOUND, probing_weights
-from parity_tests.harness.compare import difference, relative_error
+from parity_tests.harness.checks import BATCH_SIZES, CHECKS, STAGE_BOUND, first_divergence, probing_weights
+from parity_tests.harness.compare import find_difference, relative_error
 from parity_tests.harness.float32 import cast, drift
 from parity_tests.harness.pair import Pair
 
@@ -30,7 +30,7 @@ DRIFT_LINES = {  # each curve has a line style of its own too, for readers who c
 }
 
 
-def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] | None = None) -> Json:
+def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] = lambda name: None) -> Json:
     """Run the checks up to the first that finds a difference, compare stage by stage, and record the drift.
 
     If the shapes differ, there are no stages to compare and no drift.
@@ -48,15 +48,9 @@ def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] |
     Raises:
         Refused: the pair cannot be compared.
     """
-    show = progress or (lambda name: None)
-    passed: list[str] = []
-    divergence = None
-    for name, check in CHECKS.items():
-        show(name)
-        divergence = next(check(pair, seed), None)
-        if divergence:
-            break
-        passed.append(name)
+    divergence = first_divergence(pair, seed, progress=progress)
+    names = list(CHECKS)
+    passed = names[: names.index(divergence.check)] if divergence else names
     result: Json = {
         "first_divergence": str(divergence) if divergence else None,
         "passed": passed,
@@ -64,10 +58,10 @@ def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] |
         "drift": {"steps": []},
     }
     if "shapes" in passed:
-        show("stage by stage")
+        progress("stage by stage")
         result["stages"] = compare_stages(pair, seed)
     if "shapes" in passed and steps:
-        show(f"drift over {steps} steps")
+        progress(f"drift over {steps} steps")
         compared = sorted({round(step) for step in np.geomspace(1, steps, DRIFT_POINTS)})
         result["drift"] = {"steps": compared, **drift(pair, seed, compared)}
     return result
@@ -77,45 +71,39 @@ def compare_stages(pair: Pair, seed: int) -> list[Json]:
     """Return a row for each stage that both sides have, in the reference's order.
 
     `local` errors are those of JAX on the reference's own input, `inherited` ones those of JAX from end to end. Errors
-    are in units of the tensor's largest value, NaN where shapes differ; in float64 unless the name says float32.
+    are in units of the tensor's largest value; in float64 unless the name says float32. The shapes must be the same.
     """
     weights, batch = probing_weights(pair, seed), pair.synthetic_batch(seed, BATCH_SIZES[0])
-    theirs = capture_torch(pair, weights, batch)
-    local, inherited = capture_jax(pair, weights, batch, theirs), capture_jax(pair, weights, batch)
-    narrow = cast(weights, np.float32)
-    torch32, jax32 = capture_torch(pair, narrow, batch), capture_jax(pair, narrow, batch)
+    reference = capture_torch(pair, weights, batch)
+    local, inherited = capture_jax(pair, weights, batch, reference), capture_jax(pair, weights, batch)
+    weights32 = cast(weights, np.float32)
+    torch32, jax32 = capture_torch(pair, weights32, batch), capture_jax(pair, weights32, batch)
     return [
         {
             "stage": stage,
-            "shape": list(theirs.outputs[stage].shape[1:]),
-            "local_error": stage_error(local.outputs, theirs.outputs, stage),
-            "inherited_error": stage_error(inherited.outputs, theirs.outputs, stage),
-            "gradient_error": stage_error(local.output_grads, theirs.output_grads, stage),
-            "inherited_gradient_error": stage_error(inherited.output_grads, theirs.output_grads, stage),
-            "torch_float32_error": stage_error(torch32.outputs, theirs.outputs, stage),
-            "jax_float32_error": stage_error(jax32.outputs, theirs.outputs, stage),
-            "verdict": describe_stage(stage, local, inherited, theirs),
+            "shape": list(reference.outputs[stage].shape[1:]),
+            "local_error": relative_error(local.outputs[stage], reference.outputs[stage]),
+            "inherited_error": relative_error(inherited.outputs[stage], reference.outputs[stage]),
+            "gradient_error": relative_error(local.output_grads[stage], reference.output_grads[stage]),
+            "inherited_gradient_error": relative_error(inherited.output_grads[stage], reference.output_grads[stage]),
+            "torch_float32_error": relative_error(torch32.outputs[stage], reference.outputs[stage]),
+            "jax_float32_error": relative_error(jax32.outputs[stage], reference.outputs[stage]),
+            "verdict": describe_stage(stage, local, inherited, reference),
         }
-        for stage in theirs.outputs
+        for stage in reference.outputs
         if stage in local.outputs
     ]
 
 
-def stage_error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], stage: str) -> float:
-    """Return the relative error of one stage, or NaN if the shapes differ."""
-    one, other = actual[stage], expected[stage]
-    return relative_error(one, other) if one.shape == other.shape else float("nan")
-
-
-def describe_stage(stage: str, local: Capture, inherited: Capture, theirs: Capture) -> str:
+def describe_stage(stage: str, local: Capture, inherited: Capture, reference: Capture) -> str:
     """Say whether a difference begins in this stage, is inherited from another one, or is not there."""
     for part, alone, end_to_end, expected in (
-        ("output", local.outputs, inherited.outputs, theirs.outputs),
-        ("gradient", local.output_grads, inherited.output_grads, theirs.output_grads),
+        ("output", local.outputs, inherited.outputs, reference.outputs),
+        ("gradient", local.output_grads, inherited.output_grads, reference.output_grads),
     ):
-        if difference(alone[stage], expected[stage], STAGE_BOUND):
+        if find_difference(alone[stage], expected[stage], STAGE_BOUND):
             return f"{part} differs: born {'here' if part == 'output' else 'in the next stage'}"
-        if difference(end_to_end[stage], expected[stage], STAGE_BOUND):
+        if find_difference(end_to_end[stage], expected[stage], STAGE_BOUND):
             return f"{part} differs: inherited"
     return "same"
 

@@ -1,10 +1,11 @@
-"""Three dialects, one network: the same tree, the same bits, and nothing that is wrong in one of them goes unnoticed.
+"""The three dialects write one network: the same tree, the same bits, and a fault in the text of one is found.
 
-`test_parity.py` runs every parity check on each of them.
+`test_parity.py` runs the parity checks on each of them.
 """
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -13,53 +14,35 @@ from typing import Any, get_args
 import jax
 import numpy as np
 import pytest
-from flax import nnx as flax_nnx
 from jax import numpy as jnp
 
 from jax_cnn import model, train
-from jax_cnn.config import AdamConfig, Dialect, Model, Network, TrainConfig
+from jax_cnn.config import CNN, AdamConfig, Dialect, Model, Network, TrainConfig
 from jax_cnn.data import FashionMNIST
-from jax_cnn.dialects import linen, nnx, plain
+from jax_cnn.dialects import make_apply, nnx, plain
 from jax_cnn.trainer import JaxTrainer
 from parity_tests.harness.checks import first_divergence
-from parity_tests.harness.product_pairs import product_pair
+from parity_tests.harness.product_pairs import product_pair, with_torch_stages
 
-MODELS: tuple[Model, ...] = get_args(Model)
-WRITTEN: dict[Dialect, ModuleType] = {"linen": linen, "nnx": nnx, "plain": plain}
+SOURCES: dict[Dialect, ModuleType] = {"linen": model, "nnx": nnx, "plain": plain}  # the text of each dialect
 
-every_model = pytest.mark.parametrize("name", MODELS)
-every_dialect = pytest.mark.parametrize("dialect", WRITTEN)
+every_model = pytest.mark.parametrize("name", get_args(Model))
 
 
-def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Of every leaf, by its path."""
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-@every_model
-def test_all_dialects_have_one_tree(name: Model) -> None:
-    ours = shapes(model.init_params(jax.random.key(0), model=name))
-    in_linen = linen.make_module(name, 512).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    modules = {"linear": nnx.SoftmaxRegression, "mlp": nnx.FeedForward, "cnn": nnx.SimpleCNN}
-    in_nnx = flax_nnx.to_pure_dict(flax_nnx.state(modules[name](rngs=flax_nnx.Rngs(0))))
-    assert shapes(in_linen) == shapes(in_nnx) == ours
-
-
-def trained(data: FashionMNIST, name: Model, dialect: Dialect) -> tuple[Any, ...]:
-    """State and scores after four steps of the product's own training."""
+def train_four_steps(data: FashionMNIST, name: Model, dialect: Dialect) -> list[Any]:
+    """Return every array of the state, the scores and the losses after four steps of `JaxTrainer`."""
     config = TrainConfig(model=name, limit_train=4 * 64, limit_test=100)
     trainer = JaxTrainer(config, data, jax.devices("cpu")[:1], dialect=dialect)
     losses = [losses for _, losses in trainer.train_epoch(0)]
-    return *trainer.state(), *trainer.evaluate(), losses
+    return jax.tree.leaves((trainer.state(), trainer.evaluate(), losses))
 
 
 @every_model
 def test_training_gives_the_same_bits_in_every_dialect(data: FashionMNIST, name: Model) -> None:
-    """Weights, moments, losses and scores: `--resume` may go on in another dialect."""
-    expected = jax.tree.leaves(trained(data, name, "linen"))
+    """Weights, moments, losses and scores are equal, so that `--resume` may change the dialect."""
+    expected = train_four_steps(data, name, "linen")
     for dialect in ("nnx", "plain"):
-        actual = jax.tree.leaves(trained(data, name, dialect))
-        assert len(actual) == len(expected)
+        actual = train_four_steps(data, name, dialect)
         assert all(np.array_equal(one, other) for one, other in zip(actual, expected, strict=True)), dialect
 
 
@@ -67,11 +50,13 @@ def test_training_gives_the_same_bits_in_every_dialect(data: FashionMNIST, name:
 def test_linen_and_nnx_make_the_same_program(name: Model) -> None:
     """Not only the same numbers: NNX costs nothing once it is traced."""
     optimizer = train.make_optimizer(AdamConfig())
-    state = jax.eval_shape(lambda: train.init_state(model.init_params(jax.random.key(0), model=name), optimizer))
+    state = jax.eval_shape(
+        lambda: train.init_state(model.init_params(jax.random.key(0), network=Network(name)), optimizer)
+    )
     images, labels = jax.ShapeDtypeStruct((8, 28, 28, 1), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.uint8)
 
     def program(dialect: Dialect) -> str:
-        loss_fn = partial(train.loss_fn, network=model.network(name, dialect))
+        loss_fn = partial(train.loss_fn, network=make_apply(Network(name), dialect))
         step = jax.jit(partial(train.train_step, optimizer=optimizer, loss_fn=loss_fn))
         return step.lower(state, images, labels).as_text()
 
@@ -79,32 +64,40 @@ def test_linen_and_nnx_make_the_same_program(name: Model) -> None:
 
 
 def test_the_width_of_the_hidden_layer_is_the_one_asked_for(images: np.ndarray) -> None:
-    params = model.init_params(jax.random.key(0), model="mlp", hidden=20)
-    assert shapes(params["fc1"]) == {"['kernel']": (784, 20), "['bias']": (20,)}
-    logits = [model.network("mlp", dialect, 20)(params, jnp.asarray(images)) for dialect in WRITTEN]
-    assert all(np.array_equal(logits[0], each) for each in logits)
+    params = model.init_params(jax.random.key(0), network=Network("mlp", 20))
+    assert (params["fc1"]["kernel"].shape, params["fc1"]["bias"].shape) == ((784, 20), (20,))
+    logits = [make_apply(Network("mlp", 20), dialect)(params, jnp.asarray(images)) for dialect in SOURCES]
+    assert all(np.array_equal(logits[0], other) for other in logits)
 
 
-# --- Faults in the very text of a dialect ---
-
-FAULTS = {  # a pattern that stands once in each dialect's source, what to put there, and the first stage to differ
+# A pattern that occurs once in each dialect's source, what to put in its place, and the first stage to differ.
+FAULTS = {
     "flatten order": (r"pool2\.reshape", "pool2.transpose(0, 3, 1, 2).reshape", "output of flatten"),
-    "missing bias": (r"(kernel\b\S*), (\S*bias\b\S*), tap, number", r"\1, 0 * \2, tap, number", "output of conv1"),
+    "missing bias": (
+        r"(kernel\b\S*), (\S*bias\b\S*), (self.fused|fused, within\(.conv1)",
+        r"\1, 0 * \2, \3",
+        "output of conv1",
+    ),
     "missing ReLU": (r"tap\(\"relu3\", \S*relu\(fc1\)\)", 'tap("relu3", fc1)', "output of relu3"),
 }
 
 
-def with_a_fault(dialect: Dialect, right: str, wrong: str) -> model.Apply:
-    """The dialect's SimpleCNN with one place of its source exchanged."""
-    source, count = re.subn(right, wrong, inspect.getsource(WRITTEN[dialect]))
-    assert count == 1, f"{right} stands {count} times in {dialect}"
+def with_a_fault(dialect: Dialect, right: str, wrong: str) -> Callable[..., jax.Array]:
+    """Return the dialect's SimpleCNN, stage by stage, with one place of its source exchanged."""
+    source, count = re.subn(right, wrong, inspect.getsource(SOURCES[dialect]))
+    assert count == 1, f"{right} occurs {count} times in {dialect}"
     faulty = ModuleType(f"faulty_{dialect}")
     exec(compile(source, faulty.__name__, "exec"), faulty.__dict__)
-    apply: model.Apply = faulty.network("cnn", 512)
-    return apply
+    if dialect != "linen":
+        return with_torch_stages(faulty.make_apply(CNN, fused=False))
+
+    def apply(params: model.Params, images: jax.Array, tap: model.Tap = model.no_tap) -> Any:
+        return faulty.SimpleCNN(fused=False).apply({"params": params}, images, tap)
+
+    return with_torch_stages(apply)
 
 
-@every_dialect
+@pytest.mark.parametrize("dialect", SOURCES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_text_of_a_dialect_is_found_there(dialect: Dialect, fault: str) -> None:
     right, wrong, where = FAULTS[fault]

@@ -1,8 +1,6 @@
-"""Anyone can point the harness at a port of their own: the README's example, and what other networks are made of."""
+"""The harness compares any port: the example in the README, and parts of networks that SimpleCNN does not have."""
 
 import re
-import subprocess
-import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -15,40 +13,37 @@ from jax import lax
 from jax import numpy as jnp
 from torch import nn
 
+from jax_cnn.model import Tap
 from jax_cnn.torch_layout import Leaf, conv, dense, same
 from parity_tests.harness.capture import Refused
 from parity_tests.harness.checks import first_divergence
-from parity_tests.harness.pair import Pair, Tap
-from parity_tests.support import ROOT
+from parity_tests.harness.pair import Pair
+from parity_tests.support import ROOT, assert_slip, run_command
 
 LONGEST_EXAMPLE = 40  # lines that declare a pair
 
 
 def test_the_readmes_example_works_as_it_stands(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) < LONGEST_EXAMPLE
-    (tmp_path / "my_port.py").write_text(example)
+    (tmp_path / "my_port.py").write_text(example, encoding="utf-8")
     for fault, status, words in (("none", 0, "No divergence"), ("relu-leaky", 1, "outputs: output of relu")):
-        result = subprocess.run(
-            [sys.executable, ROOT / "scripts/parity_report.py", "--pair=my_port:pair", f"--fault={fault}", "--steps=3"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run_command("parity_report", "--pair=my_port:pair", f"--fault={fault}", "--steps=3", cwd=tmp_path)
         assert words in result.stdout, result.stdout + result.stderr
         assert result.returncode == status
         assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
+    result = run_command("parity_report", "--pair=my_port:pair", "--fault=fixed-order", cwd=tmp_path)
+    assert_slip(result, "--fault fixed-order cannot be planted: my port has no data pipeline in PyTorch")
 
 
 def statistics(name: str, features: int) -> dict[str, Leaf]:
-    """Batch normalisation: scale, bias and both running statistics, vectors in both frameworks."""
+    """Map batch normalisation: scale, bias and both running statistics are vectors in both frameworks."""
     names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-    return {f"{name}.{theirs}": Leaf((name, ours), (features,), same, same) for theirs, ours in names.items()}
+    return {f"{name}.{torch_name}": Leaf((name, last), (features,), same, same) for torch_name, last in names.items()}
 
 
 def module() -> nn.Module:
-    """A strided convolution, batch normalisation, average pooling and dropout."""
+    """Return a network with a strided convolution, batch normalisation, average pooling and dropout."""
     norm = nn.BatchNorm2d(6)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -67,7 +62,7 @@ def module() -> nn.Module:
 
 
 def apply(tree: Any, images: jax.Array, tap: Tap) -> jax.Array:
-    """The same in JAX, in evaluation mode; no stage for the dropout, which does nothing."""
+    """Compute the same in JAX, in evaluation mode. Dropout does nothing there and has no stage."""
     layout = ("NHWC", "HWIO", "NHWC")
     x = lax.conv_general_dilated(images, tree["conv"]["kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
     x = tap("conv", x + tree["conv"]["bias"])
@@ -80,7 +75,7 @@ def apply(tree: Any, images: jax.Array, tap: Tap) -> jax.Array:
 
 @pytest.fixture
 def port() -> Pair:
-    """A pair of what SimpleCNN does not have."""
+    """Return the pair of both."""
     layout = {**conv("conv", 1, 6), **statistics("norm", 6), **dense("out", 6, 10)}
     return Pair("port", module, apply, layout, (1, 16, 16))
 
@@ -100,14 +95,14 @@ def test_a_wrong_eps_in_the_normalisation_is_found_there(port: Pair) -> None:
 
 
 class Twice(nn.Module):
-    """Uses one ReLU for two stages."""
+    """A network that uses one ReLU for two stages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.relu, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute logits."""
+        """Compute the logits [batch, 10] of inputs [batch, 4]."""
         return self.relu(self.second(self.relu(self.first(x))))
 
 

@@ -23,7 +23,6 @@ Json = dict[str, Any]
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "matplotlib")
 SECTIONS = 6
-PARITY_IMAGES = 40 * 64 + 32  # on which the harness trains, as in scripts/parity_report.py
 STANDARD_ERRORS = 2.0  # by which two accuracies may differ
 SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "times_floor", "peak_bytes")
 
@@ -157,10 +156,10 @@ def measure_parity(config: CompareConfig, show: Callable[[str], None]) -> Json:
     """
     if config.parity_report is not None:
         return describe_parity(read_parity(config.parity_report))
-    from parity_tests.harness.product_pairs import simple_cnn  # only now: it loads both frameworks
+    from parity_tests.harness.product_pairs import REPORT_IMAGES, simple_cnn  # only now: it loads both frameworks
     from parity_tests.harness.report import examine
 
-    pair = simple_cnn(config.data_dir, PARITY_IMAGES)
+    pair = simple_cnn(config.data_dir, REPORT_IMAGES)
     return describe_parity(examine(pair, config.seed, config.drift_steps, show))
 
 
