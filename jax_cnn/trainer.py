@@ -86,7 +86,7 @@ class JaxTrainer:
 
     @property
     def device(self) -> str:
-        """What the run computes on, for the record."""
+        """The name of the devices, for the record."""
         first = self._mesh.devices.flat[0]
         name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
         return name if self._mesh.size == 1 else f"{self._mesh.size} x {name}"

@@ -1,1 +1,1 @@
-"""What holds the JAX network and the PyTorch network together."""
+"""The harness that compares a JAX network with its PyTorch reference, and the tests."""

@@ -18,7 +18,7 @@ UNKNOWN = "xla_cpu_option_of_another_version"
 
 
 class Run(NamedTuple):
-    """What a training wrote and printed."""
+    """The weights and the messages of a training."""
 
     weights: bytes
     messages: str

@@ -105,7 +105,7 @@ def lowered_step(loss_fn: train.LossFn) -> str:
 
 
 def test_tracing_a_step_twice_gives_the_same_program() -> None:
-    """No counter and no random number of Python becomes part of the program."""
+    """Python's counters and random numbers do not become part of the program."""
     assert lowered_step(train.loss_fn) == lowered_step(train.loss_fn)
 
     def noisy(*batch: Any) -> jax.Array:
