@@ -31,7 +31,7 @@ class SimpleCNN(nn.Module):
     """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
 
     fused: bool = True
-    """Compute each conv-relu-pool block as one operation, which is faster. The harness looks at its stages without."""
+    """Compute each conv-relu-pool block as one operation, which is faster. False computes each stage for `tap`."""
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
@@ -54,7 +54,7 @@ class ConvReluPool(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
     ) -> Float[Array, "batch height/2 width/2 features"]:
-        """Halve height and width."""
+        """Convolve, apply ReLU, and pool."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv_relu_pool(images, kernel, bias, self.fused, tap)

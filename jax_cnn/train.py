@@ -1,4 +1,4 @@
-"""The training core: pure functions from state to state. It knows no device, no file, no clock."""
+"""The training core: pure functions from state to state. They use no devices, files or time."""
 
 from collections.abc import Callable
 from functools import partial

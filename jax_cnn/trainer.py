@@ -1,4 +1,4 @@
-"""JAX's half of a run: place state and batches on the devices, compile the core once, and feed it chunk by chunk.
+"""JAX's half of a run: place state and batches on the devices, compile the training program, feed it chunk by chunk.
 
 The images stay in the host's memory as they are on disk, one byte a pixel. A chunk of 64 batches of 64 is 3 MB, which
 is gathered while the devices compute the chunk before it. With several processes each gathers only the shares of its
@@ -36,7 +36,7 @@ EVALUATION_BATCH = 250  # 200 to 400 are equally fast on a CPU, 100 takes 5 % lo
 
 
 class Chunk(NamedTuple):
-    """Batches on the devices. Only the first `steps` are meant; the rest is room that a shorter chunk leaves."""
+    """Batches on the devices. Only the first `steps` batches are real; the rest is padding."""
 
     pixels: UInt8[Array, "room batch 28 28"]
     labels: UInt8[Array, "room batch"]
@@ -177,7 +177,7 @@ class JaxTrainer:
             yield self._send(rest[None], room=1)
 
     def _send(self, indices: Int[np.ndarray, "steps batch"], room: int) -> Chunk:
-        """Gather a chunk's images. Room that a shorter chunk leaves holds copies of some image, which nobody reads."""
+        """Gather the images of a chunk, and pad it with copies of the first image to `room` batches."""
         steps, batch = indices.shape
         indices = np.concatenate([indices, np.zeros((room - steps, batch), indices.dtype)])
 
@@ -202,12 +202,12 @@ def training_program(
     the sum of the gradients and losses over the devices.
 
     Args:
-        mesh: the devices. They need not be here: a program can be compiled for others.
+        mesh: the devices. They may be on another machine, or an abstract number of devices.
         state: arrays, or their shapes and places. The program reuses its memory.
         shape: room for batches, and images in each.
         optimizer: the one that made the state.
-        dtype: to compute in.
-        network: to train.
+        dtype: the dtype to compute in.
+        network: the network to train.
     """
     chunk = partial(train_chunk, optimizer=optimizer, dtype=dtype, network=network)
     sharding = batch_sharding(mesh, shape[1])

@@ -12,6 +12,7 @@ from jax_cnn.config import Dialect, FolderConfig, SeedConfig, UserError, check_l
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import write_json, writing
 from jax_cnn.run import command_line
+from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
 
@@ -60,7 +61,8 @@ def main() -> None:
     if config.fault != "none":
         pair = plant(pair, config.fault)
     try:
-        comparison = report.examine(pair, config.seed, config.steps)
+        with ProgressBar(console) as bar:
+            comparison = report.examine(pair, config.seed, config.steps, bar.announce)
     except Refused as reason:
         raise UserError(f"--pair {config.pair} cannot be compared: {reason}") from None
 
@@ -68,12 +70,13 @@ def main() -> None:
     if comparison["stages"]:
         console.print(report.stage_table(comparison["stages"]))
     sentence = f"First divergence: {first}" if first else f"No divergence: {', '.join(comparison['passed'])} all agree."
+    if comparison["not_checked"]:
+        sentence += f" Not checked, because the pair declares none: {', '.join(comparison['not_checked'])}."
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     curves = dict(comparison["drift"])
     steps = curves.pop("steps")
     if curves:
-        title = "How far apart weights drift" if first else "float64 stays together; float32 drifts as one ULP sends it"
-        report.plot_drift(steps, curves, title, config.out_dir / "drift.png")
+        report.plot_drift(steps, curves, f"{pair.name}: how far apart weights drift", config.out_dir / "drift.png")
     result = provenance(PACKAGES) | {"pair": pair.name, "fault": config.fault, "seed": config.seed} | comparison
     with writing(config.out_dir):
         write_json(config.out_dir / "report.json", result)

@@ -37,6 +37,12 @@ class ProgressBar:
         self._title = title
         self._bar.update(self._task, description=title, completed=completed, total=total, detail="")
 
+    def announce(self, title: str) -> None:
+        """Begin a part whose length is not known, and print its name if there is no bar."""
+        self.begin(title)
+        if not self._live:
+            self.say(title)
+
     def report(self, detail: str, completed: int | float | None = None) -> None:
         """Show what is under way, and how much of the whole work is done."""
         self._bar.update(self._task, detail=detail, completed=completed)

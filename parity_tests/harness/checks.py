@@ -256,6 +256,12 @@ CHECKS: Mapping[str, Callable[[Case], Iterator[Divergence]]] = {
 }
 
 
+def impossible_checks(pair: Pair) -> list[str]:
+    """Return the checks that a pair declares nothing for: an initialisation in JAX, or the data pipelines."""
+    possible = {"initialisation": pair.jax_init, "data": pair.torch_batches and pair.jax_batches}
+    return [name for name, declared in possible.items() if declared is None]
+
+
 def first_divergence(
     pair: Pair,
     seed: int = 0,

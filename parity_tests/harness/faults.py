@@ -107,7 +107,7 @@ FAULTS = (
           set_fields(torch_loss=nn.CrossEntropyLoss(label_smoothing=0.01))),
     Fault("gradient-sign", "JAX", "the sign of one entry of one gradient is flipped", "gradients",
           lambda pair: f"gradient by {last_weight(pair)}", planting.flip_one_gradient(last_weight)),
-    Fault("eps-inside-root", "JAX", "Adam's eps is added inside the square root, as TensorFlow does", "optimizer",
+    Fault("eps-inside-root", "JAX", "Adam's eps is added inside the square root, as TensorFlow's RMSprop does", "optimizer",
           place("from the start, step 1, weights"),
           set_fields(jax_optimizer=lambda c: optax.adam(c.learning_rate, c.b1, c.b2, eps=0.0, eps_root=c.eps))),
     Fault("no-bias-correction", "JAX", "Adam's moments are not corrected for their start at 0", "optimizer",

@@ -12,7 +12,14 @@ from rich.table import Table
 
 from jax_cnn.run.charts import BLACK, BLUE, GREEN, PURPLE, VERMILION
 from parity_tests.harness.capture import Capture, capture_jax, capture_torch
-from parity_tests.harness.checks import BATCH_SIZES, CHECKS, STAGE_BOUND, first_divergence, probing_weights
+from parity_tests.harness.checks import (
+    BATCH_SIZES,
+    CHECKS,
+    STAGE_BOUND,
+    first_divergence,
+    impossible_checks,
+    probing_weights,
+)
 from parity_tests.harness.compare import find_difference, relative_error
 from parity_tests.harness.float32 import cast, drift
 from parity_tests.harness.pair import Pair
@@ -42,18 +49,21 @@ def examine(pair: Pair, seed: int, steps: int, progress: Callable[[str], None] =
         progress: called with the name of each part before it starts.
 
     Returns:
-        What JSON can hold: `first_divergence` (a sentence, or None), `passed` (names of checks), `stages` (rows of
-        `compare_stages`), and `drift` (`steps`, and one list of distances for each curve of `DRIFT_LINES`).
+        What JSON can hold: `first_divergence` (a sentence, or None), `passed` and `not_checked` (names of checks),
+        `stages` (rows of `compare_stages`), and `drift` (`steps`, and a list of distances for each of `DRIFT_LINES`).
 
     Raises:
         Refused: the pair cannot be compared.
     """
     divergence = first_divergence(pair, seed, progress=progress)
-    names = list(CHECKS)
-    passed = names[: names.index(divergence.check)] if divergence else names
+    names, not_checked = list(CHECKS), impossible_checks(pair)
+    passed = [name for name in names if name not in not_checked]
+    if divergence:
+        passed = [name for name in passed if names.index(name) < names.index(divergence.check)]
     result: Json = {
         "first_divergence": str(divergence) if divergence else None,
         "passed": passed,
+        "not_checked": not_checked,
         "stages": [],
         "drift": {"steps": []},
     }
@@ -117,7 +127,7 @@ def stage_table(rows: Sequence[Json]) -> Table:
         "torch_float32_error": "PyTorch\nfloat32",
         "jax_float32_error": "JAX\nfloat32",
     }
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="float64, in units of each tensor's largest value")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption="Errors divided by each tensor's largest value")
     table.add_column("stage", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     for heading in columns.values():
