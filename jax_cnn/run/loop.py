@@ -16,7 +16,7 @@ from jax_cnn.run.command_line import Interrupted, postponed_interrupts
 from jax_cnn.run.display import ProgressBar, epoch_table
 from jax_cnn.run.folder import FILES, RunFolder
 from jax_cnn.run.provenance import provenance
-from jax_cnn.run.resume import CheckpointWriter, how_to_resume, rounding_changes, run_record
+from jax_cnn.run.resume import CheckpointWriter, Record, how_to_resume, rounding_changes, run_record
 from jax_cnn.torch_layout import TorchDict
 
 
@@ -104,7 +104,7 @@ class Run:
     folder: RunFolder
     bar: ProgressBar
     checkpoints: CheckpointWriter
-    record: dict[str, Any]
+    record: Record
     signal_received: Callable[[], int | None]
     progress: Progress = field(default_factory=Progress)
 
