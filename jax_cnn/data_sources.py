@@ -40,7 +40,7 @@ class Source(NamedTuple):
     """A place to get files from."""
 
     name: str
-    """As it is shown to the user."""
+    """The name that the user sees."""
     fetch: Callable[[Sequence[str], Path], Path]
     """Takes the names of the wanted files and an empty folder to work in. Returns the folder in which the files lie,
     each under its name or its name and `.gz`. Raises `SourceFailed`."""

@@ -1,4 +1,4 @@
-"""Which devices and processes there are, and which of them gets which share of a batch.
+"""The devices and processes of a run, and the share of a batch that each of them gets.
 
 Training is data-parallel: every device holds the whole state and an equal share of each batch. Several processes meet
 through JAX's own runtime, `jax.distributed`.

@@ -84,7 +84,7 @@ class JaxTrainer:
     def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Float[np.ndarray, " steps"]]]:
         """Train on every image once, from step `start` on; after each chunk, yield its number of images and losses.
 
-        The next chunk is on its way to the devices while they compute this one.
+        The next chunk is sent to the devices while they compute this one.
         """
         chunks = self._chunks(epoch, start)
         chunk = next(chunks, None)
@@ -93,7 +93,7 @@ class JaxTrainer:
             self._state, losses = self._train_programs[batch](
                 self._state, chunk.pixels, chunk.labels, np.int32(chunk.steps)
             )
-            following = next(chunks, None)
+            following = next(chunks, None)  # sent before the wait for this chunk's losses
             yield chunk.steps * batch, np.asarray(losses)[: chunk.steps]
             chunk = following
 

@@ -29,7 +29,7 @@ class Trainer(Protocol):
     packages: tuple[str, ...]
     """Names of the packages whose versions belong in the record."""
     device_name: str
-    """What the run computes on, for the record."""
+    """The device or devices, as the record names them."""
     train_size: int
     """Images in an epoch."""
     compile_seconds: float
@@ -126,8 +126,7 @@ class Run:
         """Train the epochs that are left: train, evaluate, record, save."""
         while self.progress.epoch < self.config.epochs:
             self.train_epoch()
-            row = self.evaluate()
-            self.finish_epoch(row)
+            self.finish_epoch(self.evaluate())
             self.save()
             self.stop_if_asked()
         self.checkpoints.wait()

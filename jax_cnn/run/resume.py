@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in its own thread, so that training goes on meanwhile."""
+    """A writer of one checkpoint at a time, in a thread of its own, so that training goes on meanwhile."""
 
     def __init__(self, folder: Path, interval: float) -> None:
         """Write into this folder. A checkpoint is due `interval` seconds after the one before."""
