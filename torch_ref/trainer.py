@@ -87,7 +87,7 @@ class TorchTrainer:
                 for name, parameter in parameters.items()
             }
 
-        weights = {name: parameter.numpy(force=True).copy() for name, parameter in parameters.items()}
+        weights = {name: array.copy() for name, array in self.weights().items()}
         step = int(next(iter(adam.values())).get("step", 0))
         return weights, moment("exp_avg"), moment("exp_avg_sq"), step
 
