@@ -204,7 +204,7 @@ class Run:
         """Save and stop if Ctrl-C or SIGTERM has come.
 
         Raises:
-            Interrupted: it has.
+            Interrupted: a signal has come, and everything is saved.
         """
         number = self.signal_received()
         if number is None:
