@@ -71,7 +71,7 @@ class Checkpoint:
 
 
 class Unusable(Exception):
-    """The file is not a checkpoint, or is damaged. The message is the reason."""
+    """A file is not a checkpoint, or is damaged. The message says why."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -19,9 +19,11 @@ CPU_OPTIONS: dict[str, str | bool] = {
 def compiler_options(platform: str) -> dict[str, str | bool]:
     """Return the options of `CPU_OPTIONS` that this jaxlib knows; none on another platform.
 
-    An unknown name in the variable XLA_FLAGS would end the process.
+    They are no part of the variable XLA_FLAGS, where an unknown name would end the process.
     """
-    return {name: value for name, value in CPU_OPTIONS.items() if accepted(name)} if platform == "cpu" else {}
+    if platform != "cpu":
+        return {}
+    return {name: value for name, value in CPU_OPTIONS.items() if accepted(name)}
 
 
 @functools.cache

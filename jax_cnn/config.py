@@ -178,7 +178,7 @@ class JaxTrainConfig(TrainConfig):
 
 
 def check_limits(config: object, limits: Mapping[str, tuple[int, int]] = LIMITS) -> None:
-    """Check those fields of a configuration that have limits.
+    """Check the fields of a configuration that have limits.
 
     Raises:
         UserError: a number is outside its limits.

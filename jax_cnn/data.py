@@ -53,7 +53,7 @@ class FashionMNIST(NamedTuple):
 
 
 class UnusableFile(Exception):
-    """Says in a word or two how a file differs from the published one."""
+    """A file is not the published one. The message says how, in a few words."""
 
 
 def print_to_stderr(line: str) -> None:
@@ -69,7 +69,7 @@ def load_fashion_mnist(data_dir: Path, say: Say = print_to_stderr, sources: Sequ
 
     Args:
         data_dir: the data folder, torchvision's `root`.
-        say: is called with every message about fetching.
+        say: shows a message about fetching to the user.
         sources: where to fetch from, in order of preference, after the data folder itself.
 
     Raises:
@@ -136,7 +136,7 @@ def split_batches(
 
 
 def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source]) -> dict[str, bytes]:
-    """Return the published contents of the four files by name. Afterwards they lie in the data folder."""
+    """Return the published contents of the four files by name, after putting what is missing into the data folder."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: the data folder is a file; give the folder of the data, or a new one")
     raw = raw_folder(data_dir)
@@ -162,11 +162,11 @@ def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources:
     """Fetch each file from the first source that has it, write it to the folder `raw`, and return the contents.
 
     Args:
-        problems: what is wrong with each of the files to fetch.
+        problems: the files to fetch, each with what is wrong with it.
         raw: the folder to write to. It is also the first source: a person may have put .gz files there.
         workdir: a folder that the sources may use; it is empty for each of them and removed afterwards.
-        say: is called with every message.
-        sources: in order of preference.
+        say: shows a message to the user.
+        sources: where to fetch from, in order of preference.
     """
     say(f"Fashion-MNIST: fetching what {raw} lacks, which can take minutes ({list_problems(problems)})")
     contents: dict[str, bytes] = {}
@@ -197,9 +197,9 @@ def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources:
 def read_files(
     folder: Path, names: Iterable[str], suffixes: Sequence[str] = ("",)
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Return the contents of the sound files in a folder by name, and the problem of each other file by name.
+    """Return the contents of the undamaged files in a folder by name, and what is wrong with the others by name.
 
-    A file may lie there with any of the suffixes; the first sound one is taken.
+    A file may lie there with any of the suffixes; the first undamaged one is taken.
     """
     contents: dict[str, bytes] = {}
     problems: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Sources of the files of Fashion-MNIST: an installed package, torchvision's mirrors, a package from apt-get.
 
-A source verifies nothing: `jax_cnn.data` checks what every source gives.
+The sources verify nothing: `jax_cnn.data` checks every file that they give.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ Acquire::https::Timeout "{MIRROR_TIMEOUT:.0f}";
 
 
 class SourceFailed(Exception):
-    """Says in one line why a source could not give the files."""
+    """A source could not give the files. The message says why, on one line."""
 
 
 class Source(NamedTuple):
     """A place to get files from."""
 
     name: str
-    """As it is shown to the user."""
+    """The name that the user sees."""
     fetch: Callable[[Sequence[str], Path], Path]
     """Takes the names of the wanted files and an empty folder to work in. Returns the folder in which the files lie,
     each under its name or its name and `.gz`. Raises `SourceFailed`."""

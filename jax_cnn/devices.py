@@ -1,4 +1,4 @@
-"""Which devices and processes there are, and which of them gets which share of a batch.
+"""The devices and processes of a run, and the share of a batch that each of them gets.
 
 Training is data-parallel: every device holds the whole state and an equal share of each batch. Several processes meet
 through JAX's own runtime, `jax.distributed`.
@@ -29,7 +29,7 @@ def join_processes(config: JaxTrainConfig) -> None:
     A process that is still alone after `JOIN_TIMEOUT` seconds ends with exit status 2.
 
     Raises:
-        UserError: there is no cluster that tells where the processes meet, or the connection fails at once.
+        UserError: no cluster tells where the processes meet, or the connection fails at once.
     """
     if config.coordinator is None:
         return
@@ -43,8 +43,10 @@ def join_processes(config: JaxTrainConfig) -> None:
             process_id=config.process_id,
         )
     except (RuntimeError, ValueError) as error:
-        known = "no cluster's environment tells where the processes meet; give HOST:PORT, --num-processes, --process-id"
-        reason = known if config.coordinator == CLUSTER else str(error).partition("\n")[0]
+        no_cluster = (
+            "no cluster's environment tells where the processes meet; give HOST:PORT, --num-processes, --process-id"
+        )
+        reason = no_cluster if config.coordinator == CLUSTER else str(error).partition("\n")[0]
         raise UserError(f"--coordinator {config.coordinator}: {reason}") from None
     finally:
         watch.cancel()
@@ -108,8 +110,15 @@ def find_devices(kind: Device) -> list[jax.Device]:
         ) from None
 
 
+def describe_devices(devices: Sequence[jax.Device]) -> str:
+    """Return the number, the platform and the model of the devices: `4 x gpu (NVIDIA H100)`."""
+    first = devices[0]
+    name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
+    return name if len(devices) == 1 else f"{len(devices)} x {name}"
+
+
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """Return the devices as a mesh with one axis."""
+    """Return a mesh of the devices with one axis."""
     return Mesh(np.array(devices), (AXIS,))
 
 
@@ -125,9 +134,5 @@ def batch_sharding(mesh: AnyMesh, batch: int) -> NamedSharding:
 
 def place_batches(mesh: Mesh, shape: tuple[int, ...], read: Callable[[Share], np.ndarray]) -> jax.Array:
     """Put batches [steps, batch, …] on the devices; `read` is called for the shares of this process's devices only."""
-
-    def read_share(share: Share | None) -> np.ndarray:
-        assert share is not None
-        return read(share)
-
-    return jax.make_array_from_callback(shape, batch_sharding(mesh, shape[1]), read_share)
+    # JAX's type of `read` allows for shares that are None, which neither placement of `batch_sharding` has.
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, shape[1]), read)  # type: ignore[arg-type]

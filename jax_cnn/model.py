@@ -1,4 +1,4 @@
-"""The networks in Flax Linen: SimpleCNN, and the two without convolution that it is compared with.
+"""The networks in Flax Linen: SimpleCNN, and two without convolution to compare it with.
 
 Each takes images [batch, 28, 28, 1] with values in 0 … 1 and returns logits [batch, 10], in the dtype of its weights.
 `jax_cnn.dialects` has the same networks in Flax NNX and as plain functions.
@@ -19,11 +19,11 @@ from jax_cnn import ops
 from jax_cnn.config import CNN, HIDDEN, Network
 
 Params = dict[str, dict[str, jax.Array]]  # {"conv1": {"kernel": …, "bias": …}, "conv2": …, "fc1": …, "fc2": …}
-Tap = Callable[[str, jax.Array], jax.Array]  # sees the output of a stage by its name, and returns what goes on
+Tap = Callable[[str, jax.Array], jax.Array]  # takes the name and the output of a stage, returns what goes on from it
 
 
 def no_tap(stage: str, output: jax.Array) -> jax.Array:
-    """Return every stage's output as it is."""
+    """Return the output of a stage unchanged."""
     return output
 
 
@@ -45,7 +45,7 @@ class SimpleCNN(nn.Module):
 
 
 class ConvReluPool(nn.Module):
-    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
+    """A block: 3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
 
     features: int
     fused: bool = True
@@ -54,7 +54,7 @@ class ConvReluPool(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
     ) -> Float[Array, "batch height/2 width/2 features"]:
-        """Convolve, apply ReLU, and pool."""
+        """Compute the output of the block, with half the height and width."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv_relu_pool(images, kernel, bias, self.fused, tap)
@@ -91,7 +91,7 @@ def conv_relu_pool(
     fused: bool,
     tap: Tap,
 ) -> Float[Array, "batch height/2 width/2 features"]:
-    """Compute a block as one operation or as three stages. The values are the same, bit by bit."""
+    """Compute a block as one operation or in three stages. The values are the same, bit by bit."""
     if fused:
         return tap("pool", ops.conv_bias_relu_pool(images, kernel, bias))
     conv = tap("conv", ops.add_bias(ops.conv3x3(images, kernel), bias))
@@ -118,10 +118,18 @@ def make_module(network: Network = CNN, fused: bool = True) -> nn.Module:
     return modules[network.model]
 
 
-def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
-    """Compute SimpleCNN's logits [batch, 10] of images [batch, 28, 28, 1]."""
-    logits: jax.Array = SimpleCNN().apply({"params": params}, images, tap)  # type: ignore[assignment]  # nothing mutable
-    return logits
+def make_apply(network: Network = CNN, fused: bool = True) -> Apply:
+    """Return a network as a pure function."""
+    module = make_module(network, fused)
+
+    def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        logits: jax.Array = module.apply({"params": params}, images, tap)  # type: ignore[assignment]  # nothing mutable
+        return logits
+
+    return apply
+
+
+apply = make_apply()  # SimpleCNN, which the functions of `jax_cnn.train` take unless they are given another network
 
 
 @partial(jax.jit, static_argnames=("dtype", "network"))
@@ -134,7 +142,7 @@ def init_params(key: PRNGKeyArray, dtype: Any = jnp.float32, network: Network = 
     Args:
         key: from `jax.random.key`.
         dtype: float32 or float64.
-        network: whose weights to draw. All dialects share them.
+        network: the network to draw weights for. They are the same in all dialects.
 
     Returns:
         {"conv1": {"kernel", "bias"}, "conv2": …, "fc1": …, "fc2": …} for SimpleCNN: 1,630,090 numbers.

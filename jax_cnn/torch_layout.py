@@ -37,7 +37,7 @@ class Leaf(NamedTuple):
     to_torch: Callable[[np.ndarray], np.ndarray]
 
 
-Layout = Mapping[str, Leaf]  # the leaf of every torch tensor, by the tensor's name
+Layout = dict[str, Leaf]  # the leaf of every torch tensor, by the tensor's name
 
 
 # The map
@@ -45,23 +45,17 @@ Layout = Mapping[str, Leaf]  # the leaf of every torch tensor, by the tensor's n
 
 def conv(name: str, inputs: int, outputs: int, size: int = 3) -> Layout:
     """Map a convolution: [out, in, row, column] is [row, column, in, out] in Flax."""
-    return {
-        f"{name}.weight": Leaf(
-            (name, "kernel"),
-            (outputs, inputs, size, size),
-            lambda weight: weight.transpose(2, 3, 1, 0),
-            lambda kernel: kernel.transpose(3, 2, 0, 1),
-        ),
-        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
-    }
+    return layer(
+        name,
+        (outputs, inputs, size, size),
+        lambda weight: weight.transpose(2, 3, 1, 0),
+        lambda kernel: kernel.transpose(3, 2, 0, 1),
+    )
 
 
 def dense(name: str, inputs: int, outputs: int) -> Layout:
     """Map a linear layer: [out, in] is [in, out] in Flax."""
-    return {
-        f"{name}.weight": Leaf((name, "kernel"), (outputs, inputs), np.transpose, np.transpose),
-        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
-    }
+    return layer(name, (outputs, inputs), np.transpose, np.transpose)
 
 
 def dense_after_flatten(name: str, chw: tuple[int, int, int], outputs: int) -> Layout:
@@ -75,23 +69,25 @@ def dense_after_flatten(name: str, chw: tuple[int, int, int], outputs: int) -> L
     def to_torch(kernel: np.ndarray) -> np.ndarray:
         return kernel.reshape(rows, columns, channels, outputs).transpose(3, 2, 0, 1).reshape(outputs, inputs)
 
+    return layer(name, (outputs, inputs), to_jax, to_torch)
+
+
+def layer(
+    name: str,
+    shape: tuple[int, ...],
+    to_jax: Callable[[np.ndarray], np.ndarray],
+    to_torch: Callable[[np.ndarray], np.ndarray],
+) -> Layout:
+    """Map a layer: its weight, of this shape in PyTorch, by the two functions, and its bias as it is."""
     return {
-        f"{name}.weight": Leaf((name, "kernel"), (outputs, inputs), to_jax, to_torch),
-        f"{name}.bias": Leaf((name, "bias"), (outputs,), same, same),
+        f"{name}.weight": Leaf((name, "kernel"), shape, to_jax, to_torch),
+        f"{name}.bias": Leaf((name, "bias"), shape[:1], same, same),
     }
 
 
 def same(array: np.ndarray) -> np.ndarray:
     """Return a bias, or any array that needs no change, as it is."""
     return array
-
-
-SOFTMAX_REGRESSION: Layout = dense("fc", 784, 10)
-
-
-def feed_forward(hidden: int = HIDDEN) -> Layout:
-    """Map the mlp. Its flatten has one channel, so there is no order to change."""
-    return {**dense("fc1", 784, hidden), **dense("fc2", hidden, 10)}
 
 
 SIMPLE_CNN: Layout = {
@@ -101,17 +97,17 @@ SIMPLE_CNN: Layout = {
     **dense("fc2", 512, 10),
 }
 
-
 # PyTorch's names of the stages inside SimpleCNN's blocks, by the names that `jax_cnn.model` gives them.
-TORCH_STAGES = {
-    **{f"conv1.{stage}": f"{stage}1" for stage in ("conv", "relu", "pool")},
-    **{f"conv2.{stage}": f"{stage}2" for stage in ("conv", "relu", "pool")},
-}
+TORCH_STAGES = {f"conv{block}.{stage}": f"{stage}{block}" for block in (1, 2) for stage in ("conv", "relu", "pool")}
 
 
 def layout_of(network: Network) -> Layout:
     """Return the layout of this network."""
-    layouts = {"linear": SOFTMAX_REGRESSION, "mlp": feed_forward(network.hidden), "cnn": SIMPLE_CNN}
+    layouts: dict[Model, Layout] = {
+        "cnn": SIMPLE_CNN,
+        "mlp": dense("fc1", 784, network.hidden) | dense("fc2", network.hidden, 10),  # one channel: no order to change
+        "linear": dense("fc", 784, 10),
+    }
     return layouts[network.model]
 
 

@@ -41,7 +41,7 @@ def make_optimizer(config: AdamConfig) -> optax.GradientTransformation:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Start training from these weights, with both moments at zero."""
+    """Return the state before the first step: these weights, and both moments zero."""
     return TrainState(params, optimizer.init(params))
 
 
@@ -72,8 +72,8 @@ def compute_logits(
     is needed.
     """
     weights_dtype = jax.tree.leaves(params)[0].dtype
-    cast = jax.tree.map(lambda weight: weight.astype(images.dtype), params)
-    return network(cast, images).astype(weights_dtype)
+    cast_params = jax.tree.map(lambda weight: weight.astype(images.dtype), params)
+    return network(cast_params, images).astype(weights_dtype)
 
 
 def loss_fn(

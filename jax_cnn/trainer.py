@@ -1,4 +1,4 @@
-"""JAX's half of a run: place state and batches on the devices, compile the training program, feed it chunk by chunk.
+"""JAX's half of a run: it places state and batches on the devices, compiles once, and trains chunk by chunk.
 
 The images stay in the host's memory as they are on disk, one byte a pixel. A chunk of 64 batches of 64 is 3 MB, which
 is gathered while the devices compute the chunk before it. With several processes each gathers only the shares of its
@@ -20,26 +20,25 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Wrapped
 from jaxtyping import Array, Float, Int, UInt8
 
-from jax_cnn import torch_layout
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import Dialect, TrainConfig
 from jax_cnn.data import FashionMNIST, epoch_order, split_batches
-from jax_cnn.devices import AnyMesh, batch_sharding, make_mesh, place_batches, replicated
+from jax_cnn.devices import AnyMesh, batch_sharding, describe_devices, make_mesh, place_batches, replicated
 from jax_cnn.dialects import make_apply
 from jax_cnn.model import Apply, apply, init_params
-from jax_cnn.torch_layout import TorchDict
+from jax_cnn.torch_layout import TorchDict, layout_of, to_flax, to_torch
 from jax_cnn.train import PADDING, TrainState, evaluate, init_state, make_optimizer, train_chunk
 
-CHUNK_STEPS = 64  # steps in a call: about half a second of work on two CPU cores, so that progress shows
+CHUNK_STEPS = 64  # the most steps in a chunk: about half a second of work on two CPU cores, so that progress shows
 EVALUATION_BATCH = 250  # 200 to 400 are equally fast on a CPU, 100 takes 5 % longer
 
 
 class Chunk(NamedTuple):
-    """Batches on the devices. Only the first `steps` batches are real; the rest is padding."""
+    """Batches on the devices. Training uses the first `steps`; the others fill up the shape of a compiled program."""
 
-    pixels: UInt8[Array, "room batch 28 28"]
-    labels: UInt8[Array, "room batch"]
+    pixels: UInt8[Array, "capacity batch 28 28"]
+    labels: UInt8[Array, "capacity batch"]
     steps: int
 
 
@@ -64,37 +63,28 @@ class JaxTrainer:
             data: the whole data set; the configuration's limits are applied here.
             devices: where to train. Each holds the whole state, and gets its share of every batch.
             initial: weights under PyTorch's names and layouts, or None to draw them from the seed.
-            dialect: in which the network is written.
+            dialect: the dialect in which the network is written.
         """
         jax.config.update("jax_enable_x64", config.precision == "float64")
         self._config = config
-        self._layout = torch_layout.layout_of(config.network)
+        self._layout = layout_of(config.network)
         self._mesh = make_mesh(devices)
+        self.device_name = describe_devices(devices)
         self._pixels, self._labels = data.train_images[: config.limit_train], data.train_labels[: config.limit_train]
+        self.train_size = len(self._labels)
         test_images, test_labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
-        self._test_set, self._test_size = send_test_set(self._mesh, test_images, test_labels), len(test_labels)
+        self._test_set = send_test_set(self._mesh, test_images, test_labels)
+        self._test_size = len(test_labels)
         self._optimizer = make_optimizer(config.adam)
         self._state = self._initial_state(initial)
         started = time.perf_counter()
         self._train_programs, self._evaluate = self._compile(make_apply(config.network, dialect))
         self.compile_seconds = time.perf_counter() - started
 
-    @property
-    def train_size(self) -> int:
-        """Images in an epoch."""
-        return len(self._labels)
-
-    @property
-    def device(self) -> str:
-        """The name of the devices, for the record."""
-        first = self._mesh.devices.flat[0]
-        name = first.platform if first.device_kind == first.platform else f"{first.platform} ({first.device_kind})"
-        return name if self._mesh.size == 1 else f"{self._mesh.size} x {name}"
-
     def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Float[np.ndarray, " steps"]]]:
         """Train on every image once, from step `start` on; after each chunk, yield its number of images and losses.
 
-        The next chunk is on its way to the devices while they compute this one.
+        The next chunk is sent to the devices while they compute this one.
         """
         chunks = self._chunks(epoch, start)
         chunk = next(chunks, None)
@@ -103,7 +93,7 @@ class JaxTrainer:
             self._state, losses = self._train_programs[batch](
                 self._state, chunk.pixels, chunk.labels, np.int32(chunk.steps)
             )
-            following = next(chunks, None)
+            following = next(chunks, None)  # sent before the wait for this chunk's losses
             yield chunk.steps * batch, np.asarray(losses)[: chunk.steps]
             chunk = following
 
@@ -123,9 +113,9 @@ class JaxTrainer:
         return AdamState(self._to_torch(params), self._to_torch(mu), self._to_torch(nu), int(count))
 
     def restore(self, weights: TorchDict, first_moment: TorchDict, second_moment: TorchDict, step: int) -> None:
-        """Continue from such a state."""
+        """Continue from a state that `state` returned in this framework or in PyTorch."""
         params, mu, nu = (
-            jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), self._to_flax(part), self._state.params)
+            jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), to_flax(part, self._layout), self._state.params)
             for part in (weights, first_moment, second_moment)
         )
         opt_state = optax.tree_utils.tree_set(
@@ -133,11 +123,8 @@ class JaxTrainer:
         )
         self._state = jax.device_put(TrainState(params, opt_state), replicated(self._mesh))
 
-    def _to_flax(self, tensors: TorchDict) -> torch_layout.Tree:
-        return torch_layout.to_flax(tensors, self._layout)
-
     def _to_torch(self, tree: Any) -> TorchDict:
-        return torch_layout.to_torch(jax.tree.map(np.asarray, tree), self._layout)
+        return to_torch(jax.tree.map(np.asarray, tree), self._layout)
 
     def _initial_state(self, initial: TorchDict | None) -> TrainState:
         """Draw or convert the weights, and put the state on every device."""
@@ -146,7 +133,7 @@ class JaxTrainer:
             if initial is None:
                 params = init_params(jax.random.key(config.seed), dtype, config.network)
             else:
-                params = jax.tree.map(partial(jnp.asarray, dtype=dtype), self._to_flax(initial))
+                params = jax.tree.map(partial(jnp.asarray, dtype=dtype), to_flax(initial, self._layout))
             state = jax.tree.map(np.asarray, init_state(params, self._optimizer))
         return jax.device_put(state, replicated(self._mesh))
 
@@ -172,14 +159,14 @@ class JaxTrainer:
         order = epoch_order(self._config.seed, epoch, self.train_size)
         full, rest = split_batches(order, self._config.batch_size)
         for first in range(start, len(full), CHUNK_STEPS):
-            yield self._send(full[first : first + CHUNK_STEPS], room=min(len(full), CHUNK_STEPS))
+            yield self._send(full[first : first + CHUNK_STEPS], capacity=min(len(full), CHUNK_STEPS))
         if rest.size and start <= len(full):
-            yield self._send(rest[None], room=1)
+            yield self._send(rest[None], capacity=1)
 
-    def _send(self, indices: Int[np.ndarray, "steps batch"], room: int) -> Chunk:
-        """Gather the images of a chunk, and pad it with copies of the first image to `room` batches."""
+    def _send(self, indices: Int[np.ndarray, "steps batch"], capacity: int) -> Chunk:
+        """Gather the images of a chunk, and fill it up to its capacity with copies of an image, which nobody reads."""
         steps, batch = indices.shape
-        indices = np.concatenate([indices, np.zeros((room - steps, batch), indices.dtype)])
+        indices = np.concatenate([indices, np.zeros((capacity - steps, batch), indices.dtype)])
 
         def place(array: np.ndarray) -> jax.Array:
             shape = (*indices.shape, *array.shape[1:])
@@ -202,10 +189,10 @@ def training_program(
     the sum of the gradients and losses over the devices.
 
     Args:
-        mesh: the devices. They may be on another machine, or an abstract number of devices.
-        state: arrays, or their shapes and places. The program reuses its memory.
-        shape: room for batches, and images in each.
-        optimizer: the one that made the state.
+        mesh: the devices. They need not be on this machine.
+        state: arrays, or their shapes and placements. The program reuses the memory of the arrays.
+        shape: number of batches in a chunk, and of images in a batch.
+        optimizer: the optimizer that the state belongs to.
         dtype: the dtype to compute in.
         network: the network to train.
     """
@@ -218,10 +205,10 @@ def training_program(
 
 
 def chunk_shapes(size: int, batch_size: int) -> list[tuple[int, int]]:
-    """Return the shapes [room, batch] of chunks: of full batches, and of the remainder if there is one."""
+    """Return the shapes [capacity, batch] of chunks: of full batches, and of the remainder if there is one."""
     full, rest = divmod(size, batch_size)
     shapes = [(min(full, CHUNK_STEPS), batch_size), (1, rest)]
-    return [(room, batch) for room, batch in shapes if room and batch]
+    return [(capacity, batch) for capacity, batch in shapes if capacity and batch]
 
 
 def send_test_set(

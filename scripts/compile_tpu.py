@@ -41,12 +41,12 @@ class CompileConfig:
 
 
 def main() -> None:
-    """Read the command line, compile, show."""
+    """Read the command line, compile, and show the figures."""
     config = command_line.parse(CompileConfig(), __doc__)
     check_out_dir(config.out_dir)
     console = Console()
 
-    from experiments import tpu  # only now: a slip should not wait for JAX to load
+    from experiments import tpu  # only now: an error should not wait for JAX to load
 
     sizes = {topology: len(tpu.find_chips(topology)) for topology in config.topologies}
     compilations = []

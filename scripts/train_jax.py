@@ -14,13 +14,13 @@ from jax_cnn.torch_layout import load_weights
 
 
 def main() -> None:
-    """Read the command line, get the data, train."""
+    """Read the command line, get the data, and train."""
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "jax", print)
 
-    import jax  # only now: a slip should not wait for JAX to load
+    import jax  # only now: an error should not wait for JAX to load
 
     from jax_cnn.compiler import keep_compiled_programs
     from jax_cnn.devices import join_processes, pick_devices
@@ -29,12 +29,12 @@ def main() -> None:
     keep_compiled_programs()
     join_processes(config)
     devices = pick_devices(config)
-    first = jax.process_index() == 0
-    console = Console(quiet=not first)
+    is_first_process = jax.process_index() == 0
+    console = Console(quiet=not is_first_process)
     data = load_fashion_mnist(config.data_dir, console.print)
     console.print(f"jax: compiling for {devices[0].platform}")
     trainer = JaxTrainer(config, data, devices, initial, config.dialect)
-    if first:
+    if is_first_process:
         fit(config, trainer, console, checkpoint)
     else:
         follow(config, trainer, checkpoint)

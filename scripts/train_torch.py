@@ -15,7 +15,7 @@ from jax_cnn.torch_layout import load_weights
 
 
 def main() -> None:
-    """Read the command line, get the data, train."""
+    """Read the command line, get the data, and train."""
     config = command_line.parse(TrainConfig(out_dir=Path("runs/torch")), __doc__)
     if config.precision == "bfloat16":
         raise UserError("--precision bfloat16 needs train_jax.py; use that, or --precision float32 or float64")
@@ -23,7 +23,7 @@ def main() -> None:
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "torch", print)
 
-    from torch_ref.trainer import TorchTrainer, pick_device  # only now: errors should not wait for PyTorch to load
+    from torch_ref.trainer import TorchTrainer, pick_device  # only now: an error should not wait for PyTorch
 
     try:
         device = pick_device(config.device)

@@ -3,9 +3,36 @@
 Each takes images [batch, 1, 28, 28] with values in 0 … 1 and returns logits [batch, 10] in the dtype of its weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
+
+
+class SimpleCNN(nn.Module):
+    """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+        self.relu1 = nn.ReLU()
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
+        self.relu2 = nn.ReLU()
+        self.pool2 = nn.MaxPool2d(2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(64 * 7 * 7, 512)
+        self.relu3 = nn.ReLU()
+        self.fc2 = nn.Linear(512, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits."""
+        pool1 = self.pool1(self.relu1(self.conv1(images)))  # 28 -> 14
+        pool2 = self.pool2(self.relu2(self.conv2(pool1)))  # 14 -> 7
+        flatten = self.flatten(pool2)  # channel, row, column
+        fc1 = self.fc1(flatten)
+        relu3 = self.relu3(fc1)
+        return self.fc2(relu3)
 
 
 class SoftmaxRegression(nn.Module):
@@ -17,9 +44,9 @@ class SoftmaxRegression(nn.Module):
         self.fc = nn.Linear(28 * 28, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits [batch, 10] of images [batch, 1, 28, 28]."""
-        logits: Tensor = self.fc(self.flatten(images))
-        return logits
+        """Compute the logits."""
+        flatten = self.flatten(images)
+        return self.fc(flatten)
 
 
 class FeedForward(nn.Module):
@@ -33,45 +60,23 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits [batch, 10] of images [batch, 1, 28, 28]."""
-        x = self.relu(self.fc1(self.flatten(images)))
-        logits: Tensor = self.fc2(x)
-        return logits
-
-
-class SimpleCNN(nn.Module):
-    """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
-        self.relu1 = nn.ReLU()
-        self.pool1 = nn.MaxPool2d(2)  # 28 -> 14
-        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.relu2 = nn.ReLU()
-        self.pool2 = nn.MaxPool2d(2)  # 14 -> 7
-        self.flatten = nn.Flatten()
-        self.fc1 = nn.Linear(64 * 7 * 7, 512)
-        self.relu3 = nn.ReLU()
-        self.fc2 = nn.Linear(512, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits [batch, 10] of images [batch, 1, 28, 28]."""
-        x = self.pool1(self.relu1(self.conv1(images)))
-        x = self.pool2(self.relu2(self.conv2(x)))
-        x = self.relu3(self.fc1(self.flatten(x)))
-        logits: Tensor = self.fc2(x)
-        return logits
-
-
-MODELS: Mapping[str, Callable[..., nn.Module]] = {"linear": SoftmaxRegression, "mlp": FeedForward, "cnn": SimpleCNN}
+        """Compute the logits."""
+        flatten = self.flatten(images)
+        fc1 = self.fc1(flatten)
+        relu = self.relu(fc1)
+        return self.fc2(relu)
 
 
 def make_model(name: str = "cnn", hidden: int = 512) -> nn.Module:
-    """Build the network of that name, with PyTorch's own random weights.
+    """Return the network of this name, with PyTorch's own random weights.
 
     Args:
         name: linear, mlp or cnn.
-        hidden: width of the mlp's hidden layer.
+        hidden: units of the mlp's hidden layer.
     """
-    return FeedForward(hidden) if name == "mlp" else MODELS[name]()
+    models: dict[str, Callable[[], nn.Module]] = {
+        "cnn": SimpleCNN,
+        "mlp": partial(FeedForward, hidden),
+        "linear": SoftmaxRegression,
+    }
+    return models[name]()

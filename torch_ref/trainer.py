@@ -1,11 +1,11 @@
 """PyTorch's half of a run: the model, its optimizer and its data, ready to train epoch by epoch."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from torch_ref.config import Config
 from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
 from torch_ref.train import evaluate, train_one_epoch
@@ -16,7 +16,7 @@ TEST_BATCH_SIZE = 1000
 
 
 class TorchTrainer:
-    """A run in progress: what a course's script holds in global variables."""
+    """A run in progress: what the script of a course holds in global variables."""
 
     framework = "torch"
     packages: tuple[str, ...] = ("torch", "torchvision", "numpy")
@@ -24,7 +24,7 @@ class TorchTrainer:
 
     def __init__(
         self,
-        config: Config,
+        config: Any,
         *,
         epoch_order: Callable[[int, int], np.ndarray],
         device: torch.device,
@@ -33,10 +33,14 @@ class TorchTrainer:
         """Draw or load the weights, and open the data set.
 
         Args:
-            config: the settings of the run. Its precision becomes torch's default dtype.
-            epoch_order: (epoch, size) -> the order in which that epoch visits the training set, integers [size].
+            config: the settings of the run, as attributes: `model`, `hidden`, `precision`, `seed`, `adam` (with
+                `learning_rate`, `b1`, `b2`, `eps`), `batch_size`, `data_dir`, `limit_train` and `limit_test`. They are
+                those of `jax_cnn.config.TrainConfig`, which this package may not import. The precision becomes
+                PyTorch's default dtype.
+            epoch_order: returns the order in which an epoch visits the training set, integers [size], from the number
+                of the epoch, counted from 0, and the size.
             device: where to train.
-            initial: weights by name, or None to draw PyTorch's own.
+            initial: weights by name, or None for PyTorch's own random weights.
         """
         torch.set_default_dtype(getattr(torch, config.precision))  # ToTensor and the layers follow it
         torch.manual_seed(config.seed)
@@ -49,21 +53,14 @@ class TorchTrainer:
             self._model.parameters(), lr=adam.learning_rate, betas=(adam.b1, adam.b2), eps=adam.eps
         )
         self._device = device
+        self.device_name = f"gpu ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
         self._batch_size = config.batch_size
         self._epoch_order = epoch_order
         self._train_set = load_dataset(config.data_dir, train=True, limit=config.limit_train)
+        # torch's Dataset declares no __len__, but both kinds that `load_dataset` returns have it.
+        self.train_size = len(self._train_set)  # type: ignore[arg-type]
         test_set = load_dataset(config.data_dir, train=False, limit=config.limit_test)
         self._test_batches = load_batches(test_set, TEST_BATCH_SIZE)
-
-    @property
-    def train_size(self) -> int:
-        """Images in an epoch."""
-        return len(self._train_set)  # type: ignore[arg-type]  # torch's Dataset declares no __len__; both of ours have it
-
-    @property
-    def device(self) -> str:
-        """The device, as the run's record names it."""
-        return f"gpu ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else "cpu"
 
     def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, float]]:
         """Train on every image once, from step `start` on. After each step, yield its number of images and its loss."""
@@ -90,12 +87,12 @@ class TorchTrainer:
                 for name, parameter in parameters.items()
             }
 
-        weights = {name: parameter.numpy(force=True).copy() for name, parameter in parameters.items()}
+        weights = {name: array.copy() for name, array in self.weights().items()}
         step = int(next(iter(adam.values())).get("step", 0))
         return weights, moment("exp_avg"), moment("exp_avg_sq"), step
 
     def restore(self, weights: Arrays, first_moment: Arrays, second_moment: Arrays, step: int) -> None:
-        """Continue from such a state."""
+        """Continue from a state that `state` returned in this framework or in JAX."""
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(torch.from_numpy(weights[name]))

@@ -6,10 +6,9 @@ logits and gradients, bit by bit.
 
 from functools import cache
 
-import jax
-
+from jax_cnn import model
 from jax_cnn.config import CNN, Dialect, Network
-from jax_cnn.model import Apply, Params, Tap, make_module, no_tap
+from jax_cnn.model import Apply
 
 
 @cache  # the same function each time, so that JAX finds what it has compiled for it
@@ -18,7 +17,7 @@ def make_apply(network: Network = CNN, dialect: Dialect = "linen", fused: bool =
 
     Args:
         network: SimpleCNN, or one of the two networks without convolution.
-        dialect: in which it is written.
+        dialect: the dialect in which it is written.
         fused: compute SimpleCNN's blocks as one operation each, as training does; else stage by stage.
     """
     if dialect == "plain":
@@ -29,10 +28,4 @@ def make_apply(network: Network = CNN, dialect: Dialect = "linen", fused: bool =
         from jax_cnn.dialects import nnx  # loads slowly
 
         return nnx.make_apply(network, fused)
-    module = make_module(network, fused)
-
-    def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        logits: jax.Array = module.apply({"params": params}, images, tap)  # type: ignore[assignment]  # nothing mutable
-        return logits
-
-    return apply
+    return model.make_apply(network, fused)

@@ -1,10 +1,11 @@
-"""The networks in Flax NNX: a module makes its parameters at once and holds them, as in PyTorch."""
+"""The networks in Flax NNX. A module creates its parameters at once and holds them, as in PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_cnn.config import HIDDEN, Model, Network
@@ -31,18 +32,18 @@ class SimpleCNN(nnx.Module):
 
 
 class ConvReluPool(nnx.Module):
-    """3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
+    """A block: 3x3 convolution with zero padding 1 and a bias, ReLU, and 2x2 max-pool."""
 
     def __init__(self, channels: int, features: int, fused: bool = True, *, rngs: nnx.Rngs) -> None:
         draw = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(draw(rngs.params(), (3, 3, channels, features)))
-        self.bias = nnx.Param(jax.numpy.zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features))
         self.fused = fused
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
     ) -> Float[Array, "batch height/2 width/2 features"]:
-        """Halve height and width."""
+        """Compute the output of the block, with half the height and width."""
         return conv_relu_pool(images, self.kernel[...], self.bias[...], self.fused, tap)
 
 
@@ -74,7 +75,7 @@ class FeedForward(nnx.Module):
 
 
 def make_apply(network: Network, fused: bool) -> Apply:
-    """Return a network as a pure function: split into structure and parameters once, and merged in every call."""
+    """Return a network as a pure function, which puts the parameters into the structure of the module in every call."""
     modules: dict[Model, Callable[..., SimpleCNN | FeedForward | SoftmaxRegression]] = {
         "cnn": partial(SimpleCNN, fused),
         "mlp": partial(FeedForward, network.hidden),

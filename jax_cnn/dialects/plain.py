@@ -12,7 +12,7 @@ from jax_cnn.model import Apply, Params, Tap, conv_relu_pool, no_tap, within
 def simple_cnn(
     params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap, fused: bool = True
 ) -> Float[Array, "batch 10"]:
-    """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
+    """Compute the logits of SimpleCNN: conv-relu-pool twice and two linear layers, 1,630,090 parameters."""
     conv1, conv2 = params["conv1"], params["conv2"]
     pool1 = conv_relu_pool(images, conv1["kernel"], conv1["bias"], fused, within("conv1", tap))  # 28 -> 14
     pool2 = conv_relu_pool(pool1, conv2["kernel"], conv2["bias"], fused, within("conv2", tap))  # 14 -> 7
@@ -30,13 +30,13 @@ def dense(layer: dict[str, jax.Array], inputs: Float[Array, "batch inputs"]) -> 
 def softmax_regression(
     params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap
 ) -> Float[Array, "batch 10"]:
-    """One linear layer: 7,850 parameters."""
+    """Compute the logits of one linear layer: 7,850 parameters."""
     flatten = tap("flatten", images.reshape(len(images), -1))
     return tap("fc", dense(params["fc"], flatten))
 
 
 def feed_forward(params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
-    """Two linear layers: 407,050 parameters with 512 hidden units."""
+    """Compute the logits of two linear layers: 407,050 parameters with 512 hidden units."""
     flatten = tap("flatten", images.reshape(len(images), -1))
     fc1 = tap("fc1", dense(params["fc1"], flatten))
     relu = tap("relu", jax.nn.relu(fc1))
@@ -44,7 +44,7 @@ def feed_forward(params: Params, images: Float[Array, "batch 28 28 1"], tap: Tap
 
 
 def make_apply(network: Network, fused: bool) -> Apply:
-    """Return the function of a network. Its parameters alone say how wide the hidden layer is."""
+    """Return the function of a network. The width of the hidden layer is known from the parameters."""
     functions: dict[Model, Apply] = {
         "cnn": partial(simple_cnn, fused=fused),
         "mlp": feed_forward,

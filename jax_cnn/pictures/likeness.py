@@ -28,17 +28,17 @@ ROUGH = 0.9  # mean difference of neighbours in units of that deviation; 1.13 fo
 
 def find_oddities(prepared: Prepared) -> str | None:
     """Return what makes a picture unlike all training images, on one line, or None."""
-    corner = sorted(int(prepared.pixels[row, column]) for row in (0, -1) for column in (0, -1))[2]
+    second_lightest_corner = sorted(int(prepared.pixels[row, column]) for row in (0, -1) for column in (0, -1))[-2]
     values = prepared.pixels.astype(np.float64)
-    spread = float(values.std())
-    step = float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean()) / 2
+    deviation = float(values.std())
+    neighbour_difference = float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean()) / 2
     oddities = []
-    if corner > LIGHT_CORNER:
-        oddities.append(f"its background is not black (two corners are at {corner} of 255 or lighter)")
+    if second_lightest_corner > LIGHT_CORNER:
+        oddities.append(f"its background is not black (two corners are at {second_lightest_corner} of 255 or lighter)")
     if prepared.clutter > CLUTTERED:
         oddities.append(f"its background is not even ({prepared.clutter:.0%} of its border stands out)")
-    if spread < FLAT:
-        oddities.append(f"hardly anything is on it (its pixels vary by {spread:.0f} of 255)")
-    if step > ROUGH * spread:
+    if deviation < FLAT:
+        oddities.append(f"hardly anything is on it (its pixels vary by {deviation:.0f} of 255)")
+    if neighbour_difference > ROUGH * deviation:
         oddities.append("it is as rough as noise (its neighbouring pixels have little in common)")
     return "; ".join(oddities) or None

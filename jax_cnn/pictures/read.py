@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jax_cnn.config import UserError
 
-# Pillow reads more: but for EPS it starts another program, and for TIFF libtiff writes to stderr by itself.
+# Pillow reads more formats, but for EPS it starts another program, and for TIFF libtiff writes to stderr by itself.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM")
 LARGE_EDGE = 2000  # pixels: to save time, a JPEG with much longer edges is decoded at a half, a quarter or an eighth
 

@@ -1,4 +1,4 @@
-"""From the command line to a configuration, from an error to one line, and from Ctrl-C to a clean end."""
+"""What every command does: read the command line, report an error on one line, and end cleanly after Ctrl-C."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by the signal `number`, and did. The message is one line for the user."""
+    """The signal `number` has stopped the run. The message is one line for the user."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -1,5 +1,6 @@
 """The loop over epochs that both frameworks share: train an epoch, evaluate, record, save; stop and resume."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,44 +16,38 @@ from jax_cnn.run.command_line import Interrupted, postponed_interrupts
 from jax_cnn.run.display import ProgressBar, epoch_table
 from jax_cnn.run.folder import FILES, RunFolder
 from jax_cnn.run.provenance import provenance
-from jax_cnn.run.resume import CheckpointWriter, how_to_resume, rounding_changes, run_record
-
-Arrays = dict[str, np.ndarray]  # under PyTorch's names and in its layouts
+from jax_cnn.run.resume import CheckpointWriter, Record, how_to_resume, rounding_changes, run_record
+from jax_cnn.torch_layout import TorchDict
 
 
 @runtime_checkable  # the tests check the types of arguments at run time
 class Trainer(Protocol):
-    """One framework's half of a run: all that the loop needs to know of it."""
+    """One framework's half of a run, as far as the loop needs to know it."""
 
     framework: str
+    """jax or torch."""
+    packages: tuple[str, ...]
+    """Names of the packages whose versions belong in the record."""
+    device_name: str
+    """The device or devices, as the record names them."""
+    train_size: int
+    """Images in an epoch."""
     compile_seconds: float
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Names of the packages whose versions belong in the record."""
-
-    @property
-    def train_size(self) -> int:
-        """Images in an epoch."""
-
-    @property
-    def device(self) -> str:
-        """The device, as the record names it."""
-
     def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, ArrayLike]]:
-        """Train on every image once, from step `start` on. Yield numbers of images and the losses of their steps."""
+        """Train on every image once, from step `start` on. Yield the number of images and the losses of some steps."""
 
     def evaluate(self) -> tuple[float, float]:
         """Return the mean loss and the accuracy (0 … 1) over the whole test set."""
 
-    def weights(self) -> Arrays:
+    def weights(self) -> TorchDict:
         """Return the current weights."""
 
-    def state(self) -> tuple[Arrays, Arrays, Arrays, int]:
+    def state(self) -> tuple[TorchDict, TorchDict, TorchDict, int]:
         """Return copies of the weights and both of Adam's moments, and the number of steps so far."""
 
-    def restore(self, weights: Arrays, first_moment: Arrays, second_moment: Arrays, step: int) -> None:
-        """Continue from such a state."""
+    def restore(self, weights: TorchDict, first_moment: TorchDict, second_moment: TorchDict, step: int) -> None:
+        """Continue from a state that `state` returned in either framework."""
 
 
 def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Checkpoint | None = None) -> None:
@@ -69,7 +64,7 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
         Interrupted: Ctrl-C or SIGTERM stopped the run; everything that was done is saved.
     """
     bar = ProgressBar(console)
-    origin = {"framework": trainer.framework, "device": trainer.device} | provenance(trainer.packages)
+    origin = {"framework": trainer.framework, "device": trainer.device_name} | provenance(trainer.packages)
     with RunFolder(config.out_dir, bar.say, resume=checkpoint is not None) as folder:
         with postponed_interrupts() as signal_received:
             checkpoints = CheckpointWriter(folder.path, config.checkpoint_seconds)
@@ -78,7 +73,7 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
                 folder.write_config(config, origin)
             else:
                 run.resume(checkpoint)
-            bar.say(f"{trainer.framework} on {trainer.device}: {trainer.train_size:,} images an epoch")
+            bar.say(f"{trainer.framework} on {trainer.device_name}: {trainer.train_size:,} images an epoch")
             with bar:
                 run.train()
         rows = run.progress.rows
@@ -89,27 +84,27 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
 
 
 def follow(config: TrainConfig, trainer: Trainer, checkpoint: Checkpoint | None = None) -> None:
-    """Do what every process of a run but its first does: compute its share of each step, and write nothing."""
-    first_epoch, first_step = 0, 0
+    """Train as `fit` does, but write and show nothing. Every process of a run does this, except the first."""
+    progress = Progress()
     if checkpoint is not None:
         trainer.restore(*checkpoint.state)
-        first_epoch, first_step = checkpoint.progress.epoch, checkpoint.progress.steps
-    for epoch in range(first_epoch, config.epochs):
-        for _ in trainer.train_epoch(epoch, first_step if epoch == first_epoch else 0):
+        progress = checkpoint.progress
+    for epoch in range(progress.epoch, config.epochs):
+        for _ in trainer.train_epoch(epoch, progress.steps if epoch == progress.epoch else 0):
             pass
         trainer.evaluate()
 
 
 @dataclass
 class Run:
-    """A run under way. `progress` says where it is and what it has measured so far."""
+    """A run that is under way."""
 
     config: TrainConfig
     trainer: Trainer
     folder: RunFolder
     bar: ProgressBar
     checkpoints: CheckpointWriter
-    record: dict[str, Any]
+    record: Record
     signal_received: Callable[[], int | None]
     progress: Progress = field(default_factory=Progress)
 
@@ -124,21 +119,20 @@ class Run:
         self.progress = checkpoint.progress
         self.folder.write_metrics(self.progress.rows)
         if self.progress.rows:
-            self.folder.write_weights(checkpoint.state.weights)  # in case they were cut off
+            self.folder.write_weights(checkpoint.state.weights)  # the run may have ended before it wrote them
         self.bar.say(f"going on after step {checkpoint.state.step:,}")
 
     def train(self) -> None:
         """Train the epochs that are left: train, evaluate, record, save."""
         while self.progress.epoch < self.config.epochs:
             self.train_epoch()
-            row = self.evaluate()
-            self.finish_epoch(row)
+            self.finish_epoch(self.evaluate())
             self.save()
             self.stop_if_asked()
         self.checkpoints.wait()
 
     def train_epoch(self) -> None:
-        """Train what is left of the epoch."""
+        """Train the rest of the epoch."""
         progress, size = self.progress, self.trainer.train_size
         first_image = min(progress.steps * self.config.batch_size, size)
         self.bar.begin(
@@ -147,26 +141,26 @@ class Run:
             total=self.config.epochs * size,
         )
         seconds_before, started = progress.seconds, time.perf_counter()
-        images = first_image
+        images_done = first_image
         for count, step_losses in self.trainer.train_epoch(progress.epoch, progress.steps):
             losses = np.atleast_1d(np.asarray(step_losses, np.float64))
             self.check_finite(losses)
-            images += count
+            images_done += count
             progress.steps += len(losses)
             progress.loss_sum += float(losses.mean()) * count
             elapsed = time.perf_counter() - started
             progress.seconds = seconds_before + elapsed
-            self.report(images, images_per_second=(images - first_image) / elapsed)
-            if self.checkpoints.due and images < size:
+            self.show_progress(images_done, images_per_second=(images_done - first_image) / elapsed)
+            if self.checkpoints.due and images_done < size:
                 self.save()
             self.stop_if_asked()
 
-    def report(self, images: int, images_per_second: float) -> None:
+    def show_progress(self, images_done: int, images_per_second: float) -> None:
         """Show how far the epoch is, and how long the rest of the run will take."""
         progress, size = self.progress, self.trainer.train_size
-        completed = progress.epoch * size + images
+        completed = progress.epoch * size + images_done
         seconds_left = (self.config.epochs * size - completed) / images_per_second
-        detail = f"{images:,} of {size:,} images, loss {progress.loss_sum / images:.3f}, "
+        detail = f"{images_done:,} of {size:,} images, loss {progress.loss_sum / images_done:.3f}, "
         detail += f"{images_per_second:,.0f} images/s, {seconds_left:.0f} s left"
         self.bar.report(detail, completed)
 
@@ -195,7 +189,7 @@ class Run:
         self.bar.say(f"epoch {len(rows)}/{self.config.epochs}: test accuracy {row['test_accuracy']:.2%}")
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the whole state.
+        """Begin to write a checkpoint.
 
         Raises:
             UserError: the folder cannot be written, or a weight is no longer a number.
@@ -203,11 +197,15 @@ class Run:
         state = AdamState(*self.trainer.state())
         for name, weight in state.weights.items():
             if not np.isfinite(weight).all():
-                raise self.divergence(f"the weights {name} became NaN or infinite by step {state.step:,}")
+                raise self.not_finite_error(f"the weights {name} became NaN or infinite by step {state.step:,}")
         self.checkpoints.write(Checkpoint(state, replace(self.progress), self.record))
 
     def stop_if_asked(self) -> None:
-        """Save and stop after Ctrl-C or SIGTERM."""
+        """Save and stop if Ctrl-C or SIGTERM has come.
+
+        Raises:
+            Interrupted: a signal has come, and everything is saved.
+        """
         number = self.signal_received()
         if number is None:
             return
@@ -216,15 +214,20 @@ class Run:
         raise Interrupted(number, f"stopped, and saved. To go on: {how_to_resume()}")
 
     def check_finite(self, losses: np.ndarray) -> None:
-        """Stop a training that has diverged, before any of it is saved."""
-        lost = np.flatnonzero(~np.isfinite(losses))
-        if len(lost):
-            steps_per_epoch = -(-self.trainer.train_size // self.config.batch_size)
-            step = self.progress.epoch * steps_per_epoch + self.progress.steps + int(lost[0]) + 1
-            raise self.divergence(f"the training loss became {losses[lost[0]]} at step {step:,}")
+        """Stop a run whose loss is no longer a number, before it is saved.
 
-    def divergence(self, what: str) -> UserError:
-        """Return the error for a loss or a weight that is no longer a number."""
+        Raises:
+            UserError: a loss is NaN or infinite.
+        """
+        not_finite = np.flatnonzero(~np.isfinite(losses))
+        if len(not_finite):
+            first = int(not_finite[0])
+            steps_per_epoch = math.ceil(self.trainer.train_size / self.config.batch_size)
+            step = self.progress.epoch * steps_per_epoch + self.progress.steps + first + 1
+            raise self.not_finite_error(f"the training loss became {losses[first]} at step {step:,}")
+
+    def not_finite_error(self, what: str) -> UserError:
+        """Return the error that stops a run after a loss or a weight became NaN or infinite."""
         return UserError(
             f"{what}, with --learning-rate {self.config.adam.learning_rate:g}: try a smaller one; "
             f"what was saved before is in {self.config.out_dir}"

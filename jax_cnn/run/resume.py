@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, found again, and compared with what is asked for now."""
+"""The checkpoints of a run: write them in the background, find them again, and compare them with the new flags."""
 
 import json
 import re
@@ -18,9 +18,16 @@ from jax_cnn.run.folder import CHECKPOINTS
 
 KEPT = 2  # checkpoints in a folder: the newest, and one before it in case the newest is damaged
 # Settings that may change when a run is resumed: they change no bit of the weights of the epochs that are done.
-FREE = {
-    *("epochs", "data_dir", "out_dir", "resume", "checkpoint_seconds"),
-    *("dialect", "coordinator", "num_processes", "process_id"),
+MAY_CHANGE = {
+    "epochs",
+    "data_dir",
+    "out_dir",
+    "resume",
+    "checkpoint_seconds",
+    "dialect",
+    "coordinator",
+    "num_processes",
+    "process_id",
 }
 ROUNDING = {"device", "devices", "cpu"}  # settings that may change too, but may change the last bits of the weights
 
@@ -28,7 +35,7 @@ Record = dict[str, Any]
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in its own thread, so that training goes on meanwhile."""
+    """A writer of one checkpoint at a time, in a thread of its own, so that training goes on meanwhile."""
 
     def __init__(self, folder: Path, interval: float) -> None:
         """Write into this folder. A checkpoint is due `interval` seconds after the one before."""
@@ -40,7 +47,7 @@ class CheckpointWriter:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for the next checkpoint."""
+        """Return whether it is time for the next checkpoint."""
         return time.monotonic() - self._last >= self._interval
 
     def write(self, checkpoint: Checkpoint) -> None:
@@ -81,12 +88,12 @@ def checkpoint_files(folder: Path) -> list[tuple[int, Path]]:
 def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest good checkpoint in the run's folder, or None without --resume.
 
-    It needs neither framework, so that a mistake is reported before anything is loaded or compiled.
+    It needs neither framework, so a mistake is reported before anything is loaded or compiled.
 
     Args:
-        config: what is asked for now.
-        framework: what will train, "jax" or "torch".
-        say: shows a line to the user: each checkpoint that cannot be used, and why.
+        config: the configuration that the flags ask for.
+        framework: the framework that will train, "jax" or "torch".
+        say: shows a line to the user, for each checkpoint that cannot be used.
 
     Raises:
         UserError: there is no good checkpoint, it belongs to another run, or it has gone further than is asked for.
@@ -97,7 +104,7 @@ def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], No
     now = settings(run_record(config, {"framework": framework}))
     defaults = settings(run_record(type(config)(), {"framework": framework}))
     before = defaults | settings(checkpoint.run)  # a field that is newer than the checkpoint had its default
-    changed = differences(before, now, now.keys() - FREE - ROUNDING)
+    changed = differences(before, now, now.keys() - MAY_CHANGE - ROUNDING)
     if changed:
         raise UserError(
             f"--resume: {config.out_dir} holds another run: {'; '.join(changed)}; give the same flags as before, or "
@@ -126,13 +133,18 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
 
 
 def rounding_changes(checkpoint: Checkpoint, record: Record) -> list[str]:
-    """Return what is no longer as it was and may change the last bits of the weights: device, processor, versions."""
+    """Return descriptions of the changes that may change the last bits of the weights: device, processor, versions."""
     before, now = settings(checkpoint.run), settings(record)
     return differences(before, now, {*ROUNDING, *record["versions"]})
 
 
 def run_record(config: TrainConfig, origin: Record) -> Record:
-    """Return what a checkpoint stores about its run: the configuration, and where and with what it is computed."""
+    """Return what a checkpoint stores about its run, as it will be read from JSON.
+
+    Args:
+        config: the configuration of the run.
+        origin: framework, device and provenance.
+    """
     record: Record = json.loads(json.dumps({"config": asdict(config)} | origin, default=str))
     return record
 

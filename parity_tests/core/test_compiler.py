@@ -50,16 +50,24 @@ def first(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, 
     return train(XDG_CACHE_HOME=str(cache)), cache / "jax-cnn-parity" / "programs"
 
 
+def large_programs(folder: Path) -> dict[str, int]:
+    """Return the names of the kept programs that train and evaluate, and when they were written.
+
+    All others compile in about 0.1 s, so whether JAX keeps them depends on how busy the machine is.
+    """
+    names = ("jit_train_chunk-", "jit_evaluate-")
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name.startswith(names)}
+
+
 def test_programs_are_kept_in_the_users_cache_and_found_there_by_the_next_run(
     train: Train, first: tuple[Run, Path]
 ) -> None:
     run, folder = first
     assert run.messages == ""
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    for program in ("train_chunk", "evaluate"):
-        assert sum(name.startswith(f"jit_{program}-") for name in kept) == 1, sorted(kept)
+    kept = large_programs(folder)
+    assert sorted(name.partition("-")[0] for name in kept) == ["jit_evaluate", "jit_train_chunk"]
     assert train(JAX_COMPILATION_CACHE_DIR=str(folder)) == run
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == kept  # nothing was written anew
+    assert large_programs(folder) == kept  # neither was compiled and written again
 
 
 def test_damaged_programs_are_compiled_anew(train: Train, first: tuple[Run, Path], tmp_path: Path) -> None:

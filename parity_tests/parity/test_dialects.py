@@ -88,13 +88,7 @@ def with_a_fault(dialect: Dialect, right: str, wrong: str) -> Callable[..., jax.
     assert count == 1, f"{right} occurs {count} times in {dialect}"
     faulty = ModuleType(f"faulty_{dialect}")
     exec(compile(source, faulty.__name__, "exec"), faulty.__dict__)
-    if dialect != "linen":
-        return with_torch_stages(faulty.make_apply(CNN, fused=False))
-
-    def apply(params: model.Params, images: jax.Array, tap: model.Tap = model.no_tap) -> Any:
-        return faulty.SimpleCNN(fused=False).apply({"params": params}, images, tap)
-
-    return with_torch_stages(apply)
+    return with_torch_stages(faulty.make_apply(CNN, fused=False))
 
 
 @pytest.mark.parametrize("dialect", SOURCES)

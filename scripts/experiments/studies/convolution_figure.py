@@ -1,6 +1,5 @@
 """The picture of the convolution study."""
 
-import io
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -10,8 +9,7 @@ from matplotlib.figure import Figure
 from experiments.records import Json
 from experiments.studies.convolution import SHIFTS, accuracies, epochs_text
 from experiments.studies.runs import FRAMEWORKS
-from jax_cnn.files import write_atomically
-from jax_cnn.run.charts import BLACK, FRAMEWORK_COLOURS, GREEN, ORANGE, PURPLE
+from jax_cnn.run.charts import BLACK, FRAMEWORK_COLOURS, GREEN, ORANGE, PURPLE, save_figure
 
 # Markers and lines differ as well as colours, so that the picture can be read in grey.
 DOTS = {"jax": ("JAX", "o", -0.12), "torch": ("PyTorch", "s", 0.12)}  # name, marker, distance from the row's middle
@@ -33,9 +31,7 @@ def draw(result: Json, path: Path) -> None:
     figure.suptitle(
         f"SimpleCNN classifies {cnn:.1f} % correctly, the best network without convolution {max(others):.1f} %"
     )
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png")
-    write_atomically(path, content.getvalue())
+    save_figure(figure, path)
 
 
 def draw_accuracies(result: Json, axes: Axes) -> None:
