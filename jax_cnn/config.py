@@ -168,7 +168,7 @@ class JaxTrainConfig(TrainConfig):
         if address in (None, CLUSTER):
             if numbers != (None, None):
                 raise UserError("--num-processes and --process-id need --coordinator HOST:PORT, where processes meet")
-        elif not re.fullmatch(r".+:\d{1,5}", str(address)):
+        elif not (port := re.fullmatch(r".+:(\d{1,5})", str(address))) or not 1 <= int(port[1]) <= 65_535:
             raise UserError(f"--coordinator must be HOST:PORT or {CLUSTER}, not {address}")
         elif self.num_processes is None or self.process_id is None:
             raise UserError(f"--coordinator {address} needs --num-processes and --process-id as well")

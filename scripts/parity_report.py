@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,15 +103,19 @@ def load_pair(config: ReportConfig, console: Console) -> "Pair":
     if config.pair in makers:
         prepare_fashion_mnist(config.data_dir, console.print)
         return makers[config.pair](config.data_dir, product_pairs.REPORT_IMAGES, config.dialect)
-    module, colon, name = config.pair.partition(":")
-    if not colon:
+    module, _, name = config.pair.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise UserError(f"--pair {config.pair}: give {', '.join(makers)}, or your own as module:name")
     sys.path.insert(0, str(Path.cwd()))
     try:
         declared = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--pair {config.pair}: {error}; run from the folder that holds {module}.py") from None
-    pair = declared() if callable(declared) else declared
+        pair = declared() if callable(declared) else declared
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            raise UserError(f"--pair {config.pair}: {error}; run from the folder that holds {module}.py") from None
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        raise UserError(f"--pair {config.pair} cannot be made: {reason}") from None
     if not isinstance(pair, Pair):
         raise UserError(f"--pair {config.pair}: is {type(pair).__name__}, not a parity_tests.harness.pair.Pair")
     return pair

@@ -15,6 +15,7 @@ from experiments.records import ENVIRONMENT
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ConvolutionConfig
+from jax_cnn.config import UserError
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import check_out_dir
 
@@ -31,6 +32,8 @@ class Command:
 
 def main() -> None:
     """Read the command line and run the study."""
+    if not {"accuracy", "convolution", "-h", "--help"} & set(sys.argv[1:2]):
+        raise UserError("give the study first: study.py accuracy or study.py convolution (each with --help)")
     study = command_line.parse(Command(tyro.MISSING), __doc__).study
     check_out_dir(study.out_dir)
     os.environ |= ENVIRONMENT  # before PyTorch is loaded to score the networks

@@ -152,6 +152,7 @@ def test_each_process_reads_its_own_share_only() -> None:
         (("--devices", 3), "--batch-size 64 cannot be shared among 3 devices; --batch-size 66 can"),
         (("--devices", 0), "--devices must be between 1 and 1,000,000, not 0"),
         (("--coordinator", "here"), "--coordinator must be HOST:PORT or cluster, not here"),
+        (("--coordinator", "here:99999"), "--coordinator must be HOST:PORT or cluster, not here:99999"),
         (("--coordinator", "here:1"), "--coordinator here:1 needs --num-processes and --process-id as well"),
         (("--process-id", 1), "--num-processes and --process-id need --coordinator HOST:PORT"),
         (

@@ -1,6 +1,7 @@
 """The harness compares any port: the example in the README, and parts of networks that SimpleCNN does not have."""
 
 import re
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 import torch
 from jax import lax
 from jax import numpy as jnp
+from rich.console import Console
 from torch import nn
 
+from jax_cnn.config import UserError
 from jax_cnn.model import Tap
 from jax_cnn.torch_layout import Leaf, conv, dense, same
+from parity_report import ReportConfig, load_pair
 from parity_tests.harness.capture import Refused
 from parity_tests.harness.checks import first_divergence
 from parity_tests.harness.pair import Pair
@@ -110,3 +114,41 @@ def test_a_module_that_is_used_twice_is_refused_with_the_reason() -> None:
     pair = Pair("twice", Twice, lambda *_: jnp.zeros(1), {**dense("first", 4, 4), **dense("second", 4, 10)}, (4,))
     with pytest.raises(Refused, match="stage relu runs twice"):
         first_divergence(pair)
+
+
+MODULES = {
+    "unreadable": "def (",
+    "stops": "import sys\nsys.exit(0)",
+    "lacking": "import nowhere_to_be_found",
+    "sound": "number = 5\ndef needy(argument): ...\ndef failing(): raise RuntimeError('no such weights')",
+}
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        ("nothing", "or your own as module:name"),
+        (":name", "or your own as module:name"),
+        (".relative:name", "or your own as module:name"),
+        ("absent:name", "run from the folder that holds absent.py"),
+        ("unreadable:name", "SyntaxError"),
+        ("stops:name", "SystemExit"),
+        ("lacking:name", "No module named 'nowhere_to_be_found' (lacking.py, line 1)"),
+        ("sound:name", "AttributeError"),
+        ("sound:needy", "TypeError"),
+        ("sound:failing", "RuntimeError: no such weights (sound.py, line 3)"),
+        ("sound:number", "is int, not a parity_tests.harness.pair.Pair"),
+    ],
+)
+def test_a_pair_that_cannot_be_made_is_refused_with_the_reason(
+    pair: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, text in MODULES.items():
+        (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UserError) as refusal:
+        load_pair(ReportConfig(pair=pair), Console())
+    assert reason in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
