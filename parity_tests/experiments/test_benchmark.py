@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.processes import Show
+from experiments.records import Json
 from experiments.speed import benchmark, sections, torch_steps
 from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
 from experiments.speed.contenders import CHECKPOINTS, DOTS, Task
 from experiments.speed.tables import checkpoint_table, sentence, short, tables
 from experiments.speed.work import DOT_FLOP
-from experiments.speed.workers import Json, Show, WorkerFailed, time_in_turns
+from experiments.speed.workers import WorkerFailed, time_in_turns
 from experiments.spread import paired_ratios, spread, turns
 from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError

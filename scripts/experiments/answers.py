@@ -15,9 +15,9 @@ from jax_cnn.config import Network
 from jax_cnn.torch_layout import TORCH_STAGES, TorchDict, layout_of, recognise, to_flax
 
 Framework = Literal["jax", "torch"]
-Image = UInt8[np.ndarray, "28 28"]
 Pixels = UInt8[np.ndarray, "size 28 28"]
 
+FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with their names for a reader
 BATCH = 250
 STAGES = ("conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2")  # of SimpleCNN, without flatten
 

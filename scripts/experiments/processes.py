@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 from jax_cnn.config import UserError
 
-SCRIPTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # whole lines, without delay
+Show = Callable[[str], None]  # is called with a line about what is under way
+
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
@@ -25,9 +28,7 @@ class Finished(NamedTuple):
     """Peak memory. On Linux at least what this process held when it started the command."""
 
 
-def run(
-    script: str, arguments: Sequence[str], show: Callable[[str], None], environment: Mapping[str, str] | None = None
-) -> Finished:
+def run(script: str, arguments: Sequence[str], show: Show, environment: Mapping[str, str] | None = None) -> Finished:
     """Run `scripts/<script>.py` to its end in a process of its own.
 
     Args:

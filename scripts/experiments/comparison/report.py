@@ -6,22 +6,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from experiments import processes
-from experiments.answers import Framework
+from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison import programs, scores
-from experiments.comparison.config import COMMITTED_BENCHMARK, FRAMEWORKS, ROOT, CompareConfig
+from experiments.comparison.config import COMMITTED_BENCHMARK, CompareConfig
 from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initial_weights
-from experiments.records import explain_mismatch
+from experiments.processes import ROOT, Show
+from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
-Json = dict[str, Any]
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "matplotlib")
 SECTIONS = 6
 STANDARD_ERRORS = 2.0  # by which two accuracies may differ
 SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "times_floor", "peak_bytes")
@@ -45,7 +42,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
         begin(number, f"training with {name}")
         runs[framework] = obtain_run(framework, config, initial, progress)
     begin(4, "speed by configuration")
-    report = provenance(PACKAGES) | {
+    report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
         "classes": list(CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
@@ -100,7 +97,7 @@ def read_speed(file: Path) -> Json:
         contenders = result["contest"]["contenders"]
         return {
             "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
-            "command": result["command"].replace(f"{ROOT}/", ""),  # as a person would type it
+            "command": shorten_command(result["command"]),
             **{name: result[name] for name in ("started", "machine", "versions")},
             "busy": result["load_before"],
             "batch_size": result["config"]["batch_size"],
@@ -115,7 +112,7 @@ def read_speed(file: Path) -> Json:
     return read_result("--benchmark", file, "a benchmark.json that scripts/benchmark.py wrote", pick)
 
 
-def measure_speed(config: CompareConfig, show: Callable[[str], None]) -> Json:
+def measure_speed(config: CompareConfig, show: Show) -> Json:
     """Read the speed table from a file, or measure it now if the command line asks for that.
 
     Raises:
@@ -148,7 +145,7 @@ def read_parity(file: Path) -> Json:
     return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
 
 
-def measure_parity(config: CompareConfig, show: Callable[[str], None]) -> Json:
+def measure_parity(config: CompareConfig, show: Show) -> Json:
     """Compare the two implementations with the harness, or read an earlier comparison from a file.
 
     Raises:

@@ -6,8 +6,8 @@ from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.table import Table
 
+from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS
-from experiments.speed.workers import Json
 from experiments.spread import Spread
 
 MIB = 2**20

@@ -14,20 +14,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Self
 
-from experiments.processes import RSS_UNIT, SCRIPTS
+from experiments.processes import RSS_UNIT, SCRIPTS, Show
+from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS, Task, Unavailable
 from experiments.speed.work import Work
 from experiments.spread import turns
-
-Json = dict[str, Any]
-Show = Callable[[str], None]  # is called with what is under way
 
 # Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
