@@ -28,7 +28,7 @@ SLACK = 1  # images: near a tie, rounding in a batch of another size may change 
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """Return the flags of a training command. Other fields of the configuration stay at their defaults."""
+    """Return the command line of a run. Fields that are not in it are left at the command's defaults."""
     values = {
         "--model": config.model,
         "--hidden": config.hidden if config.hidden != HIDDEN else None,
@@ -50,11 +50,7 @@ def train(
 ) -> Finished:
     """Run the framework's training command to its end; return its time and its peak memory.
 
-    Args:
-        framework: which of the two commands.
-        config: the configuration of the run.
-        show: is called with every line that the command prints about an epoch.
-        environment: variables to set in addition to those of this process.
+    `show` is called with every line about an epoch, and `environment` is added to the variables of this process.
 
     Raises:
         UserError: the command failed.
@@ -102,14 +98,12 @@ def read_metrics(folder: Path) -> list[Json]:
 
 
 def check_accuracy(folder: Path, correct: Bool[np.ndarray, " images"]) -> None:
-    """Check that a run's weights are as accurate as its metrics say.
+    """Check that a run's weights classify as many test images correctly as its metrics say.
 
-    Args:
-        folder: the run's folder.
-        correct: for every test image of the run, whether the weights classify it correctly.
+    `correct` tells for each of these images whether the weights classify it correctly.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
     counted, recorded = int(correct.sum()), round(read_metrics(folder)[-1]["test_accuracy"] * len(correct))
     if abs(counted - recorded) > SLACK:

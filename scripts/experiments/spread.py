@@ -48,7 +48,7 @@ def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
     ]
 
 
-def turns(names: Sequence[Name], rounds: int) -> list[list[Name]]:
-    """Return the order of the names in every round: each round begins one name later than the round before."""
-    starts = [number % len(names) for number in range(rounds)]
-    return [[*names[start:], *names[:start]] for start in starts]
+def order_of_round(names: Sequence[Name], number: int) -> list[Name]:
+    """Return the order of the names in a round: each round begins one name later than the round before."""
+    start = number % len(names)
+    return [*names[start:], *names[:start]]

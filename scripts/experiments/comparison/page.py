@@ -16,13 +16,12 @@ from pygments.lexers import PythonLexer
 from experiments.answers import FRAMEWORKS
 from experiments.comparison import charts, panels
 from experiments.comparison.charts import DARK, LIGHT, Theme
-from experiments.processes import Show
+from experiments.processes import MIB, Show
 from experiments.records import Json
 from jax_cnn.files import write_atomically, write_json, writing
 from jax_cnn.run.folder import set_aside
 
 PAGE, REPORT, FIGURES = "report.html", "report.json", "figures"
-MIB = 2**20
 
 
 def write(report: Json, out_dir: Path, say: Show) -> Path:
@@ -60,11 +59,7 @@ def list_figures(report: Json) -> dict[str, Callable[[Json, Theme], Figure]]:
 
 
 def draw(report: Json, folder: Path) -> dict[str, Json]:
-    """Draw every figure for light and for dark, and return each in base64 with its size in CSS pixels.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Draw every figure for light and for dark, and return each in base64 with its size in CSS pixels."""
     folder.mkdir(parents=True)
     pictures: dict[str, Json] = {}
     for name, drawer in list_figures(report).items():

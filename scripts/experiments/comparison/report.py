@@ -25,11 +25,7 @@ SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "t
 
 
 def measure(config: CompareConfig, progress: ProgressBar) -> Json:
-    """Train both frameworks or take finished runs, and measure everything that the page shows.
-
-    Raises:
-        UserError: a run does not fit, training fails, or a run's weights do not have the accuracy in its metrics.
-    """
+    """Train both frameworks or take finished runs, and measure everything that the page shows."""
 
     def begin(number: int, title: str) -> None:
         progress.begin(title, number - 1, SECTIONS)
@@ -90,15 +86,21 @@ def read_result(flag: str, file: Path, expected: str, pick: Callable[[Json], Jso
     raise UserError(f"{flag} {file}: {reason}; give {expected}")
 
 
+def describe_source(file: Path, result: Json) -> Json:
+    """Return the name of a file of results, and where its figures come from."""
+    return {
+        "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
+        "command": shorten_command(result["command"]),
+        **{name: result[name] for name in ("started", "machine", "versions")},
+    }
+
+
 def read_speed(file: Path) -> Json:
     """Read the speed of every configuration from a benchmark.json, and where it was measured."""
 
     def pick(result: Json) -> Json:
         contenders = result["contest"]["contenders"]
-        return {
-            "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
-            "command": shorten_command(result["command"]),
-            **{name: result[name] for name in ("started", "machine", "versions")},
+        return describe_source(file, result) | {
             "busy": result["load_before"],
             "batch_size": result["config"]["batch_size"],
             "best_torch": contenders[result["contest"]["best_torch"]]["title"],
@@ -113,11 +115,7 @@ def read_speed(file: Path) -> Json:
 
 
 def measure_speed(config: CompareConfig, show: Show) -> Json:
-    """Read the speed table from a file, or measure it now if the command line asks for that.
-
-    Raises:
-        UserError: the file is missing or has other content, or the benchmark failed.
-    """
+    """Read the speed table from a file, or measure it now if the command line asks for that."""
     if not config.run_benchmark:
         return read_speed(config.benchmark or COMMITTED_BENCHMARK)
     folder = config.out_dir / "benchmark"
@@ -133,24 +131,19 @@ def read_parity(file: Path) -> Json:
         steps = result["drift"]["steps"]
         if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
             raise ValueError("no drift")
-        source = {name: result[name] for name in ("command", "started", "machine", "versions")}
         return {
             "first_divergence": result["first_divergence"],
-            "passed": result.get("passed", []),  # which reports of earlier versions do not list
+            "passed": result.get("passed", []),  # reports of earlier versions lack it
             "stages": result["stages"],
             "drift": result["drift"],
-            "source": source | {"file": str(file)},
+            "source": describe_source(file, result),
         }
 
     return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
 
 
 def measure_parity(config: CompareConfig, show: Show) -> Json:
-    """Compare the two implementations with the harness, or read an earlier comparison from a file.
-
-    Raises:
-        UserError: the file is missing or has other content.
-    """
+    """Compare the two implementations with the harness, or read an earlier comparison from a file."""
     if config.parity_report is not None:
         return describe_parity(read_parity(config.parity_report))
     from parity_tests.harness.product_pairs import REPORT_IMAGES, simple_cnn  # only now: it loads both frameworks

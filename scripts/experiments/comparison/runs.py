@@ -6,17 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import records
 from experiments.answers import Framework
 from experiments.comparison.config import CompareConfig
-from experiments.records import (
-    NO_INFLUENCE,
-    Json,
-    explain_mismatch,
-    read_metrics,
-    read_record,
-    shorten_command,
-    train,
-)
+from experiments.records import NO_INFLUENCE, Json
 from jax_cnn.config import UserError
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
@@ -72,8 +65,10 @@ def obtain_run(framework: Framework, config: CompareConfig, initial: TorchDict, 
         return read_run(folder, reused=True)
     training = config.training(framework)
     folder = training.out_dir
-    reason = "--retrain" if config.retrain else explain_mismatch(folder, framework, training, ignored=MAY_DIFFER)
-    if not reason and not starts_from(initial, framework, folder):
+    reason = records.explain_mismatch(folder, framework, training, ignored=MAY_DIFFER)
+    if config.retrain:
+        reason = "--retrain"
+    elif not reason and not starts_from(initial, framework, folder):
         reason = "it started from other weights"
     if not reason:
         progress.say(f"{folder} holds this run already: it is taken")
@@ -81,15 +76,15 @@ def obtain_run(framework: Framework, config: CompareConfig, initial: TorchDict, 
     if (folder / CONFIG).exists():
         progress.say(f"{folder} is trained again: {reason}")
     set_aside(folder, [*FILES, PROCESS, *(file.name for file in folder.glob(CHECKPOINTS))], progress.say)
-    peak_bytes = train(framework, training, progress.report).peak_bytes
+    peak_bytes = records.train(framework, training, progress.report).peak_bytes
     with writing(folder):
-        write_json(folder / PROCESS, {"started": read_record(folder)["started"], "peak_bytes": peak_bytes})
+        write_json(folder / PROCESS, {"started": records.read_record(folder)["started"], "peak_bytes": peak_bytes})
     return read_run(folder, reused=False)
 
 
 def starts_from(initial: TorchDict, framework: Framework, folder: Path) -> bool:
     """Return whether a run started from these weights. Without --init-weights PyTorch draws them from the seed."""
-    file = read_record(folder)["config"].get("init_weights")
+    file = records.read_record(folder)["config"].get("init_weights")
     if file is None:
         return framework == "torch"
     try:
@@ -101,12 +96,12 @@ def starts_from(initial: TorchDict, framework: Framework, folder: Path) -> bool:
 
 def read_run(folder: Path, *, reused: bool) -> Run:
     """Read the files of a finished run."""
-    record = read_record(folder)
-    record["command"] = shorten_command(record["command"])
+    record = records.read_record(folder)
+    record["command"] = records.shorten_command(record["command"])
     try:
         process = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
         same_run = process["started"] == record["started"]
         peak_bytes = process["peak_bytes"] if same_run else None  # the file may be of an earlier run in this folder
     except (OSError, ValueError, KeyError, TypeError):
         peak_bytes = None
-    return Run(folder, record, read_metrics(folder), peak_bytes, reused)
+    return Run(folder, record, records.read_metrics(folder), peak_bytes, reused)

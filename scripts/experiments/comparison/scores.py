@@ -5,10 +5,10 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
-from experiments.answers import FRAMEWORKS, Framework, compute_logits, compute_stages
+from experiments.answers import FRAMEWORKS, Framework, Logits, compute_logits, compute_stages, softmax
 from experiments.comparison.config import CompareConfig
 from experiments.comparison.runs import Run
 from experiments.records import Json, check_accuracy
@@ -16,18 +16,11 @@ from jax_cnn.data import load_fashion_mnist
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.torch_layout import load_weights
 
-Logits = Float[np.ndarray, "size 10"]
 Labels = Int[np.ndarray, " size"]
 
 CLASSES = 10
 MAPS = 8  # feature maps to show of each stage
 INSIDE = 0  # number of the test image whose feature maps are shown
-
-
-def softmax(logits: Logits) -> Float[np.ndarray, "size 10"]:
-    """Return probabilities in float64."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def count_confusion(predicted: Labels, labels: Labels) -> Int[np.ndarray, "10 10"]:
@@ -78,11 +71,7 @@ def describe_images(images: Sequence[int], logits: Mapping[Framework, Logits], l
 
 
 def measure_networks(config: CompareConfig, runs: Mapping[Framework, Run]) -> Json:
-    """Ask both trained networks about the test images, and look inside them.
-
-    Raises:
-        UserError: a run's weights do not have the accuracy in its metrics.
-    """
+    """Ask both trained networks about the test images, and look inside them."""
     data = load_fashion_mnist(config.data_dir)
     pixels = data.test_images[: config.limit_test]
     labels = data.test_labels[: config.limit_test].astype(np.int64)

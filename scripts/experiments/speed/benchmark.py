@@ -44,7 +44,13 @@ def run(config: BenchmarkConfig, progress: ProgressBar) -> Json:
         UserError: no PyTorch is left to compare with, a command failed, or the folder cannot be written.
         WorkerFailed: the process of a contender ended too early.
     """
-    result = describe_run(config)
+    result: Json = provenance(PACKAGES) | {
+        "config": asdict(config),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(RECORDED)},
+        "load_before": os.getloadavg()[0],
+        "contest": None,
+        **EMPTY_SECTIONS,
+    }
     if result["load_before"] > BUSY_LOAD * usable_cores():
         progress.say(
             f"This machine is busy (load {result['load_before']:.1f} on {usable_cores()} cores): only large "
@@ -59,20 +65,6 @@ def run(config: BenchmarkConfig, progress: ProgressBar) -> Json:
         with writing(config.out_dir):
             write_json(config.out_dir / RESULT, result)
     return result
-
-
-def describe_run(config: BenchmarkConfig) -> Json:
-    """Return where the figures come from, and an empty place for each section."""
-    return (
-        provenance(PACKAGES)
-        | {
-            "config": asdict(config),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(RECORDED)},
-            "load_before": os.getloadavg()[0],
-            "contest": None,
-        }
-        | EMPTY_SECTIONS
-    )
 
 
 def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callable[[], Json | list[Json]]]:

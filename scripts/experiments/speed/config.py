@@ -52,10 +52,10 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     """Folder for the figures and charts. Earlier ones in it are moved aside, not overwritten."""
 
     def __post_init__(self) -> None:
-        check_limits(self)
         check_limits(
             self,
-            {
+            LIMITS
+            | {
                 "rounds": (1, 1_000),
                 "steps": (1, TRAIN_SIZE),
                 "threads": (1, usable_cores()),
@@ -76,9 +76,11 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
                 f"--steps {self.steps} of --batch-size {self.batch_size} are {self.round_images:,} images a round, and "
                 f"there are {TRAIN_SIZE:,}; use fewer steps"
             )
-        for flag, counts in (("--threads", (self.threads,)), ("--thread-counts", self.thread_counts or ())):
-            if not CAN_LIMIT_CORES and not {*counts} <= {None, usable_cores()}:
-                raise UserError(f"{flag}: only Linux can keep JAX to fewer cores than all; give {usable_cores()}")
+        fewer_cores = {self.threads, *(self.thread_counts or ())} - {None, usable_cores()}
+        if fewer_cores and not CAN_LIMIT_CORES:
+            raise UserError(
+                f"--threads, --thread-counts: only Linux can keep JAX to fewer cores than all; give {usable_cores()}"
+            )
         rivals = [name for name in TRAINING if CONTENDERS[name].competes]
         if "jax" not in self.contenders or not set(rivals) & set(self.contenders):
             raise UserError(f"--contenders must name jax and at least one of {', '.join(rivals)}")
@@ -104,6 +106,18 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
             return ()
         powers = [2**power for power in range(usable_cores().bit_length())]
         return tuple(sorted({*powers, usable_cores()}))
+
+    def training(self, out_dir: Path) -> TrainConfig:
+        """Return the configuration of a whole command."""
+        return TrainConfig(
+            epochs=self.command_epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            data_dir=self.data_dir,
+            out_dir=out_dir,
+            device="cpu",
+            limit_train=self.command_images,
+        )
 
 
 QUICK: dict[str, Any] = {

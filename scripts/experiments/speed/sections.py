@@ -18,7 +18,7 @@ from experiments.speed.config import BenchmarkConfig
 from experiments.speed.contenders import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, Task
 from experiments.speed.work import DOT_FLOP
 from experiments.speed.workers import time_in_turns
-from experiments.spread import paired_ratios, spread, turns
+from experiments.spread import Spread, order_of_round, paired_ratios, spread
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.torch_layout import SIMPLE_CNN
 
@@ -68,8 +68,8 @@ def find_best_torch(lines: dict[str, Json]) -> str:
     rivals = {name: line for name, line in lines.items() if CONTENDERS[name].competes}
     medians = {name: line["seconds"]["median"] for name, line in rivals.items() if "rounds" in line}
     if not medians:
-        why = "; ".join(f"{name}: {line['unavailable']}" for name, line in rivals.items())
-        raise UserError(f"--contenders: no PyTorch is left to compare with ({why}); choose another")
+        reasons = "; ".join(f"{name}: {line['unavailable']}" for name, line in rivals.items())
+        raise UserError(f"--contenders: no PyTorch is left to compare with ({reasons}); choose another")
     return min(medians, key=medians.__getitem__)
 
 
@@ -86,7 +86,7 @@ def describe_contender(task: Task, measured: Json) -> Json:
         "steps": steps,
         "threads": task.threads,
         "seconds": spread(seconds),
-        "ms_per_step": spread([1e3 * value / steps for value in seconds]),
+        "ms_per_step": spread_ms([value / steps for value in seconds]),
         "images_per_second": spread([task.images / value for value in seconds]),
         "cores_used": spread([answer["cpu_seconds"] / answer["seconds"] for answer in rounds]),
         "idle_cpu_seconds": sum(answer["idle_cpu_seconds"] for answer in rounds),
@@ -151,9 +151,9 @@ def measure_stages(config: BenchmarkConfig, show: Show) -> Json:
     sums = [sum(seconds[part] for part in parts) for seconds in rounds]
     wholes = [seconds[whole] for seconds in rounds]
     return {
-        "ms": {part: spread([1e3 * seconds[part] for seconds in rounds]) for part in parts},
-        "sum_ms": spread([1e3 * seconds for seconds in sums]),
-        "whole_step_ms": spread([1e3 * seconds for seconds in wholes]),
+        "ms": {part: spread_ms([seconds[part] for seconds in rounds]) for part in parts},
+        "sum_ms": spread_ms(sums),
+        "whole_step_ms": spread_ms(wholes),
         "sum_to_whole": spread(paired_ratios(sums, wholes)),
         "rounds_seconds_a_step": rounds,
     }
@@ -169,9 +169,9 @@ def measure_checkpoints(config: BenchmarkConfig, show: Show) -> Json:
         pairs = measured[contender]["rounds"]
         extra = [pair["with_seconds"] - pair["without_seconds"] for pair in pairs]
         costs[framework] = {
-            "ms_per_step": spread([1e3 * pair["without_seconds"] / config.steps for pair in pairs]),
-            "copy_ms": spread([1e3 * pair["copy_seconds"] for pair in pairs]),
-            "extra_ms": spread([1e3 * seconds for seconds in extra]),
+            "ms_per_step": spread_ms([pair["without_seconds"] / config.steps for pair in pairs]),
+            "copy_ms": spread_ms([pair["copy_seconds"] for pair in pairs]),
+            "extra_ms": spread_ms(extra),
             "slower_by": spread([seconds / interval for seconds in extra]),
             "rounds": pairs,
         }
@@ -182,34 +182,19 @@ def measure_commands(config: BenchmarkConfig, show: Show) -> Json:
     """Run both commands in turns into a temporary folder. They inherit the environment of the benchmark.
 
     Each run compiles everything: compiled programs that JAX has kept would make it start faster.
-
-    Raises:
-        UserError: a command failed.
     """
     runs: dict[Framework, list[Json]] = {framework: [] for framework in FRAMEWORKS}
     with TemporaryDirectory(prefix="benchmark-") as folder:
-        for number, order in enumerate(turns(list(runs), config.command_runs)):
-            for framework in order:
+        for number in range(config.command_runs):
+            for framework in order_of_round(list(runs), number):
                 label = f"train_{framework}.py, run {number + 1} of {config.command_runs}"
-                training = TrainConfig(
-                    epochs=config.command_epochs,
-                    batch_size=config.batch_size,
-                    seed=config.seed,
-                    data_dir=config.data_dir,
-                    out_dir=Path(folder) / f"{framework}-{number}",
-                    device="cpu",
-                    limit_train=config.command_images,
-                )
+                training = config.training(Path(folder) / f"{framework}-{number}")
                 runs[framework].append(run_command(framework, training, label, show))
     return {framework: describe_command(own_runs) for framework, own_runs in runs.items()}
 
 
 def run_command(framework: Framework, config: TrainConfig, label: str, show: Show) -> Json:
-    """Run one training command to its end, and show its progress behind the label.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Run one training command to its end, and show its progress behind the label."""
     first_report: tuple[float, int] | None = None  # its seconds and images
 
     def watch(line: str) -> None:
@@ -254,3 +239,8 @@ def describe_command(runs: list[Json]) -> Json:
 def round_seconds(measured: Json) -> list[float]:
     """Return how long each round of a contender took."""
     return [answer["seconds"] for answer in measured["rounds"]]
+
+
+def spread_ms(seconds: Sequence[float]) -> Spread:
+    """Return the spread of these times in milliseconds."""
+    return spread([1e3 * value for value in seconds])

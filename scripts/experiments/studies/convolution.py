@@ -130,17 +130,15 @@ def plan_runs(study: ConvolutionConfig, pace: Pace) -> list[Run]:
 
 
 def conclude(study: ConvolutionConfig, runs: Sequence[Run], pace: Pace) -> Json:
-    """Score the finished runs; return the content of the results file.
-
-    Raises:
-        UserError: a run's weights contradict its metrics.
-    """
+    """Score the finished runs; return the content of the results file."""
     entries = []
     for entry in ENTRIES:
-        parameters = count_parameters(entry.network)
-        entries.append({"name": entry.name, "network": str(entry.network), "parameters": parameters})
+        figures: Json = {"name": entry.name, "network": str(entry.network)}
+        figures["parameters"] = count_parameters(entry.network)
         for framework in FRAMEWORKS:
-            entries[-1][framework] = describe_runs([run for run in runs if run[:2] == (entry.name, framework)])
+            own_runs = [run for run in runs if (run.name, run.framework) == (entry.name, framework)]
+            figures[framework] = describe_runs(own_runs)
+        entries.append(figures)
     return describe_origin(runs) | {
         "pace": {name: {model: round(seconds, 6) for model, seconds in paces.items()} for name, paces in pace.items()},
         "limits": {"train": study.limit_train, "test": study.limit_test},

@@ -15,17 +15,9 @@ import numpy as np
 from jaxtyping import Bool
 from rich.console import Console
 
+from experiments import records
 from experiments.answers import Framework, Pixels, compute_logits
-from experiments.records import (
-    ENVIRONMENT,
-    PACKAGES,
-    Json,
-    check_accuracy,
-    explain_mismatch,
-    read_metrics,
-    read_record,
-    train,
-)
+from experiments.records import ENVIRONMENT, PACKAGES, Json
 from jax_cnn.config import FolderConfig, LimitConfig, TrainConfig, UserError, check_limits
 from jax_cnn.data import FashionMNIST, load_fashion_mnist
 from jax_cnn.files import write_json, writing
@@ -76,7 +68,7 @@ def make_run(study: StudyConfig, name: str, framework: Framework, seed: int, **c
 
 def is_finished(run: Run) -> bool:
     """Return whether the run's folder holds this run, complete, from this machine and the installed versions."""
-    return explain_mismatch(run.config.out_dir, run.framework, run.config) is None
+    return records.explain_mismatch(run.config.out_dir, run.framework, run.config) is None
 
 
 def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], float]) -> None:
@@ -86,9 +78,6 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
         runs: all runs.
         console: shows the progress.
         cost: estimates the time of a run, in any unit.
-
-    Raises:
-        UserError: a training failed.
     """
     missing = [run for run in runs if not is_finished(run)]
     console.print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do", highlight=False)
@@ -96,10 +85,10 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
     with ProgressBar(console) as bar:
         for run in missing:
             bar.begin(str(run), completed, total)
-            train(run.framework, run.config, lambda line: bar.report(line.split(", ")[0]))
+            records.train(run.framework, run.config, lambda line: bar.report(line.split(", ")[0]))
             completed += cost(run)
             minutes = (time.perf_counter() - started) / completed * (total - completed) / 60
-            accuracy = read_metrics(run.config.out_dir)[-1]["test_accuracy"]
+            accuracy = records.read_metrics(run.config.out_dir)[-1]["test_accuracy"]
             bar.say(f"{run}: {accuracy:.2%}; {minutes:.0f} min left")
 
 
@@ -116,16 +105,13 @@ def mark_answers(run: Run, rows: int = 0, columns: int = 0) -> Correct:
         run: a finished run; its own framework computes.
         rows: pixels by which every image is moved down.
         columns: pixels by which every image is moved to the right.
-
-    Raises:
-        UserError: the weights are unusable, or not as accurate as metrics.jsonl says.
     """
     config, data = run.config, load_data(run.config.data_dir)
     pixels, labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
     weights = load_weights(config.out_dir / WEIGHTS, "float32", config.network)
     correct = np.asarray(compute_logits(run.framework, weights, shift(pixels, rows, columns)).argmax(axis=1) == labels)
     if rows == columns == 0:
-        check_accuracy(config.out_dir, correct)
+        records.check_accuracy(config.out_dir, correct)
     return correct
 
 
@@ -139,21 +125,18 @@ def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
 
 def describe_origin(runs: Sequence[Run]) -> Json:
     """Return the beginning of a results file: when, on what and with which versions the runs were trained."""
-    records = sorted((read_record(run.config.out_dir) for run in runs), key=lambda record: record["started"])
+    origins = [records.read_record(run.config.out_dir) for run in runs]
+    times = sorted(origin["started"] for origin in origins)
     return {
         "provenance": provenance((*PACKAGES, "scipy")),
         "environment": ENVIRONMENT,
-        "trained": {"first": records[0]["started"], "last": records[-1]["started"]},
-        "devices": {record["framework"]: record["device"] for record in records},
+        "trained": {"first": times[0], "last": times[-1]},
+        "devices": {origin["framework"]: origin["device"] for origin in origins},
     }
 
 
 def write_results(result: Json, path: Path, flag: str) -> None:
-    """Write the results file, complete or not at all. `flag` is the one that chose its place.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the results file, complete or not at all. `flag` is the one that chose its place."""
     with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
