@@ -216,7 +216,7 @@ def test_an_interrupted_convolution_study_goes_on_where_it_stopped(
 
 
 def test_a_failed_training_says_which_and_why(run: Run) -> None:
-    with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: --init-weights nowhere"):
+    with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: weights file nowhere"):
         train(run.framework, replace(run.config, init_weights=Path("nowhere")), print)
 
 

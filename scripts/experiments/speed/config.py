@@ -52,25 +52,22 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     """Folder for the figures and charts. Earlier ones in it are moved aside, not overwritten."""
 
     def __post_init__(self) -> None:
-        check_limits(
-            self,
-            LIMITS
-            | {
-                "rounds": (1, 1_000),
-                "steps": (1, TRAIN_SIZE),
-                "threads": (1, usable_cores()),
-                "batch_sizes": (1, TRAIN_SIZE),
-                "thread_counts": (1, usable_cores()),
-                "sweep_rounds": (0, 1_000),
-                "train_sizes": (1, TRAIN_SIZE),
-                "epoch_rounds": (0, 1_000),
-                "stage_rounds": (0, 1_000),
-                "checkpoint_pairs": (0, 1_000),
-                "command_runs": (0, 100),
-                "command_epochs": LIMITS["epochs"],
-                "command_images": LIMITS["limit_train"],
-            },
-        )
+        limits = LIMITS | {
+            "rounds": (1, 1_000),
+            "steps": (1, TRAIN_SIZE),
+            "threads": (1, usable_cores()),
+            "batch_sizes": (1, TRAIN_SIZE),
+            "thread_counts": (1, usable_cores()),
+            "sweep_rounds": (0, 1_000),
+            "train_sizes": (1, TRAIN_SIZE),
+            "epoch_rounds": (0, 1_000),
+            "stage_rounds": (0, 1_000),
+            "checkpoint_pairs": (0, 1_000),
+            "command_runs": (0, 100),
+            "command_epochs": LIMITS["epochs"],
+            "command_images": LIMITS["limit_train"],
+        }
+        check_limits(self, limits)
         if self.round_images > TRAIN_SIZE:
             raise UserError(
                 f"--steps {self.steps} of --batch-size {self.batch_size} are {self.round_images:,} images a round, and "
