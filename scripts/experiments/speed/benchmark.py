@@ -8,14 +8,8 @@ from pathlib import Path
 
 from experiments.processes import Show
 from experiments.records import PACKAGES, Json
+from experiments.speed import sections
 from experiments.speed.config import BenchmarkConfig
-from experiments.speed.sections import (
-    measure_checkpoints,
-    measure_commands,
-    measure_contest,
-    measure_growth,
-    measure_stages,
-)
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import set_aside
@@ -56,9 +50,10 @@ def run(config: BenchmarkConfig, progress: ProgressBar) -> Json:
             f"This machine is busy (load {result['load_before']:.1f} on {usable_cores()} cores): only large "
             "differences between contenders mean something."
         )
-    sections = plan(config, result, progress.report)
-    for number, (name, measure) in enumerate(sections.items()):
-        progress.begin(f"{number + 1} of {len(sections)}: {name.replace('_', ' ')}", number, len(sections))
+    measurements = plan(config, result, progress.report)
+    for number, (name, measure) in enumerate(measurements.items()):
+        title = f"{number + 1} of {len(measurements)}: {name.replace('_', ' ')}"
+        progress.begin(title, number, len(measurements))
         result[name] = measure()
         if number == 0:  # as late as possible: a benchmark that was interrupted before has moved nothing
             set_aside(config.out_dir, FILES, progress.say)
@@ -72,21 +67,23 @@ def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callabl
     batches = [{"batch_size": size, "images": max(size, config.round_images)} for size in config.batch_sizes]
     threads = [{"threads": count} for count in config.swept_threads]
     sizes = [{"images": size} for size in config.train_sizes]
-    sections: dict[str, Callable[[], Json | list[Json]]] = {"contest": partial(measure_contest, config, show)}
+    measurements: dict[str, Callable[[], Json | list[Json]]] = {
+        "contest": partial(sections.measure_contest, config, show)
+    }
     for name, points, rounds in (
         ("batch_sizes", batches, config.sweep_rounds),
         ("thread_counts", threads, config.sweep_rounds),
         ("train_sizes", sizes, config.epoch_rounds),
     ):
         if points and rounds:
-            sections[name] = partial(measure_growth, config, result, points, rounds, show)
+            measurements[name] = partial(sections.measure_growth, config, result, points, rounds, show)
     if config.stage_rounds:
-        sections["stages"] = partial(measure_stages, config, show)
+        measurements["stages"] = partial(sections.measure_stages, config, show)
     if config.checkpoint_pairs:
-        sections["checkpoints"] = partial(measure_checkpoints, config, show)
+        measurements["checkpoints"] = partial(sections.measure_checkpoints, config, show)
     if config.command_runs:
-        sections["commands"] = partial(measure_commands, config, show)
-    return sections
+        measurements["commands"] = partial(sections.measure_commands, config, show)
+    return measurements
 
 
 def draw(result: Json, out_dir: Path) -> list[str]:
