@@ -178,13 +178,14 @@ class JaxTrainConfig(TrainConfig):
 
 
 def check_limits(config: object, limits: Mapping[str, tuple[int, int]] = LIMITS) -> None:
-    """Check the fields of a configuration that have limits.
+    """Check those fields of a configuration that have limits: a number, each of several numbers, or None.
 
     Raises:
         UserError: a number is outside its limits.
     """
     for name, (least, most) in limits.items():
         value = getattr(config, name, None)
-        if value is not None and not least <= value <= most:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= most:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be between {least} and {most:,}, not {number}")

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float
 
-from experiments.answers import compute_logits
+from experiments.answers import compute_logits, softmax
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES
 from jax_cnn.pictures.likeness import find_oddities
@@ -85,12 +85,6 @@ def prepare_all(config: PredictConfig) -> list[tuple[Path, Prepared]]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
     return prepared
-
-
-def softmax(logits: Float[np.ndarray, "size 10"]) -> Float[np.ndarray, "size 10"]:
-    """Return the probabilities of the classes."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))  # the largest is 1: none overflows
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def as_text(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"]) -> str:

@@ -15,6 +15,7 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY_BLUE, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#999999"
 
 FRAMEWORK_COLOURS = {"jax": BLUE, "torch": VERMILION}
+FRAMEWORK_MARKERS = {"jax": "o", "torch": "s"}
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:

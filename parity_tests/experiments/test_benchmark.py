@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.processes import Show
+from experiments.records import Json
 from experiments.speed import benchmark, sections, torch_steps
 from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
 from experiments.speed.contenders import CHECKPOINTS, DOTS, Task
 from experiments.speed.tables import checkpoint_table, sentence, short, tables
 from experiments.speed.work import DOT_FLOP
-from experiments.speed.workers import Json, Show, WorkerFailed, time_in_turns
-from experiments.spread import paired_ratios, spread, turns
+from experiments.speed.workers import WorkerFailed, time_in_turns
+from experiments.spread import order_of_round, paired_ratios, spread
 from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError
 from jax_cnn.run.display import ProgressBar
@@ -66,7 +68,8 @@ def test_what_slows_a_whole_round_cancels_out_in_pairs() -> None:
 
 
 def test_every_contender_goes_first_second_and_last() -> None:
-    assert turns("abc", 4) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    rounds = ["".join(order_of_round("abc", number)) for number in range(4)]
+    assert rounds == ["abc", "bca", "cab", "abc"]
 
 
 def test_quick_changes_only_what_no_other_flag_asks_for() -> None:

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from experiments.answers import FRAMEWORKS
 from experiments.comparison import charts, page, programs, report, runs, scores
 from experiments.comparison.charts import DARK, LIGHT
-from experiments.comparison.config import FRAMEWORKS, CompareConfig
+from experiments.comparison.config import CompareConfig
 from jax_cnn.config import UserError
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar
@@ -158,7 +159,7 @@ def test_runs_that_the_command_line_names_are_taken(comparison: Comparison, copi
     measured = scores.measure_networks(config, named)
     assert measured == {key: comparison.report[key] for key in measured}
     shutil.copy(comparison.config.initial_weights, named["jax"].folder / "weights.safetensors")
-    with pytest.raises(UserError, match=r"jax: its weights score \d+\.\d\d%, and its metrics say"):
+    with pytest.raises(UserError, match=r"jax: its weights classify \d+ of 400 images correctly, but"):
         scores.measure_networks(config, named)
     with pytest.raises(UserError, match="its seed: 0, not 1; give a run that fits"):
         report.check_named(replace(config, seed=1))

@@ -9,11 +9,13 @@ from statistics import mean
 
 import pytest
 
-from experiments.records import as_json
+from experiments import processes
+from experiments.answers import FRAMEWORKS
+from experiments.records import ENVIRONMENT, SLACK, as_json, flags, train
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ENTRIES, ConvolutionConfig, accuracies
-from experiments.studies.runs import FRAMEWORKS, SCORING_SLACK, Run, train
+from experiments.studies.runs import Run
 from jax_cnn.config import TEST_SIZE
 from parity_tests.support import ROOT, read_json
 
@@ -37,7 +39,7 @@ def test_accuracy_is_of_todays_trainings_with_ten_complete_seeds(setting: str, e
         for framework, alone in zip(FRAMEWORKS, ("only_a", "only_b"), strict=True):
             assert len(seed[framework]["test_accuracy"]) == epochs
             correct = round(TEST_SIZE * seed[framework]["test_accuracy"][-1])
-            assert abs(table["both"] + table[alone] - correct) <= SCORING_SLACK
+            assert abs(table["both"] + table[alone] - correct) <= SLACK
 
 
 @pytest.mark.parametrize("setting", ["full", "short"])
@@ -136,7 +138,7 @@ def new_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[R
     pair = [run for run in accuracy.plan_runs(study) if run.name == "short"][-2:]
     for run in pair:
         assert run.config.seed == len(ACCURACY["short"]["seeds"])
-        train(run, print)
+        train(run.framework, run.config, print)
     return pair
 
 
@@ -149,7 +151,7 @@ def test_a_learning_rate_ten_times_too_small_lies_outside(new_pair: list[Run], t
     # Ten times too large would not: after 200 steps it costs no more than a bad seed. The trajectory tests see that.
     jax_run, torch_run = new_pair
     faulty = jax_run._replace(config=replace(jax_run.config, out_dir=tmp_path))
-    train(faulty, print, extra_flags=("--learning-rate", "1e-4"))
+    processes.run("train_jax", [*flags(faulty.config), "--learning-rate", "1e-4"], print, ENVIRONMENT)
     findings = outliers(faulty, torch_run)
     assert any(finding.startswith("jax") for finding in findings), findings
     assert not any(finding.startswith("torch") for finding in findings), findings

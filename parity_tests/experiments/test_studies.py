@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.answers import compute_logits
-from experiments.records import explain_mismatch, read_metrics
+from experiments.answers import FRAMEWORKS, compute_logits
+from experiments.records import explain_mismatch, read_metrics, train
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ConvolutionConfig
-from experiments.studies.runs import FRAMEWORKS, Run, StudyConfig, is_finished, mark_answers, shift, train
+from experiments.studies.runs import Run, StudyConfig, is_finished, mark_answers, shift
 from jax_cnn.config import CNN, JaxTrainConfig, Network, UserError
 from jax_cnn.data import FashionMNIST
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS, RunFolder
@@ -65,7 +65,7 @@ def test_the_runs_of_a_seed_differ_by_framework_and_folder_only() -> None:
     planned = accuracy.plan_runs(AccuracyConfig(seeds=3))
     assert len({run.config.out_dir for run in planned}) == len(planned) == 12
     for jax_run, torch_run in zip(planned[::2], planned[1::2], strict=True):
-        assert (jax_run.framework, torch_run.framework) == FRAMEWORKS
+        assert (jax_run.framework, torch_run.framework) == tuple(FRAMEWORKS)
         assert replace(jax_run.config, out_dir=Path()) == replace(torch_run.config, out_dir=Path())
 
 
@@ -149,7 +149,7 @@ def test_weights_that_contradict_the_metrics_are_an_error(run: Run) -> None:
     rows = read_metrics(run.config.out_dir)
     rows[-1]["test_accuracy"] += 2.6 / 60  # of an image fewer would be rounding
     (run.config.out_dir / METRICS).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    with pytest.raises(UserError, match="delete the folder and run the study again"):
+    with pytest.raises(UserError, match="delete the folder and train again"):
         mark_answers(run)
 
 
@@ -216,8 +216,8 @@ def test_an_interrupted_convolution_study_goes_on_where_it_stopped(
 
 
 def test_a_failed_training_says_which_and_why(run: Run) -> None:
-    with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: --batch-size must be"):
-        train(run, print, extra_flags=("--batch-size", "0"))
+    with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: weights file nowhere"):
+        train(run.framework, replace(run.config, init_weights=Path("nowhere")), print)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ from jax_cnn.config import Network
 from jax_cnn.torch_layout import TORCH_STAGES, TorchDict, layout_of, recognise, to_flax
 
 Framework = Literal["jax", "torch"]
-Image = UInt8[np.ndarray, "28 28"]
 Pixels = UInt8[np.ndarray, "size 28 28"]
+Logits = Float[np.ndarray, "size 10"]
 
+FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with their names for a reader
 BATCH = 250
 STAGES = ("conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2")  # of SimpleCNN, without flatten
 
 
-def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Float[np.ndarray, "size 10"]:
+def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Logits:
     """Return the logits of every image, as float32.
 
     Args:
@@ -32,6 +33,12 @@ def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> 
     """
     predict = (_jax_network if framework == "jax" else _torch_network)(weights)
     return np.concatenate([predict(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+
+
+def softmax(logits: Logits) -> Float[np.ndarray, "size 10"]:
+    """Return the probabilities of the classes, as float64."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))  # none overflows
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def compute_stages(
@@ -84,28 +91,23 @@ def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
 
 
 def _torch_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
-    import torch
-
     model = _torch_module(weights)
-
-    def predict(pixels: Pixels) -> np.ndarray:
-        with torch.no_grad():
-            logits: np.ndarray = model(torch.tensor(pixels)[:, None].float() / 255).numpy()
-        return logits
-
-    return predict
+    return lambda pixels: model(_torch_images(pixels)).numpy()
 
 
 def _torch_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
+    stages = {}
+    value = _torch_images(pixels)
+    for stage, module in _torch_module(weights).named_children():  # in the order of the forward pass
+        value = module(value)
+        stages[stage] = value[0].numpy()
+    return stages
+
+
+def _torch_images(pixels: Pixels) -> Any:
     import torch
 
-    stages = {}
-    with torch.no_grad():
-        value = torch.tensor(pixels)[:, None].float() / 255
-        for stage, module in _torch_module(weights).named_children():  # in the order of the forward pass
-            value = module(value)
-            stages[stage] = value[0].numpy()
-    return stages
+    return torch.tensor(pixels)[:, None].float() / 255
 
 
 def _torch_module(weights: TorchDict) -> Any:
@@ -113,6 +115,6 @@ def _torch_module(weights: TorchDict) -> Any:
 
     from torch_ref.model import make_model
 
-    model = make_model(*recognise(weights)).to(torch.float32).eval()
+    model = make_model(*recognise(weights)).to(torch.float32).eval().requires_grad_(False)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return model

@@ -11,8 +11,12 @@ from typing import NamedTuple
 
 from jax_cnn.config import UserError
 
-SCRIPTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # whole lines, without delay
+Show = Callable[[str], None]  # is called with a line about what is under way
+
+MIB = 2**20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
@@ -25,16 +29,11 @@ class Finished(NamedTuple):
     """Peak memory. On Linux at least what this process held when it started the command."""
 
 
-def run(
-    script: str, arguments: Sequence[str], show: Callable[[str], None], environment: Mapping[str, str] | None = None
-) -> Finished:
+def run(script: str, arguments: Sequence[str], show: Show, environment: Mapping[str, str] | None = None) -> Finished:
     """Run `scripts/<script>.py` to its end in a process of its own.
 
-    Args:
-        script: the file's name without its ending.
-        arguments: the command line.
-        show: is called with every line that the command prints and that is not empty, as soon as it is printed.
-        environment: variables to set in addition to those of this process.
+    `show` is called with every line that is not empty as soon as the command prints it, and `environment` is added to
+    the variables of this process.
 
     Raises:
         UserError: the command failed; the message ends with the last line that it printed.

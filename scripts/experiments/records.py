@@ -1,23 +1,30 @@
-"""Training runs that studies, benchmark and comparison page start or reuse: their command lines and their files."""
+"""Training runs that benchmark, study and comparison page start or reuse: their command lines and their files."""
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
+
+from experiments import processes
 from experiments.answers import Framework
-from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig
+from experiments.processes import ROOT, Finished, Show
+from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig, UserError
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
 from jax_cnn.run.provenance import provenance
 
 Json = dict[str, Any]
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy")  # whose versions belong to every result
 # PyTorch's threads then yield while they wait for each other. With active waiting they take four times as long on two
 # cores that other programs use too (251 images/s against 801). No result depends on it, and a user's own value is kept.
 ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 NO_INFLUENCE = frozenset({"data_dir", "out_dir", "resume", "checkpoint_seconds"})  # fields that change no weight
+SLACK = 1  # images: near a tie, rounding in a batch of another size may change the answer. Worst seen: 0
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -26,13 +33,39 @@ def flags(config: TrainConfig) -> list[str]:
         "--model": config.model,
         "--hidden": config.hidden if config.hidden != HIDDEN else None,
         "--epochs": config.epochs,
+        "--batch-size": config.batch_size,
         "--seed": config.seed,
         "--data-dir": config.data_dir,
         "--out-dir": config.out_dir,
+        "--device": config.device,
+        "--init-weights": config.init_weights,
         "--limit-train": config.limit_train,
         "--limit-test": config.limit_test,
     }
     return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
+
+
+def train(
+    framework: Framework, config: TrainConfig, show: Show, environment: Mapping[str, str] = ENVIRONMENT
+) -> Finished:
+    """Run the framework's training command to its end; return its time and its peak memory.
+
+    `show` is called with every line about an epoch, and `environment` is added to the variables of this process.
+
+    Raises:
+        UserError: the command failed.
+    """
+
+    def show_epoch(line: str) -> None:
+        if line.startswith("epoch"):
+            show(line)
+
+    return processes.run(f"train_{framework}", flags(config), show_epoch, environment)
+
+
+def shorten_command(command: str) -> str:
+    """Return a recorded command line as a person would type it, with paths from the root of the project."""
+    return command.replace(f"{ROOT}/", "")
 
 
 def as_json(config: TrainConfig) -> Json:
@@ -62,6 +95,22 @@ def read_metrics(folder: Path) -> list[Json]:
         ValueError: a line is not JSON.
     """
     return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def check_accuracy(folder: Path, correct: Bool[np.ndarray, " images"]) -> None:
+    """Check that a run's weights classify as many test images correctly as its metrics say.
+
+    `correct` tells for each of these images whether the weights classify it correctly.
+
+    Raises:
+        UserError: they do not.
+    """
+    counted, recorded = int(correct.sum()), round(read_metrics(folder)[-1]["test_accuracy"] * len(correct))
+    if abs(counted - recorded) > SLACK:
+        raise UserError(
+            f"{folder}: its weights classify {counted} of {len(correct)} images correctly, but its metrics.jsonl says "
+            f"{recorded}; delete the folder and train again"
+        )
 
 
 def explain_mismatch(

@@ -1,9 +1,11 @@
 """Median and spread of figures that were measured several times, alone and in pairs."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name", bound=str)
 
 
 class Spread(TypedDict):
@@ -38,7 +40,15 @@ def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) ->
     return [one / other for one, other in zip(numerators, denominators, strict=True)]
 
 
-def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """Return the order of the names in every round: each round begins one name later than the round before."""
-    starts = [number % len(names) for number in range(rounds)]
-    return [[*names[start:], *names[:start]] for start in starts]
+def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
+    """Return the distances from the medians down and up to the quartiles, for a chart."""
+    return [
+        [spread["median"] - spread["low_quartile"] for spread in spreads],
+        [spread["high_quartile"] - spread["median"] for spread in spreads],
+    ]
+
+
+def order_of_round(names: Sequence[Name], number: int) -> list[Name]:
+    """Return the order of the names in a round: each round begins one name later than the round before."""
+    start = number % len(names)
+    return [*names[start:], *names[:start]]

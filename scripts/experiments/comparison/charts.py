@@ -15,16 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from experiments.comparison.config import FRAMEWORKS
-from jax_cnn.run.charts import BLACK, BLUE, ORANGE, SKY_BLUE, VERMILION
+from experiments.answers import FRAMEWORKS
+from experiments.records import Json
+from experiments.spread import error_bars
+from jax_cnn.run.charts import BLACK, BLUE, FRAMEWORK_MARKERS, ORANGE, SKY_BLUE, VERMILION
 from parity_tests.harness import report as harness_report
-
-Json = dict[str, Any]
 
 WIDTH = 5.0  # inches: as wide as the screen of a phone, where 10 points are then 10 points
 DPI = 160
 TITLE_LETTERS = 52  # in a line
-MARKERS = {"jax": "o", "torch": "s"}
 
 
 class Theme(NamedTuple):
@@ -129,7 +128,7 @@ def draw_by_epoch(
         marker: Json = {"markersize": 9, "fillstyle": "none"} if side == "torch" else {}
         for key, (label, line) in curves.items():
             values = [scale * row[key] for row in rows[side]]
-            marker |= {"color": theme.side(side), "marker": MARKERS[side]}
+            marker |= {"color": theme.side(side), "marker": FRAMEWORK_MARKERS[side]}
             upper.plot(epochs, values, line, label=name + label, **marker)
     for key, (label, line) in curves.items():
         difference = [scale * (jax[key] - torch[key]) for jax, torch in zip(rows["jax"], rows["torch"], strict=True)]
@@ -165,8 +164,8 @@ def draw_throughput(report: Json, theme: Theme) -> Figure:
     for position, row in enumerate(rows):
         side = "jax" if row["name"] == "jax" else "torch"
         speed = row["images_per_second"]
-        bars = [[speed["median"] - speed["low_quartile"]], [speed["high_quartile"] - speed["median"]]]
-        axes.errorbar(speed["median"], position, xerr=bars, fmt=MARKERS[side], color=theme.side(side), capsize=3)
+        style: Json = {"fmt": FRAMEWORK_MARKERS[side], "color": theme.side(side), "capsize": 3}
+        axes.errorbar(speed["median"], position, xerr=error_bars([speed]), **style)
     axes.set_yticks(range(len(rows)), [row["title"].replace("PyTorch, ", "PyTorch,\n") for row in rows], fontsize=8.5)
     axes.set(xlabel="images per second (median, quartiles)", ylabel="configuration")
     axes.set_xlim(left=0)
@@ -192,7 +191,7 @@ def draw_classes(report: Json, theme: Theme) -> Figure:
             100 * np.array(accuracies),
             np.arange(len(rows)) + shift,
             xerr=100 * np.array(errors),
-            fmt=MARKERS[side],
+            fmt=FRAMEWORK_MARKERS[side],
             color=theme.side(side),
             capsize=2,
             elinewidth=1,

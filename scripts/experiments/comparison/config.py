@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.answers import Framework
-from experiments.speed.config import check_range
-from jax_cnn.config import Device, FolderConfig, LimitConfig, SeedConfig, TrainConfig, UserError
+from experiments.processes import ROOT
+from jax_cnn.config import Device, FolderConfig, LimitConfig, SeedConfig, TrainConfig, UserError, check_limits
 
-FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with the names that the page shows
-ROOT = Path(__file__).parents[3]
 COMMITTED_BENCHMARK = ROOT / "docs" / "results" / "benchmark" / "benchmark.json"
 MOST_PICTURES = 200  # in each of the two grids, because the page holds every picture
 
@@ -41,9 +39,8 @@ class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
     """Folder for the page, its figures and the two runs. An earlier page in it is moved aside, not overwritten."""
 
     def __post_init__(self) -> None:
-        check_range("--drift-steps", self.drift_steps, 1, 1_000)
-        check_range("--images", self.images, 1, MOST_PICTURES)
-        check_range("--disagreements", self.disagreements, 1, MOST_PICTURES)
+        pictures = (1, MOST_PICTURES)
+        check_limits(self, {"drift_steps": (1, 1_000), "images": pictures, "disagreements": pictures})
         if self.run_benchmark and self.benchmark is not None:
             raise UserError(
                 "--run-benchmark measures again and --benchmark FILE takes earlier results: give one of them"

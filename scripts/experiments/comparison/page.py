@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,19 +13,18 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from experiments.answers import FRAMEWORKS
 from experiments.comparison import charts, panels
 from experiments.comparison.charts import DARK, LIGHT, Theme
-from experiments.comparison.config import FRAMEWORKS
+from experiments.processes import MIB, Show
+from experiments.records import Json
 from jax_cnn.files import write_atomically, write_json, writing
 from jax_cnn.run.folder import set_aside
 
-Json = dict[str, Any]
-
 PAGE, REPORT, FIGURES = "report.html", "report.json", "figures"
-MIB = 2**20
 
 
-def write(report: Json, out_dir: Path, say: Callable[[str], None]) -> Path:
+def write(report: Json, out_dir: Path, say: Show) -> Path:
     """Write report.json, every figure as a PNG in both colour schemes, and the page. Move earlier ones aside.
 
     Raises:
@@ -61,11 +59,7 @@ def list_figures(report: Json) -> dict[str, Callable[[Json, Theme], Figure]]:
 
 
 def draw(report: Json, folder: Path) -> dict[str, Json]:
-    """Draw every figure for light and for dark, and return each in base64 with its size in CSS pixels.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Draw every figure for light and for dark, and return each in base64 with its size in CSS pixels."""
     folder.mkdir(parents=True)
     pictures: dict[str, Json] = {}
     for name, drawer in list_figures(report).items():

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,12 +10,11 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.answers import Framework
+from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison.charts import Theme, new_figure, set_title
-from experiments.comparison.config import FRAMEWORKS
 from experiments.comparison.scores import decode
+from experiments.records import Json
 
-Json = dict[str, Any]
 COLUMNS = 4  # of a grid of test images
 FILTER_COLUMNS = 8
 

@@ -6,11 +6,10 @@ import textwrap
 import tokenize
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
 
-from experiments.comparison.config import FRAMEWORKS, ROOT
-
-Json = dict[str, Any]
+from experiments.answers import FRAMEWORKS
+from experiments.processes import ROOT
+from experiments.records import Json
 
 # What the page shows, by part of the program and by the way to write it. Each piece is a file and a definition in it
 # (`Class.method` for a method). If only some of its statements are shown, two more words say how the first and the last

@@ -6,33 +6,26 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from experiments import processes
-from experiments.answers import Framework
+from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison import programs, scores
-from experiments.comparison.config import COMMITTED_BENCHMARK, FRAMEWORKS, ROOT, CompareConfig
+from experiments.comparison.config import COMMITTED_BENCHMARK, CompareConfig
 from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initial_weights
-from experiments.records import explain_mismatch
+from experiments.processes import ROOT, Show
+from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
-Json = dict[str, Any]
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "matplotlib")
 SECTIONS = 6
 STANDARD_ERRORS = 2.0  # by which two accuracies may differ
 SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "times_floor", "peak_bytes")
 
 
 def measure(config: CompareConfig, progress: ProgressBar) -> Json:
-    """Train both frameworks or take finished runs, and measure everything that the page shows.
-
-    Raises:
-        UserError: a run does not fit, training fails, or a run's weights do not have the accuracy in its metrics.
-    """
+    """Train both frameworks or take finished runs, and measure everything that the page shows."""
 
     def begin(number: int, title: str) -> None:
         progress.begin(title, number - 1, SECTIONS)
@@ -45,7 +38,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
         begin(number, f"training with {name}")
         runs[framework] = obtain_run(framework, config, initial, progress)
     begin(4, "speed by configuration")
-    report = provenance(PACKAGES) | {
+    report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
         "classes": list(CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
@@ -93,15 +86,21 @@ def read_result(flag: str, file: Path, expected: str, pick: Callable[[Json], Jso
     raise UserError(f"{flag} {file}: {reason}; give {expected}")
 
 
+def describe_source(file: Path, result: Json) -> Json:
+    """Return the name of a file of results, and where its figures come from."""
+    return {
+        "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
+        "command": shorten_command(result["command"]),
+        **{name: result[name] for name in ("started", "machine", "versions")},
+    }
+
+
 def read_speed(file: Path) -> Json:
     """Read the speed of every configuration from a benchmark.json, and where it was measured."""
 
     def pick(result: Json) -> Json:
         contenders = result["contest"]["contenders"]
-        return {
-            "file": str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file),
-            "command": result["command"].replace(f"{ROOT}/", ""),  # as a person would type it
-            **{name: result[name] for name in ("started", "machine", "versions")},
+        return describe_source(file, result) | {
             "busy": result["load_before"],
             "batch_size": result["config"]["batch_size"],
             "best_torch": contenders[result["contest"]["best_torch"]]["title"],
@@ -115,12 +114,8 @@ def read_speed(file: Path) -> Json:
     return read_result("--benchmark", file, "a benchmark.json that scripts/benchmark.py wrote", pick)
 
 
-def measure_speed(config: CompareConfig, show: Callable[[str], None]) -> Json:
-    """Read the speed table from a file, or measure it now if the command line asks for that.
-
-    Raises:
-        UserError: the file is missing or has other content, or the benchmark failed.
-    """
+def measure_speed(config: CompareConfig, show: Show) -> Json:
+    """Read the speed table from a file, or measure it now if the command line asks for that."""
     if not config.run_benchmark:
         return read_speed(config.benchmark or COMMITTED_BENCHMARK)
     folder = config.out_dir / "benchmark"
@@ -136,24 +131,19 @@ def read_parity(file: Path) -> Json:
         steps = result["drift"]["steps"]
         if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
             raise ValueError("no drift")
-        source = {name: result[name] for name in ("command", "started", "machine", "versions")}
         return {
             "first_divergence": result["first_divergence"],
-            "passed": result.get("passed", []),  # which reports of earlier versions do not list
+            "passed": result.get("passed", []),  # reports of earlier versions lack it
             "stages": result["stages"],
             "drift": result["drift"],
-            "source": source | {"file": str(file)},
+            "source": describe_source(file, result),
         }
 
     return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
 
 
-def measure_parity(config: CompareConfig, show: Callable[[str], None]) -> Json:
-    """Compare the two implementations with the harness, or read an earlier comparison from a file.
-
-    Raises:
-        UserError: the file is missing or has other content.
-    """
+def measure_parity(config: CompareConfig, show: Show) -> Json:
+    """Compare the two implementations with the harness, or read an earlier comparison from a file."""
     if config.parity_report is not None:
         return describe_parity(read_parity(config.parity_report))
     from parity_tests.harness.product_pairs import REPORT_IMAGES, simple_cnn  # only now: it loads both frameworks

@@ -1,23 +1,20 @@
 """The two training runs that the page compares: take a finished one that fits, or train with the real command."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments import processes
+from experiments import records
 from experiments.answers import Framework
-from experiments.comparison.config import ROOT, CompareConfig
-from experiments.records import ENVIRONMENT, NO_INFLUENCE, explain_mismatch, flags, read_metrics, read_record
-from jax_cnn.config import TrainConfig, UserError
+from experiments.comparison.config import CompareConfig
+from experiments.records import NO_INFLUENCE, Json
+from jax_cnn.config import UserError
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, set_aside
 from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
-
-Json = dict[str, Any]
 
 PROCESS = "process.json"  # the peak memory of the command that trained, and when it started
 MAY_DIFFER = NO_INFLUENCE | {"device", "init_weights"}  # `starts_from` checks the initial weights themselves
@@ -68,21 +65,26 @@ def obtain_run(framework: Framework, config: CompareConfig, initial: TorchDict, 
         return read_run(folder, reused=True)
     training = config.training(framework)
     folder = training.out_dir
-    reason = "--retrain" if config.retrain else explain_mismatch(folder, framework, training, ignored=MAY_DIFFER)
-    if not reason and not starts_from(initial, framework, folder):
+    reason = records.explain_mismatch(folder, framework, training, ignored=MAY_DIFFER)
+    if config.retrain:
+        reason = "--retrain"
+    elif not reason and not starts_from(initial, framework, folder):
         reason = "it started from other weights"
     if not reason:
         progress.say(f"{folder} holds this run already: it is taken")
         return read_run(folder, reused=True)
     if (folder / CONFIG).exists():
         progress.say(f"{folder} is trained again: {reason}")
-    train(framework, training, progress.report, progress.say)
+    set_aside(folder, [*FILES, PROCESS, *(file.name for file in folder.glob(CHECKPOINTS))], progress.say)
+    peak_bytes = records.train(framework, training, progress.report).peak_bytes
+    with writing(folder):
+        write_json(folder / PROCESS, {"started": records.read_record(folder)["started"], "peak_bytes": peak_bytes})
     return read_run(folder, reused=False)
 
 
 def starts_from(initial: TorchDict, framework: Framework, folder: Path) -> bool:
     """Return whether a run started from these weights. Without --init-weights PyTorch draws them from the seed."""
-    file = read_record(folder)["config"].get("init_weights")
+    file = records.read_record(folder)["config"].get("init_weights")
     if file is None:
         return framework == "torch"
     try:
@@ -92,33 +94,14 @@ def starts_from(initial: TorchDict, framework: Framework, folder: Path) -> bool:
     return all(np.array_equal(weights[name], array) for name, array in initial.items())
 
 
-def train(framework: Framework, config: TrainConfig, show: Callable[[str], None], say: Callable[[str], None]) -> None:
-    """Run the framework's training command to its end, and save its peak memory beside its results.
-
-    Raises:
-        UserError: the command failed.
-    """
-    folder = config.out_dir
-    set_aside(folder, [*FILES, PROCESS, *(file.name for file in folder.glob(CHECKPOINTS))], say)
-    finished = processes.run(
-        f"train_{framework}",
-        [*flags(config), "--device", config.device, "--init-weights", str(config.init_weights)],
-        lambda line: show(line) if line.startswith("epoch") else None,
-        ENVIRONMENT,
-    )
-    process = {"started": read_record(folder)["started"], "peak_bytes": finished.peak_bytes}
-    with writing(folder):
-        write_json(folder / PROCESS, process)
-
-
 def read_run(folder: Path, *, reused: bool) -> Run:
     """Read the files of a finished run."""
-    record = read_record(folder)
-    record["command"] = record["command"].replace(f"{ROOT}/", "")  # as a person would type it
+    record = records.read_record(folder)
+    record["command"] = records.shorten_command(record["command"])
     try:
         process = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
         same_run = process["started"] == record["started"]
         peak_bytes = process["peak_bytes"] if same_run else None  # the file may be of an earlier run in this folder
     except (OSError, ValueError, KeyError, TypeError):
         peak_bytes = None
-    return Run(folder, record, read_metrics(folder), peak_bytes, reused)
+    return Run(folder, record, records.read_metrics(folder), peak_bytes, reused)

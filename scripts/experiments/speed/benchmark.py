@@ -1,26 +1,20 @@
 """The whole benchmark: the order of its sections, and the files that it writes."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from experiments.processes import Show
+from experiments.records import PACKAGES, Json
+from experiments.speed import sections
 from experiments.speed.config import BenchmarkConfig
-from experiments.speed.sections import (
-    measure_checkpoints,
-    measure_commands,
-    measure_contest,
-    measure_point,
-    measure_stages,
-)
-from experiments.speed.workers import Json, Show
-from jax_cnn.files import write_atomically, writing
+from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import set_aside
 from jax_cnn.run.provenance import provenance, usable_cores
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy")
 RESULT, THROUGHPUT, GROWTH = "benchmark.json", "throughput.png", "growth.png"
 FILES = (RESULT, THROUGHPUT, GROWTH)
 RECORDED = ("OMP_", "GOMP_", "KMP_", "MKL_", "XLA_", "JAX_", "TORCH", "LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")
@@ -44,36 +38,28 @@ def run(config: BenchmarkConfig, progress: ProgressBar) -> Json:
         UserError: no PyTorch is left to compare with, a command failed, or the folder cannot be written.
         WorkerFailed: the process of a contender ended too early.
     """
-    result = describe_run(config)
+    result: Json = provenance(PACKAGES) | {
+        "config": asdict(config),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(RECORDED)},
+        "load_before": os.getloadavg()[0],
+        "contest": None,
+        **EMPTY_SECTIONS,
+    }
     if result["load_before"] > BUSY_LOAD * usable_cores():
         progress.say(
             f"This machine is busy (load {result['load_before']:.1f} on {usable_cores()} cores): only large "
             "differences between contenders mean something."
         )
-    sections = plan(config, result, progress.report)
-    for number, (name, measure) in enumerate(sections.items()):
-        progress.begin(f"{number + 1} of {len(sections)}: {name.replace('_', ' ')}", number, len(sections))
+    measurements = plan(config, result, progress.report)
+    for number, (name, measure) in enumerate(measurements.items()):
+        title = f"{number + 1} of {len(measurements)}: {name.replace('_', ' ')}"
+        progress.begin(title, number, len(measurements))
         result[name] = measure()
         if number == 0:  # as late as possible: a benchmark that was interrupted before has moved nothing
             set_aside(config.out_dir, FILES, progress.say)
         with writing(config.out_dir):
-            text = json.dumps(result, indent=1, default=str, allow_nan=False)
-            write_atomically(config.out_dir / RESULT, f"{text}\n".encode())
+            write_json(config.out_dir / RESULT, result)
     return result
-
-
-def describe_run(config: BenchmarkConfig) -> Json:
-    """Return where the figures come from, and an empty place for each section."""
-    return (
-        provenance(PACKAGES)
-        | {
-            "config": asdict(config),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(RECORDED)},
-            "load_before": os.getloadavg()[0],
-            "contest": None,
-        }
-        | EMPTY_SECTIONS
-    )
 
 
 def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callable[[], Json | list[Json]]]:
@@ -81,25 +67,23 @@ def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callabl
     batches = [{"batch_size": size, "images": max(size, config.round_images)} for size in config.batch_sizes]
     threads = [{"threads": count} for count in config.swept_threads]
     sizes = [{"images": size} for size in config.train_sizes]
-
-    def growth(points: list[dict[str, int]], rounds: int) -> list[Json]:
-        best_torch = result["contest"]["best_torch"]
-        return [measure_point(config, best_torch, changes, rounds, show) for changes in points]
-
-    sections: dict[str, Callable[[], Json | list[Json]]] = {"contest": lambda: measure_contest(config, show)}
-    if batches and config.sweep_rounds:
-        sections["batch_sizes"] = lambda: growth(batches, config.sweep_rounds)
-    if threads and config.sweep_rounds:
-        sections["thread_counts"] = lambda: growth(threads, config.sweep_rounds)
-    if sizes and config.epoch_rounds:
-        sections["train_sizes"] = lambda: growth(sizes, config.epoch_rounds)
+    measurements: dict[str, Callable[[], Json | list[Json]]] = {
+        "contest": partial(sections.measure_contest, config, show)
+    }
+    for name, points, rounds in (
+        ("batch_sizes", batches, config.sweep_rounds),
+        ("thread_counts", threads, config.sweep_rounds),
+        ("train_sizes", sizes, config.epoch_rounds),
+    ):
+        if points and rounds:
+            measurements[name] = partial(sections.measure_growth, config, result, points, rounds, show)
     if config.stage_rounds:
-        sections["stages"] = lambda: measure_stages(config, show)
+        measurements["stages"] = partial(sections.measure_stages, config, show)
     if config.checkpoint_pairs:
-        sections["checkpoints"] = lambda: measure_checkpoints(config, show)
+        measurements["checkpoints"] = partial(sections.measure_checkpoints, config, show)
     if config.command_runs:
-        sections["commands"] = lambda: measure_commands(config, show)
-    return sections
+        measurements["commands"] = partial(sections.measure_commands, config, show)
+    return measurements
 
 
 def draw(result: Json, out_dir: Path) -> list[str]:

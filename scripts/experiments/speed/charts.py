@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS
-from experiments.speed.workers import Json
-from experiments.spread import Spread
-from jax_cnn.run.charts import BLUE, GREY, VERMILION
+from experiments.spread import error_bars
+from jax_cnn.run.charts import BLUE, GREY, VERMILION, save_figure
 
 # Panels of the growth chart: the field that varies and its label, the figure and its label.
 PANELS = {
@@ -43,7 +43,7 @@ def plot_throughput(contest: Json, path: Path) -> None:
     axes.set(xlabel=f"images per second in training (median and quartiles, n = {speeds[0]['n']} rounds)")
     ratio = contest["contenders"]["jax"]["speed_to_best_torch"]["median"]
     figure.suptitle(f"JAX trains {ratio:.2f} times as fast as the best PyTorch")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def plot_growth(result: Json, path: Path) -> None:
@@ -65,7 +65,7 @@ def plot_growth(result: Json, path: Path) -> None:
     ratios = [point["jax_speed_to_torch"]["median"] for section in sections for point in result[section]]
     figure.suptitle(f"JAX is {min(ratios):.2f} to {max(ratios):.2f} times as fast (medians, bars to the quartiles)")
     figure.legend(axes.containers, [CONTENDERS[name].title for name in contenders], loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def label_values(axes: Axes, values: Sequence[int], doubling: bool) -> None:
@@ -76,14 +76,6 @@ def label_values(axes: Axes, values: Sequence[int], doubling: bool) -> None:
         axes.set_xlim(left=0)
     axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
-    """Return the distances from the median down and up to the quartiles."""
-    return [
-        [spread["median"] - spread["low_quartile"] for spread in spreads],
-        [spread["high_quartile"] - spread["median"] for spread in spreads],
-    ]
 
 
 def choose_colour(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.speed.contenders import CONTENDERS, TRAINING, ContenderName
-from jax_cnn.config import LIMITS, TRAIN_SIZE, FolderConfig, SeedConfig, TrainConfig, UserError
+from jax_cnn.config import LIMITS, TRAIN_SIZE, FolderConfig, SeedConfig, TrainConfig, UserError, check_limits
 from jax_cnn.run.provenance import usable_cores
 
 CAN_LIMIT_CORES = hasattr(os, "sched_setaffinity")  # Linux. JAX has no flag for its threads: it counts its cores
@@ -52,32 +52,32 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     """Folder for the figures and charts. Earlier ones in it are moved aside, not overwritten."""
 
     def __post_init__(self) -> None:
-        for flag, value, least, most in (
-            ("--rounds", self.rounds, 1, 1_000),
-            ("--steps", self.steps, 1, TRAIN_SIZE),
-            ("--batch-size", self.batch_size, 1, TRAIN_SIZE),
-            ("--sweep-rounds", self.sweep_rounds, 0, 1_000),
-            ("--epoch-rounds", self.epoch_rounds, 0, 1_000),
-            ("--stage-rounds", self.stage_rounds, 0, 1_000),
-            ("--checkpoint-pairs", self.checkpoint_pairs, 0, 1_000),
-            ("--command-runs", self.command_runs, 0, 100),
-            ("--command-epochs", self.command_epochs, *LIMITS["epochs"]),
-            ("--seed", self.seed, *LIMITS["seed"]),
-            *(("--batch-sizes", size, 1, TRAIN_SIZE) for size in self.batch_sizes),
-            *(("--train-sizes", size, 1, TRAIN_SIZE) for size in self.train_sizes),
-        ):
-            check_range(flag, value, least, most)
-        if self.command_images is not None:
-            check_range("--command-images", self.command_images, *LIMITS["limit_train"])
+        limits = LIMITS | {
+            "rounds": (1, 1_000),
+            "steps": (1, TRAIN_SIZE),
+            "threads": (1, usable_cores()),
+            "batch_sizes": (1, TRAIN_SIZE),
+            "thread_counts": (1, usable_cores()),
+            "sweep_rounds": (0, 1_000),
+            "train_sizes": (1, TRAIN_SIZE),
+            "epoch_rounds": (0, 1_000),
+            "stage_rounds": (0, 1_000),
+            "checkpoint_pairs": (0, 1_000),
+            "command_runs": (0, 100),
+            "command_epochs": LIMITS["epochs"],
+            "command_images": LIMITS["limit_train"],
+        }
+        check_limits(self, limits)
         if self.round_images > TRAIN_SIZE:
             raise UserError(
                 f"--steps {self.steps} of --batch-size {self.batch_size} are {self.round_images:,} images a round, and "
                 f"there are {TRAIN_SIZE:,}; use fewer steps"
             )
-        if self.threads is not None:
-            check_threads("--threads", self.threads)
-        for count in self.thread_counts or ():
-            check_threads("--thread-counts", count)
+        fewer_cores = {self.threads, *(self.thread_counts or ())} - {None, usable_cores()}
+        if fewer_cores and not CAN_LIMIT_CORES:
+            raise UserError(
+                f"--threads, --thread-counts: only Linux can keep JAX to fewer cores than all; give {usable_cores()}"
+            )
         rivals = [name for name in TRAINING if CONTENDERS[name].competes]
         if "jax" not in self.contenders or not set(rivals) & set(self.contenders):
             raise UserError(f"--contenders must name jax and at least one of {', '.join(rivals)}")
@@ -104,6 +104,18 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
         powers = [2**power for power in range(usable_cores().bit_length())]
         return tuple(sorted({*powers, usable_cores()}))
 
+    def training(self, out_dir: Path) -> TrainConfig:
+        """Return the configuration of a whole command."""
+        return TrainConfig(
+            epochs=self.command_epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            data_dir=self.data_dir,
+            out_dir=out_dir,
+            device="cpu",
+            limit_train=self.command_images,
+        )
+
 
 QUICK: dict[str, Any] = {
     "rounds": 5,
@@ -125,24 +137,3 @@ def apply_quick(config: BenchmarkConfig) -> BenchmarkConfig:
     return replace(
         config, **{name: value for name, value in QUICK.items() if getattr(config, name) == getattr(standard, name)}
     )
-
-
-def check_range(flag: str, value: int, least: int, most: int) -> None:
-    """Check that a number is within its limits.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not least <= value <= most:
-        raise UserError(f"{flag} must be between {least} and {most:,}, not {value}")
-
-
-def check_threads(flag: str, count: int) -> None:
-    """Check that this machine can give a process this number of cores.
-
-    Raises:
-        UserError: it has fewer, or the operating system cannot give a process fewer than all.
-    """
-    check_range(flag, count, 1, usable_cores())
-    if count != usable_cores() and not CAN_LIMIT_CORES:
-        raise UserError(f"{flag} {count}: only Linux can keep JAX to fewer cores than all; give {usable_cores()}")

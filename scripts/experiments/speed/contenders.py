@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from experiments.answers import Framework
 from jax_cnn.config import TrainConfig
 
 ContenderName = Literal[
@@ -34,7 +35,7 @@ class Contender:
     """A program that is timed."""
 
     title: str
-    framework: Literal["jax", "torch"]
+    framework: Framework
     competes: bool = False
     """Whether it can be the best PyTorch."""
     environment: dict[str, str] = field(default_factory=lambda: dict(PASSIVE))

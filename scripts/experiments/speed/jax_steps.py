@@ -13,7 +13,7 @@ from jaxtyping import Array, UInt8
 
 from experiments.speed.contenders import CHECKPOINTS, STAGE_TIMES, Task
 from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Training, Work, dot_factors
-from experiments.spread import turns
+from experiments.spread import order_of_round
 from jax_cnn import ops
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import AdamConfig
@@ -211,7 +211,7 @@ class StageTimes(Work):
         """Return the seconds a step of each loop, and of the whole training last."""
         names = [*self._loops, WHOLE]
         seconds = {}
-        for name in turns(names, number + 1)[number]:
+        for name in order_of_round(names, number):
             started = time.perf_counter()
             if name == WHOLE:
                 list(self._trainer.train_epoch(number))

@@ -1,24 +1,25 @@
 """The sections of the benchmark: each is measured in turns, and summed up as the result file holds it."""
 
-import json
 import math
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from experiments import processes
+from experiments.answers import FRAMEWORKS, Framework
+from experiments.processes import Show
+from experiments.records import Json, flags, read_metrics, train
 from experiments.speed.config import BenchmarkConfig
 from experiments.speed.contenders import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, Task
 from experiments.speed.work import DOT_FLOP
-from experiments.speed.workers import Json, Show, time_in_turns
-from experiments.spread import paired_ratios, spread, turns
+from experiments.speed.workers import time_in_turns
+from experiments.spread import Spread, order_of_round, paired_ratios, spread
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.run.folder import METRICS
 from jax_cnn.torch_layout import SIMPLE_CNN
 
 # Positions of an image at which the weights of each layer are applied.
@@ -67,8 +68,8 @@ def find_best_torch(lines: dict[str, Json]) -> str:
     rivals = {name: line for name, line in lines.items() if CONTENDERS[name].competes}
     medians = {name: line["seconds"]["median"] for name, line in rivals.items() if "rounds" in line}
     if not medians:
-        why = "; ".join(f"{name}: {line['unavailable']}" for name, line in rivals.items())
-        raise UserError(f"--contenders: no PyTorch is left to compare with ({why}); choose another")
+        reasons = "; ".join(f"{name}: {line['unavailable']}" for name, line in rivals.items())
+        raise UserError(f"--contenders: no PyTorch is left to compare with ({reasons}); choose another")
     return min(medians, key=medians.__getitem__)
 
 
@@ -85,7 +86,7 @@ def describe_contender(task: Task, measured: Json) -> Json:
         "steps": steps,
         "threads": task.threads,
         "seconds": spread(seconds),
-        "ms_per_step": spread([1e3 * value / steps for value in seconds]),
+        "ms_per_step": spread_ms([value / steps for value in seconds]),
         "images_per_second": spread([task.images / value for value in seconds]),
         "cores_used": spread([answer["cpu_seconds"] / answer["seconds"] for answer in rounds]),
         "idle_cpu_seconds": sum(answer["idle_cpu_seconds"] for answer in rounds),
@@ -125,6 +126,13 @@ def count_flop(batch_size: int) -> dict[str, int]:
     }
 
 
+def measure_growth(
+    config: BenchmarkConfig, result: Json, points: Sequence[dict[str, int]], rounds: int, show: Show
+) -> list[Json]:
+    """Time JAX and the best PyTorch of the contest, which is in the result, at every point."""
+    return [measure_point(config, result["contest"]["best_torch"], changes, rounds, show) for changes in points]
+
+
 def measure_point(config: BenchmarkConfig, best_torch: str, changes: dict[str, int], rounds: int, show: Show) -> Json:
     """Time JAX and the best PyTorch at tasks that differ from the contest's in these fields."""
     label = ", ".join(f"{field.replace('_', ' ')} {value:,}" for field, value in changes.items())
@@ -143,9 +151,9 @@ def measure_stages(config: BenchmarkConfig, show: Show) -> Json:
     sums = [sum(seconds[part] for part in parts) for seconds in rounds]
     wholes = [seconds[whole] for seconds in rounds]
     return {
-        "ms": {part: spread([1e3 * seconds[part] for seconds in rounds]) for part in parts},
-        "sum_ms": spread([1e3 * seconds for seconds in sums]),
-        "whole_step_ms": spread([1e3 * seconds for seconds in wholes]),
+        "ms": {part: spread_ms([seconds[part] for seconds in rounds]) for part in parts},
+        "sum_ms": spread_ms(sums),
+        "whole_step_ms": spread_ms(wholes),
         "sum_to_whole": spread(paired_ratios(sums, wholes)),
         "rounds_seconds_a_step": rounds,
     }
@@ -161,9 +169,9 @@ def measure_checkpoints(config: BenchmarkConfig, show: Show) -> Json:
         pairs = measured[contender]["rounds"]
         extra = [pair["with_seconds"] - pair["without_seconds"] for pair in pairs]
         costs[framework] = {
-            "ms_per_step": spread([1e3 * pair["without_seconds"] / config.steps for pair in pairs]),
-            "copy_ms": spread([1e3 * pair["copy_seconds"] for pair in pairs]),
-            "extra_ms": spread([1e3 * seconds for seconds in extra]),
+            "ms_per_step": spread_ms([pair["without_seconds"] / config.steps for pair in pairs]),
+            "copy_ms": spread_ms([pair["copy_seconds"] for pair in pairs]),
+            "extra_ms": spread_ms(extra),
             "slower_by": spread([seconds / interval for seconds in extra]),
             "rounds": pairs,
         }
@@ -174,32 +182,19 @@ def measure_commands(config: BenchmarkConfig, show: Show) -> Json:
     """Run both commands in turns into a temporary folder. They inherit the environment of the benchmark.
 
     Each run compiles everything: compiled programs that JAX has kept would make it start faster.
-
-    Raises:
-        UserError: a command failed.
     """
-    runs: dict[str, list[Json]] = {"jax": [], "torch": []}
+    runs: dict[Framework, list[Json]] = {framework: [] for framework in FRAMEWORKS}
     with TemporaryDirectory(prefix="benchmark-") as folder:
-        for number, order in enumerate(turns(list(runs), config.command_runs)):
-            for framework in order:
+        for number in range(config.command_runs):
+            for framework in order_of_round(list(runs), number):
                 label = f"train_{framework}.py, run {number + 1} of {config.command_runs}"
-                out_dir = Path(folder) / f"{framework}-{number}"
-                runs[framework].append(run_command(framework, config, out_dir, label, show))
+                training = config.training(Path(folder) / f"{framework}-{number}")
+                runs[framework].append(run_command(framework, training, label, show))
     return {framework: describe_command(own_runs) for framework, own_runs in runs.items()}
 
 
-def run_command(framework: str, config: BenchmarkConfig, out_dir: Path, label: str, show: Show) -> Json:
-    """Run one training command to its end, and show its progress behind the label.
-
-    Raises:
-        UserError: it failed.
-    """
-    flags = [
-        *("--epochs", str(config.command_epochs), "--batch-size", str(config.batch_size), "--seed", str(config.seed)),
-        *("--data-dir", str(config.data_dir), "--device", "cpu"),
-    ]
-    if config.command_images is not None:
-        flags += ["--limit-train", str(config.command_images)]
+def run_command(framework: Framework, config: TrainConfig, label: str, show: Show) -> Json:
+    """Run one training command to its end, and show its progress behind the label."""
     first_report: tuple[float, int] | None = None  # its seconds and images
 
     def watch(line: str) -> None:
@@ -207,21 +202,20 @@ def run_command(framework: str, config: BenchmarkConfig, out_dir: Path, label: s
         report = FIRST_REPORT.match(line)
         if report and first_report is None:
             first_report = time.perf_counter() - started, int(report[1].replace(",", ""))
-        if line.startswith("epoch"):
-            show(f"{label}, {line}")
+        show(f"{label}, {line}")
 
     show(f"{label}, starting")
     started = time.perf_counter()
-    no_kept_programs = {"JAX_COMPILATION_CACHE_DIR": f"{out_dir}-compiled"}
-    finished = processes.run(f"train_{framework}", [*flags, "--out-dir", str(out_dir)], watch, no_kept_programs)
+    finished = train(framework, config, watch, {"JAX_COMPILATION_CACHE_DIR": f"{config.out_dir}-compiled"})
     first_seconds, first_images = first_report or (None, None)
+    without_folder = flags(replace(config, out_dir=Path("RUN")))  # the folder exists only while this runs
     return {
-        "command": shlex.join(["python", f"scripts/train_{framework}.py", *flags, "--out-dir", "RUN"]),
+        "command": shlex.join(["python", f"scripts/train_{framework}.py", *without_folder]),
         "seconds": finished.seconds,
         "first_report_seconds": first_seconds,
         "first_report_images": first_images,
         "peak_bytes": finished.peak_bytes,
-        "epochs": [json.loads(line) for line in (out_dir / METRICS).read_text(encoding="utf-8").splitlines()],
+        "epochs": read_metrics(config.out_dir),
     }
 
 
@@ -245,3 +239,8 @@ def describe_command(runs: list[Json]) -> Json:
 def round_seconds(measured: Json) -> list[float]:
     """Return how long each round of a contender took."""
     return [answer["seconds"] for answer in measured["rounds"]]
+
+
+def spread_ms(seconds: Sequence[float]) -> Spread:
+    """Return the spread of these times in milliseconds."""
+    return spread([1e3 * value for value in seconds])

@@ -6,11 +6,11 @@ from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.table import Table
 
+from experiments.processes import MIB
+from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS
-from experiments.speed.workers import Json
 from experiments.spread import Spread
 
-MIB = 2**20
 WIDTH = 79
 COMMAND_ROWS = {
     "start to end, s": "seconds",

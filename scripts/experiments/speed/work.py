@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.spread import turns
+from experiments.spread import order_of_round
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
 from jax_cnn.run.resume import CheckpointWriter
 
@@ -77,7 +77,7 @@ class Checkpointing(Work):
     def round(self, number: int) -> dict[str, Any]:
         """Train both epochs; return the seconds of each, and those for which training waits for a copy of the state."""
         seconds = {}
-        for epoch in turns(("without", "with"), number + 1)[number]:
+        for epoch in order_of_round(("without", "with"), number):
             started = time.perf_counter()
             if epoch == "with":
                 state = AdamState(*self._trainer.state())

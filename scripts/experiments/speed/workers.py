@@ -14,20 +14,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Self
 
-from experiments.processes import RSS_UNIT, SCRIPTS
+from experiments.processes import RSS_UNIT, SCRIPTS, Show
+from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS, Task, Unavailable
 from experiments.speed.work import Work
-from experiments.spread import turns
-
-Json = dict[str, Any]
-Show = Callable[[str], None]  # is called with what is under way
+from experiments.spread import order_of_round
 
 # Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
@@ -60,9 +58,9 @@ def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, J
             else:
                 results[task.contender] = {"start": start, "rounds": []}
                 workers[task.contender] = worker
-        for number, order in enumerate(turns(list(workers), rounds)):
+        for number in range(rounds):
             show(f"round {number + 1} of {rounds}")
-            for name in order:
+            for name in order_of_round(list(workers), number):
                 results[name]["rounds"].append(workers[name].time_round(number))
     return results
 
@@ -88,22 +86,23 @@ class Worker:
                 encoding="utf-8",
                 start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the worker's whole group
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the process and all that it has started: at once after an error, else when it has had time to end."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT if kind is None else 0.0)
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._process.stdout.close()
+        self._output.close()
 
     def time_round(self, number: int) -> Json:
         """Let the worker do a round, and return its answer.
@@ -111,10 +110,9 @@ class Worker:
         Raises:
             WorkerFailed: it ended instead.
         """
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer to read
-            self._process.stdin.write(f"{number}\n")
-            self._process.stdin.flush()
+            self._input.write(f"{number}\n")
+            self._input.flush()
         return self.read_answer()
 
     def read_answer(self) -> Json:
@@ -123,9 +121,7 @@ class Worker:
         Raises:
             WorkerFailed: the worker ended instead.
         """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
+        if line := self._output.readline():
             answer: Json = json.loads(line)
             return answer
         status = self._process.wait()

@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments.answers import FRAMEWORKS
 from experiments.records import NO_INFLUENCE, Json, as_json, read_metrics
 from experiments.studies.runs import (
-    FRAMEWORKS,
     Run,
     StudyConfig,
     describe_origin,
@@ -56,7 +56,7 @@ def run_study(study: AccuracyConfig, console: Console) -> bool:
     runs = plan_runs(study)
     train_missing(runs, console, lambda run: run.config.epochs * (run.config.limit_train or TRAIN_SIZE))
     result, path = conclude(runs), study.results or study.out_dir / "accuracy.json"
-    write_results(result, path)
+    write_results(result, path, "--results" if study.results else "--out-dir")
     for setting in ("short", "full"):
         console.print(seed_table(result[setting], f"{setting} training"))
     console.print(f"{sentence(result)}\nWritten to {path}.", highlight=False, soft_wrap=True)

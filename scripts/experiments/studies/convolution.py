@@ -4,7 +4,7 @@ The terms are equal epochs, equal parameters and equal time. The time is that of
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -15,10 +15,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments.answers import Framework
+from experiments.answers import FRAMEWORKS, Framework
 from experiments.records import Json, read_metrics
 from experiments.studies.runs import (
-    FRAMEWORKS,
     Run,
     StudyConfig,
     describe_origin,
@@ -90,7 +89,7 @@ def run_study(study: ConvolutionConfig, console: Console) -> None:
     runs = plan_runs(study, pace)
     train_missing(runs, console, lambda run: run.config.epochs * pace[run.framework][run.config.model])
     result = conclude(study, runs, pace)
-    write_results(result, study.out_dir / "convolution.json")
+    write_results(result, study.out_dir / "convolution.json", "--out-dir")
     draw(result, study.out_dir / "convolution.png")
     console.print(accuracy_table(result))
     for sentence in sentences(result):
@@ -131,17 +130,15 @@ def plan_runs(study: ConvolutionConfig, pace: Pace) -> list[Run]:
 
 
 def conclude(study: ConvolutionConfig, runs: Sequence[Run], pace: Pace) -> Json:
-    """Score the finished runs; return the content of the results file.
-
-    Raises:
-        UserError: a run's weights contradict its metrics.
-    """
+    """Score the finished runs; return the content of the results file."""
     entries = []
     for entry in ENTRIES:
-        parameters = count_parameters(entry.network)
-        entries.append({"name": entry.name, "network": str(entry.network), "parameters": parameters})
+        figures: Json = {"name": entry.name, "network": str(entry.network)}
+        figures["parameters"] = count_parameters(entry.network)
         for framework in FRAMEWORKS:
-            entries[-1][framework] = describe_runs([run for run in runs if run[:2] == (entry.name, framework)])
+            own_runs = [run for run in runs if (run.name, run.framework) == (entry.name, framework)]
+            figures[framework] = describe_runs(own_runs)
+        entries.append(figures)
     return describe_origin(runs) | {
         "pace": {name: {model: round(seconds, 6) for model, seconds in paces.items()} for name, paces in pace.items()},
         "limits": {"train": study.limit_train, "test": study.limit_test},
@@ -173,7 +170,7 @@ def score_shifted(run: Run, distance: int) -> float:
     return round(float(np.mean([mark_answers(run, *shift) for shift in sorted(shifts)])), 6)
 
 
-def accuracies(entry: Json, distance: int = 0, frameworks: Sequence[Framework] = FRAMEWORKS) -> list[float]:
+def accuracies(entry: Json, distance: int = 0, frameworks: Iterable[Framework] = FRAMEWORKS) -> list[float]:
     """Return the accuracies of a network in percent, on shifted images, of all seeds in these frameworks."""
     return [100 * value for framework in frameworks for value in entry[framework]["shifted"][str(distance)]]
 

@@ -6,13 +6,13 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.answers import FRAMEWORKS
 from experiments.records import Json
 from experiments.studies.convolution import SHIFTS, accuracies, epochs_text
-from experiments.studies.runs import FRAMEWORKS
-from jax_cnn.run.charts import BLACK, FRAMEWORK_COLOURS, GREEN, ORANGE, PURPLE, save_figure
+from jax_cnn.run.charts import BLACK, FRAMEWORK_COLOURS, FRAMEWORK_MARKERS, GREEN, ORANGE, PURPLE, save_figure
 
 # Markers and lines differ as well as colours, so that the picture can be read in grey.
-DOTS = {"jax": ("JAX", "o", -0.12), "torch": ("PyTorch", "s", 0.12)}  # name, marker, distance from the row's middle
+OFFSETS = {"jax": -0.12, "torch": 0.12}  # distances from the middle of a row
 LINES = {
     "softmax regression": (GREEN, "^", ":"),
     "feed-forward": (PURPLE, "v", "-."),
@@ -37,11 +37,16 @@ def draw(result: Json, path: Path) -> None:
 def draw_accuracies(result: Json, axes: Axes) -> None:
     """Draw a row for each network, with a dot for each seed and framework."""
     for row, entry in enumerate(result["entries"]):
-        for framework in FRAMEWORKS:
-            name, marker, offset = DOTS[framework]
-            label, colour = name if row == 0 else None, FRAMEWORK_COLOURS[framework]
+        for framework, name in FRAMEWORKS.items():
             values = accuracies(entry, frameworks=[framework])
-            axes.plot(values, [row + offset] * len(values), marker, color=colour, alpha=0.75, label=label)
+            axes.plot(
+                values,
+                [row + OFFSETS[framework]] * len(values),
+                FRAMEWORK_MARKERS[framework],
+                color=FRAMEWORK_COLOURS[framework],
+                alpha=0.75,
+                label=name if row == 0 else None,
+            )
     labels = [
         f"{entry['name'].replace(', ', chr(10))}\n{entry['parameters']:,} parameters\n{epochs_text(entry)} epochs"
         for entry in result["entries"]

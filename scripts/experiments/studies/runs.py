@@ -4,7 +4,6 @@ Every run is the training command in a process of its own, so a study judges wha
 own initial weights from its own generator. Both visit the same images in the same order.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,22 +15,18 @@ import numpy as np
 from jaxtyping import Bool
 from rich.console import Console
 
-from experiments import processes
+from experiments import records
 from experiments.answers import Framework, Pixels, compute_logits
-from experiments.records import ENVIRONMENT, Json, explain_mismatch, flags, read_metrics, read_record
+from experiments.records import ENVIRONMENT, PACKAGES, Json
 from jax_cnn.config import FolderConfig, LimitConfig, TrainConfig, UserError, check_limits
 from jax_cnn.data import FashionMNIST, load_fashion_mnist
-from jax_cnn.files import write_atomically
+from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
 from jax_cnn.torch_layout import load_weights
 
 Correct = Bool[np.ndarray, " images"]
-
-FRAMEWORKS: tuple[Framework, ...] = ("jax", "torch")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "scipy")
-SCORING_SLACK = 1  # images: near a tie, rounding in a batch of another size may change the answer. Worst seen: 0
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,7 @@ def make_run(study: StudyConfig, name: str, framework: Framework, seed: int, **c
 
 def is_finished(run: Run) -> bool:
     """Return whether the run's folder holds this run, complete, from this machine and the installed versions."""
-    return explain_mismatch(run.config.out_dir, run.framework, run.config) is None
-
-
-def train(run: Run, show: Callable[[str], None], extra_flags: tuple[str, ...] = ()) -> None:
-    """Run the framework's training command to its end, and pass every line that it prints to `show`.
-
-    Raises:
-        UserError: the command failed.
-    """
-    processes.run(f"train_{run.framework}", [*flags(run.config), *extra_flags], show, ENVIRONMENT)
+    return records.explain_mismatch(run.config.out_dir, run.framework, run.config) is None
 
 
 def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], float]) -> None:
@@ -92,9 +78,6 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
         runs: all runs.
         console: shows the progress.
         cost: estimates the time of a run, in any unit.
-
-    Raises:
-        UserError: a training failed.
     """
     missing = [run for run in runs if not is_finished(run)]
     console.print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do", highlight=False)
@@ -102,10 +85,10 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
     with ProgressBar(console) as bar:
         for run in missing:
             bar.begin(str(run), completed, total)
-            train(run, lambda line: bar.report(line.split(", ")[0]) if line.startswith("epoch") else None)
+            records.train(run.framework, run.config, lambda line: bar.report(line.split(", ")[0]))
             completed += cost(run)
             minutes = (time.perf_counter() - started) / completed * (total - completed) / 60
-            accuracy = read_metrics(run.config.out_dir)[-1]["test_accuracy"]
+            accuracy = records.read_metrics(run.config.out_dir)[-1]["test_accuracy"]
             bar.say(f"{run}: {accuracy:.2%}; {minutes:.0f} min left")
 
 
@@ -122,21 +105,14 @@ def mark_answers(run: Run, rows: int = 0, columns: int = 0) -> Correct:
         run: a finished run; its own framework computes.
         rows: pixels by which every image is moved down.
         columns: pixels by which every image is moved to the right.
-
-    Raises:
-        UserError: the weights are unusable, or not as accurate as metrics.jsonl says.
     """
     config, data = run.config, load_data(run.config.data_dir)
     pixels, labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
     weights = load_weights(config.out_dir / WEIGHTS, "float32", config.network)
-    correct = compute_logits(run.framework, weights, shift(pixels, rows, columns)).argmax(axis=1) == labels
-    recorded = round(read_metrics(config.out_dir)[-1]["test_accuracy"] * len(labels))
-    if rows == columns == 0 and abs(recorded - correct.sum()) > SCORING_SLACK:
-        raise UserError(
-            f"{config.out_dir}: its weights classify {correct.sum()} of {len(labels)} images correctly, but its "
-            f"metrics.jsonl says {recorded}; delete the folder and run the study again"
-        )
-    return np.asarray(correct)
+    correct = np.asarray(compute_logits(run.framework, weights, shift(pixels, rows, columns)).argmax(axis=1) == labels)
+    if rows == columns == 0:
+        records.check_accuracy(config.out_dir, correct)
+    return correct
 
 
 def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
@@ -149,23 +125,18 @@ def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
 
 def describe_origin(runs: Sequence[Run]) -> Json:
     """Return the beginning of a results file: when, on what and with which versions the runs were trained."""
-    records = sorted((read_record(run.config.out_dir) for run in runs), key=lambda record: record["started"])
+    origins = [records.read_record(run.config.out_dir) for run in runs]
+    times = sorted(origin["started"] for origin in origins)
     return {
-        "provenance": provenance(PACKAGES),
+        "provenance": provenance((*PACKAGES, "scipy")),
         "environment": ENVIRONMENT,
-        "trained": {"first": records[0]["started"], "last": records[-1]["started"]},
-        "devices": {record["framework"]: record["device"] for record in records},
+        "trained": {"first": times[0], "last": times[-1]},
+        "devices": {origin["framework"]: origin["device"] for origin in origins},
     }
 
 
-def write_results(result: Json, path: Path) -> None:
-    """Write the results file, complete or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
+def write_results(result: Json, path: Path, flag: str) -> None:
+    """Write the results file, complete or not at all. `flag` is the one that chose its place."""
+    with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another place") from None
+        write_json(path, result)
