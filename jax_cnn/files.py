@@ -51,8 +51,8 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into one line for the user. `path` is the value of --out-dir.
+def writing(path: Path, flag: str = "--out-dir") -> Iterator[None]:
+    """Turn an OSError inside the block into one line for the user, which names the flag and its value, `path`.
 
     Raises:
         UserError: the block raised an OSError.
@@ -60,4 +60,4 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out-dir {path}: cannot write there ({error.strerror}); choose another folder") from None
+        raise UserError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None
