@@ -192,13 +192,3 @@ def test_without_a_source_the_error_lists_problems_sources_and_what_to_do(raw: P
         f"To supply the data by hand, put these four files, each as it is or as .gz, in {raw}:",
         f"  {', '.join(FILES)}",
     ]
-
-
-def test_a_data_folder_that_is_a_file_is_one_line_and_stays(tmp_path: Path, shelf: Source) -> None:
-    path = tmp_path / "data"
-    path.write_text("a file")
-    with pytest.raises(UserError) as caught:
-        prepare_fashion_mnist(path, pytest.fail, [shelf])
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert path.read_text() == "a file"

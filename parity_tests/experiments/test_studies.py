@@ -20,7 +20,7 @@ from jax_cnn.data import FashionMNIST
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS, RunFolder
 from jax_cnn.run.provenance import provenance
 from jax_cnn.torch_layout import layout_of
-from parity_tests.support import assert_slip, read_json, run_command
+from parity_tests.support import read_json, run_command
 
 SMALL: dict[str, Any] = {"seeds": 2, "epochs": 2, "limit_train": 64, "limit_test": 60}
 
@@ -218,20 +218,3 @@ def test_an_interrupted_convolution_study_goes_on_where_it_stopped(
 def test_a_failed_training_says_which_and_why(run: Run) -> None:
     with pytest.raises(UserError, match=r"train_jax\.py .*status 2: error: --batch-size must be"):
         train(run, print, extra_flags=("--batch-size", "0"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "Expected one of {accuracy, convolution}"),
-        (("speed",), "speed"),
-        (("accuracy", "--pace-train", 64), "--pace-train"),
-        (("accuracy", "--short-train", 0), "--short-train must be between 1 and 60,000"),
-        (("convolution", "--seeds", 1), "--seeds must be at least 2"),
-        (("convolution", "--pace-train", 0), "--pace-train must be between 1 and 60,000"),
-        (("convolution", "--epochs", 0), "--epochs must be between"),
-    ],
-)
-def test_a_slip_is_one_line(arguments: Sequence[object], words: str, tmp_path: Path) -> None:
-    assert_slip(run_command("study", *arguments, cwd=tmp_path), words)
-    assert list(tmp_path.iterdir()) == []

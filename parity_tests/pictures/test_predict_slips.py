@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from parity_tests.support import ENVIRONMENT, assert_slip, run_command
+from parity_tests.support import assert_slip, run_command
 from torch_ref.model import SimpleCNN
 
 
@@ -79,57 +79,6 @@ def test_bad_files_get_a_line_each_and_the_others_are_classified(
         assert re.search(r"\b(give|save|scale)\b", line), f"what to do? {line}"
     names = [line.partition(":")[0] for line in done.stdout.splitlines() if not line.startswith("  ")]
     assert names == ["good.png", "good.jpg"]
-
-
-# Slips
-
-
-@pytest.fixture
-def without_frameworks(tmp_path: Path) -> dict[str, str]:
-    """The environment of a command that fails when it imports a framework."""
-    folder = tmp_path / "without frameworks"
-    folder.mkdir()
-    for name in ("jax", "flax", "torch", "torchvision"):
-        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
-    return ENVIRONMENT | {"PYTHONPATH": str(folder)}
-
-
-SLIPS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no picture": ((), "there is no picture to look at: give one or more files"),
-    "no network": (
-        ("boot.png",),
-        "there is no trained network in runs/jax/weights.safetensors: train one first (python scripts/train_jax.py)",
-    ),
-    "no network of PyTorch's": (
-        ("boot.png", "--framework", "torch"),
-        "there is no trained network in runs/torch/weights.safetensors: "
-        "train one first (python scripts/train_torch.py)",
-    ),
-    "no such weights": (("boot.png", "--weights", "w"), "weights file w: No such file or directory; give"),
-    "damaged weights": (("boot.png", "--weights", "cut"), "weights file cut: not a readable safetensors file"),
-    "an unknown framework": (("boot.png", "--framework", "numpy"), "--framework"),
-    "an unknown way to invert": (("boot.png", "--invert", "maybe"), "--invert"),
-    "an unknown flag": (("boot.png", "--weight", "w"), "--weight"),
-    "only bad files": (("none.png", "--weights", "weights"), "none.png: No such file or directory; give"),
-}
-
-
-@pytest.mark.usefixtures("boot")
-@pytest.mark.parametrize(("arguments", "message"), SLIPS.values(), ids=SLIPS)
-def test_a_slip_is_one_line_before_a_framework_loads(
-    weights: Path, tmp_path: Path, without_frameworks: dict[str, str], arguments: tuple[str, ...], message: str
-) -> None:
-    (tmp_path / "cut").write_bytes(weights.read_bytes()[:-1])
-    done = run_command("predict", *arguments, cwd=tmp_path, env=without_frameworks)
-    assert_slip(done, message)
-    assert done.stdout == ""
-
-
-def test_without_a_slip_the_command_loads_a_framework(
-    weights: Path, boot: Path, tmp_path: Path, without_frameworks: dict[str, str]
-) -> None:
-    done = run_command("predict", boot, "--weights", weights, cwd=tmp_path, env=without_frameworks)
-    assert "ImportError: jax was imported" in done.stderr
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

@@ -9,8 +9,8 @@ from PIL import Image
 
 from jax_cnn.config import CNN, Network, UserError
 from jax_cnn.data import FashionMNIST
-from jax_cnn.torch_layout import TorchDict, layout_of, load_weights, recognise, save_weights
-from parity_tests.run.training import TrainOnce
+from jax_cnn.torch_layout import layout_of, load_weights, recognise, save_weights
+from parity_tests.run.training import TrainOnce, zero_weights
 from parity_tests.support import read_json, run_successfully
 from torch_ref.model import make_model
 
@@ -19,21 +19,16 @@ MLP = ("--model", "mlp", "--hidden", "20", *SMALL)
 NETWORKS = (CNN, Network("mlp"), Network("mlp", 20), Network("mlp", 2050), Network("linear"))
 
 
-def zeros(network: Network) -> TorchDict:
-    """Return weights of a network that are all 0."""
-    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in layout_of(network).items()}
-
-
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_a_network_is_recognised_by_its_tensors(network: Network) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in make_model(*network).state_dict().items()}
     assert shapes == {name: leaf.shape for name, leaf in layout_of(network).items()}
-    assert recognise(zeros(network)) == network
+    assert recognise(zero_weights(network)) == network
 
 
 def test_a_damaged_cnn_is_still_recognised_as_one(tmp_path: Path) -> None:
     for missing in layout_of(CNN):
-        tensors = zeros(CNN)
+        tensors = zero_weights(CNN)
         del tensors[missing]
         assert recognise(tensors) == CNN
         save_weights(tmp_path / "weights", tensors)
@@ -44,13 +39,13 @@ def test_a_damaged_cnn_is_still_recognised_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0, 784), (20,), (20, 1, 28, 28)])
 def test_a_misshapen_mlp_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
-    save_weights(tmp_path / "weights", zeros(Network("mlp", 20)) | {"fc1.weight": np.zeros(shape, np.float32)})
+    save_weights(tmp_path / "weights", zero_weights(Network("mlp", 20)) | {"fc1.weight": np.zeros(shape, np.float32)})
     with pytest.raises(UserError, match="has shape"):
         load_weights(tmp_path / "weights", "float32", None)
 
 
 def test_an_mlp_of_another_width_is_refused(tmp_path: Path) -> None:
-    save_weights(tmp_path / "weights", zeros(Network("mlp", 20)))
+    save_weights(tmp_path / "weights", zero_weights(Network("mlp", 20)))
     with pytest.raises(UserError, match="of --model mlp --hidden 20, not of --model mlp --hidden 512"):
         load_weights(tmp_path / "weights", "float32", Network("mlp"))
 
