@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from jax_cnn.data import FILES, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.data_sources import Source
 from parity_tests.data.data_files import COMPLETE, LABELS, listing
-from parity_tests.support import ROOT
+from parity_tests.support import ROOT, wait_until
 
 
 def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -26,14 +25,6 @@ def output_of(process: subprocess.Popen[str]) -> str:
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     return output
-
-
-def wait_for(path: Path) -> None:
-    """Return as soon as the path exists."""
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
 
 
 def test_importing_and_loading_load_no_framework(data_dir: Path) -> None:
@@ -121,10 +112,10 @@ PREPARE = """if True:
 """
 
 
-def test_of_two_processes_one_fetches_and_the_other_waits(good: Path, tmp_path: Path) -> None:
+def test_one_of_two_processes_fetches_and_the_other_waits(good: Path, tmp_path: Path) -> None:
     data_dir, asked, go_on = tmp_path / "data", tmp_path / "asked", tmp_path / "go on"
     first = start_python(PREPARE, data_dir, good, asked, go_on, "nothing")
-    wait_for(asked)
+    wait_until(asked.exists)
     second = start_python(PREPARE, data_dir, good, asked, go_on, "nothing")
     assert second.stdout is not None
     assert "waiting for another process" in second.stdout.readline()
@@ -140,7 +131,7 @@ def test_a_process_killed_while_it_fetches_leaves_no_lock_and_no_half_file(
 ) -> None:
     data_dir, asked = tmp_path / "data", tmp_path / "asked"
     process = start_python(PREPARE, data_dir, good, asked, tmp_path / "never", "nothing")
-    wait_for(asked)
+    wait_until(asked.exists)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -1,6 +1,5 @@
 """The speed benchmark: what it counts, how it compares, and that the command does what it says. No speed is tested."""
 
-import io
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from experiments.speed import benchmark, sections, torch_steps
 from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
@@ -119,12 +118,6 @@ def test_the_fastest_pytorch_that_competes_is_the_best() -> None:
     assert lines["torch-compile"]["unavailable"] == "no compiler"
 
 
-def test_a_slower_contender_shows_as_just_as_much_slower() -> None:
-    fast, slow = (contest(PLANTED | {"jax": t}, "jax", "torch-fused")["contenders"]["jax"] for t in (1.0, 1.3))
-    for figure, expected in (("speed_to_best_torch", 1 / 1.3), ("times_floor", 1.3), ("ms_per_step", 1.3)):
-        assert slow[figure]["median"] / fast[figure]["median"] == pytest.approx(expected)
-
-
 def test_the_floor_is_a_steps_operations_at_the_rate_of_the_faster_product_of_the_same_round() -> None:
     result = contest(PLANTED, "jax", "torch-fused")
     floor = result["floor"]
@@ -168,14 +161,15 @@ def test_a_checkpoint_that_takes_300_ms_slows_training_by_one_percent(monkeypatc
     assert costs["interval_seconds"] == 30
     medians = {name: figure["median"] for name, figure in costs["torch"].items() if name != "rounds"}
     assert medians == pytest.approx({"ms_per_step": 200, "copy_ms": 4, "extra_ms": 300, "slower_by": 0.01})
-    console = Console(file=io.StringIO(), width=80)
-    console.print(checkpoint_table(costs))
-    assert "1.00% (0.83–1.50)" in output_of(console)
+    assert "1.00% (0.83–1.50)" in print_to_text(checkpoint_table(costs))
 
 
-def output_of(console: Console) -> str:
-    """Return what was printed on a console that writes into a string."""
-    return console.file.getvalue()  # type: ignore[attr-defined]  # its file is a StringIO
+def print_to_text(*parts: RenderableType) -> str:
+    """Return what rich prints for these parts on 80 columns."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(*parts)
+    return capture.get()
 
 
 def test_a_round_with_checkpoints_trains_twice_and_writes_one(
@@ -193,10 +187,9 @@ def test_a_round_with_checkpoints_trains_twice_and_writes_one(
 def test_results_without_a_section_of_checkpoints_are_shown_too() -> None:
     result = read_json(ROOT / "docs" / "results" / "benchmark" / benchmark.RESULT)
     assert "checkpoints" not in result
-    console = Console(file=io.StringIO(), width=80)
-    console.print(*tables(result))
+    output = print_to_text(*tables(result))
     for title in ("Training, in turns", "By batch size", "Where a JAX step's time goes", "Whole commands"):
-        assert title in output_of(console)
+        assert title in output
     assert sentence(result).startswith("JAX trains 4,")
 
 
