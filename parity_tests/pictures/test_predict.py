@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from PIL import Image
+from scipy import special
 
+from experiments.answers import compute_logits
 from jax_cnn.data import CLASS_NAMES, FashionMNIST
 from jax_cnn.pictures import prepare
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture
+from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 from parity_tests.pictures.picture_files import PORTRAIT, save_png
 from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command
-from torch_ref.model import SimpleCNN
 
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 COUNT = 300  # images: a full batch and a smaller one
@@ -45,15 +45,8 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def network(trained: Path) -> Network:
     """The same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
-    module = SimpleCNN()
-    module.load_state_dict(safetensors.torch.load_file(trained / WEIGHTS))
-
-    def compute_probabilities(images: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            probabilities: np.ndarray = module(torch.tensor(images)[:, None].float() / 255).softmax(dim=1).numpy()
-        return probabilities
-
-    return compute_probabilities
+    weights = load_weights(trained / WEIGHTS, "float32")
+    return lambda images: special.softmax(compute_logits("torch", weights, images), axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +92,12 @@ def test_the_bound_shows_a_pixel_that_is_off_by_one(data: FashionMNIST, network:
         assert_agreement(network(pixels), network(data.test_images[:COUNT]))
 
 
-def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(tmp_path: Path, boot: Path) -> None:
+def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(
+    torch_weights: TorchDict, tmp_path: Path, boot: Path
+) -> None:
     weights = tmp_path / "runs" / "torch" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
-    safetensors.torch.save_file(SimpleCNN().state_dict(), weights)
+    save_weights(weights, torch_weights)
     in_torch = run_command("predict", "--json", boot, "--framework", "torch", cwd=tmp_path)
     in_jax = run_command("predict", "--json", boot, "--weights", weights, cwd=tmp_path)
     assert_agreement(read_answers(in_torch)[1], read_answers(in_jax)[1])

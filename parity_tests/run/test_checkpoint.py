@@ -20,7 +20,7 @@ from jax_cnn.checkpoint import AdamState, Checkpoint, Progress, Unusable, load_c
 from jax_cnn.config import CNN, Network
 from jax_cnn.run.resume import checkpoint_files
 from jax_cnn.torch_layout import TorchDict, layout_of
-from parity_tests.run.training import TrainOnce
+from parity_tests.run.training import TrainOnce, contents
 from parity_tests.support import (
     ENVIRONMENT,
     ROOT,
@@ -63,11 +63,6 @@ def finished(train_once: TrainOnce, results: Path) -> Path:
 def resume(finished: Path, flags: Flags) -> Resume:
     """Return a function that resumes the finished run with more flags, or with the command of the other framework."""
     return lambda *more, framework="jax": run_command(f"train_{framework}", *flags, "--resume", *more, cwd=finished)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the content of each file in a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def finish(line: Sequence[str]) -> str:
@@ -229,19 +224,19 @@ def test_a_finished_run_continues_to_more_epochs_as_if_they_had_been_asked_for_a
 def test_another_run_is_refused_and_the_old_one_stays(
     finished: Path, resume: Resume, framework: str, more: tuple[object, ...], message: str
 ) -> None:
-    before = files_of(finished)
+    before = contents(finished)
     done = resume(*more, framework=framework)
     assert_slip(done, message)
     assert done.stdout == "", "refused after work was done"
-    assert files_of(finished) == before
+    assert contents(finished) == before
 
 
 def test_two_runs_do_not_write_into_one_folder(finished: Path, flags: Flags, resume: Resume) -> None:
-    before = files_of(finished)
+    before = contents(finished)
     with FileLock(finished / ".lock"):
         for done in (run_command("train_jax", *flags, cwd=finished), resume()):
             assert_slip(done, f"error: --out-dir {finished}: another run is writing there; wait, or")
-    assert files_of(finished) == before
+    assert contents(finished) == before
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(finished: Path, flags: Flags) -> None:

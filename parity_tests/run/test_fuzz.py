@@ -32,7 +32,6 @@ from parity_tests.run.training import zero_weights
 MEMORY = 2**29  # bytes that reading may add to the peak of the process: twice the largest file that is read
 
 Read = Callable[[bytes], None]
-Write = Callable[[bytes], Path]
 Hammer = Callable[[Read, st.SearchStrategy[bytes], int], None]
 
 
@@ -92,16 +91,10 @@ def hammer(request: pytest.FixtureRequest) -> Hammer:
     return lambda read, inputs, count: read_all(read, inputs, count * request.param)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Return a function that writes an input where a file is expected."""
-
-    def write_input(content: bytes) -> Path:
-        path = tmp_path / "input"
-        path.write_bytes(content)
-        return path
-
-    return write_input
+def write(content: bytes, path: Path) -> Path:
+    """Write an input where a file is expected, and return its path."""
+    path.write_bytes(content)
+    return path
 
 
 # The data set
@@ -158,10 +151,10 @@ HEADERS = (
 )
 
 
-def test_weights_files(hammer: Hammer, write: Write) -> None:
+def test_weights_files(hammer: Hammer, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
         try:
-            weights = load_weights(write(content), "float32")
+            weights = load_weights(write(content, tmp_path / "input"), "float32")
         except UserError:
             return
         assert {name: array.shape for name, array in weights.items()} == {
@@ -174,10 +167,10 @@ def test_weights_files(hammer: Hammer, write: Write) -> None:
     hammer(read, damaged(save(zero_weights(CNN)), save(zero_weights(CNN) | infinite)), 60)
 
 
-def test_checkpoint_files(hammer: Hammer, write: Write) -> None:
+def test_checkpoint_files(hammer: Hammer, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
         with pytest.raises(Unusable):
-            load_checkpoint(write(content))
+            load_checkpoint(write(content, tmp_path / "input"))
 
     hammer(read, damaged(*HEADERS), 1500)
 
@@ -244,11 +237,11 @@ def picture(mode: str, kind: str) -> bytes:
 
 
 def test_pictures_give_28_by_28_bytes_or_one_line_and_print_nothing(
-    hammer: Hammer, write: Write, capfd: pytest.CaptureFixture[str]
+    hammer: Hammer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def read(content: bytes) -> None:
         try:
-            prepared = prepare_picture(read_picture(write(content)), "auto")
+            prepared = prepare_picture(read_picture(write(content, tmp_path / "input")), "auto")
         except UserError as error:
             text = str(error)
         else:

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from hashlib import sha256
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from PIL import Image
 from jax_cnn.config import CNN, Network
 from jax_cnn.run.folder import FILES
 from jax_cnn.torch_layout import save_weights
-from parity_tests.run.training import run_on_a_terminal, zero_weights
+from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
 from parity_tests.support import ENVIRONMENT, assert_slip, run_command
 
 FRAMEWORKS = ("jax", "torch")
@@ -98,14 +97,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "cut").write_bytes((tmp_path / "weights").read_bytes()[:-1])
     Image.new("L", (28, 28)).save(tmp_path / "boot.png")
     return tmp_path
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Return all paths in a folder: the SHA-256 of the files, an empty string for the folders."""
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
 
 
 def assert_plain_slip(

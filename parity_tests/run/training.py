@@ -27,6 +27,11 @@ class TrainedRun(NamedTuple):
 TrainOnce = Callable[..., TrainedRun]  # (framework, *flags)
 
 
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return everything in a folder: the bytes of each file, None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def zero_weights(network: Network) -> TorchDict:
     """Return weights of a network that are all 0."""
     return {name: np.zeros(leaf.shape, np.float32) for name, leaf in layout_of(network).items()}
