@@ -107,14 +107,14 @@ def test_a_write_cut_short_leaves_no_half_file(good: Path, shelf: Source, tmp_pa
     data_dir = tmp_path / "data"
     process = start_python(PREPARE, data_dir, good, tmp_path / "asked", tmp_path, reaction)
     output, errors = process.communicate(timeout=60)
-    left = listing(data_dir / "FashionMNIST" / "raw")
+    files = listing(data_dir / "FashionMNIST" / "raw")
     if reaction == "kill":
         assert process.returncode == -signal.SIGXFSZ, errors
-        assert len(left) == 1
-        assert not set(left) & set(FILES)
+        assert len(files) == 1
+        assert not set(files) & set(FILES)
     else:
         assert "cannot be put there" in output, errors
         assert "File too large" in output
-        assert left == []
+        assert files == []
     prepare_fashion_mnist(data_dir, lambda line: None, [shelf])
     assert listing(data_dir) == COMPLETE

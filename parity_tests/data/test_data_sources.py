@@ -75,7 +75,7 @@ def write_package(path: Path, files: Iterable[tuple[str, bytes | Path]]) -> None
 
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
-    """An empty folder for a source to work in, with room above it for a package to escape to."""
+    """Return an empty folder for a source to work in, with room above it for a package to escape to."""
     folder = tmp_path / "above" / "deep" / "work"
     folder.mkdir(parents=True)
     return folder

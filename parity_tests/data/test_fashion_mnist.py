@@ -19,7 +19,7 @@ UNASKED = Source("unasked", lambda names, workdir: pytest.fail(f"asked for {name
 # What is loaded
 
 
-def test_arrays_are_torchvisions(data_dir: Path) -> None:
+def test_the_arrays_equal_those_of_torchvision(data_dir: Path) -> None:
     from torchvision.datasets import FashionMNIST
 
     data = load_fashion_mnist(data_dir, sources=[UNASKED])
@@ -27,13 +27,13 @@ def test_arrays_are_torchvisions(data_dir: Path) -> None:
         (True, data.train_images, data.train_labels),
         (False, data.test_images, data.test_labels),
     ):
-        theirs = FashionMNIST(root=data_dir, train=train, download=False)
+        expected = FashionMNIST(root=data_dir, train=train, download=False)
         assert images.dtype == labels.dtype == np.uint8
         assert images.shape == ((60_000 if train else 10_000), 28, 28)
-        np.testing.assert_array_equal(images, theirs.data.numpy(), strict=True)
-        np.testing.assert_array_equal(labels, theirs.targets.numpy())  # theirs are int64
+        np.testing.assert_array_equal(images, expected.data.numpy(), strict=True)
+        np.testing.assert_array_equal(labels, expected.targets.numpy())  # these are int64
         assert not images.flags.writeable
-        assert tuple(theirs.classes) == CLASS_NAMES
+        assert tuple(expected.classes) == CLASS_NAMES
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
 
 @pytest.fixture(scope="session")
 def comparison(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    """A small comparison in a folder that held an earlier page. It runs once, and both commands train."""
+    """Run a small comparison in a folder that holds an earlier page; it trains with both commands."""
     out_dir = tmp_path_factory.mktemp("compare")
     (out_dir / page.PAGE).write_text("an earlier page", encoding="utf-8")
     changed: dict[str, Any] = {

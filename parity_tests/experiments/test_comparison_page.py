@@ -61,7 +61,7 @@ def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = 
 
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_opens_without_errors_requests_missing_images_or_scrolling_sideways(
+def test_the_page_opens_without_errors_requests_missing_images_or_scrolling_sideways(
     comparison: Comparison, browser: Browser, tmp_path: Path, width: int, scheme: str
 ) -> None:
     page, faults = open_page(browser, comparison.page, width, scheme)
@@ -152,7 +152,7 @@ def is_rounded(text: str, number: float) -> bool:
     return any(abs(number * scale - float(plain)) <= 0.5001 * unit * 10.0**-places for scale in scales)
 
 
-def test_a_wrong_text_is_seen() -> None:
+def test_a_wrong_text_of_a_number_is_seen() -> None:
     for text, number in (("91.84 %", 0.9184), ("−0.0021", -0.00214), ("1,091", 1144000512), ("3.2e−15", 3.2e-15)):
         assert is_rounded(text, number)
         assert not is_rounded(text, 1.1 * number)
@@ -204,7 +204,7 @@ def luminance(colour: str) -> float:
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
-def test_it_can_be_heard_navigated_and_printed(comparison: Comparison, browser: Browser, tmp_path: Path) -> None:
+def test_the_page_can_be_heard_navigated_and_printed(comparison: Comparison, browser: Browser, tmp_path: Path) -> None:
     page, _ = open_page(browser, comparison.page)
     assert page.evaluate("[...document.images].every(image => image.alt.length > 5)")
     assert page.evaluate("[...document.links].every(link => document.getElementById(link.hash.slice(1)))")

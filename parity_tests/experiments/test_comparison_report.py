@@ -287,10 +287,10 @@ def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings(t
 def test_the_headline_counts_the_programs_that_ran(comparison: Comparison) -> None:
     (row,) = (row for row in comparison.report["headline"] if row["figure"] == "lines")
     assert {side: row[side] for side in FRAMEWORKS} == programs.total_lines(comparison.report["programs"])
-    shown = dict.fromkeys(FRAMEWORKS, 0)
+    lines = dict.fromkeys(FRAMEWORKS, 0)
     for part in comparison.report["programs"]:
         for program in part["programs"]:
-            shown[program["side"]] += program["lines"]
-    assert 0 < row["torch"] < shown["torch"], "the step is also in the loop, and counts once"
-    assert 0 < row["jax"] < shown["jax"], "two of the dialects did not run"
+            lines[program["side"]] += program["lines"]
+    assert 0 < row["torch"] < lines["torch"], "the step is also in the loop, and counts once"
+    assert 0 < row["jax"] < lines["jax"], "two of the dialects did not run"
     assert comparison.report["operations"]["lines"] > 30

@@ -123,7 +123,7 @@ def outliers(jax_run: Run, torch_run: Run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def new_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """The shortened training in both frameworks, with a seed that the study has not seen."""
+    """Run the shortened training in both frameworks, with a seed that the study has not seen."""
     study = AccuracyConfig(seeds=11, data_dir=data_dir, out_dir=tmp_path_factory.mktemp("new_seed"))
     pair = [run for run in accuracy.plan_runs(study) if run.name == "short"][-2:]
     for run in pair:

@@ -45,13 +45,13 @@ def pretend_to_train(run: Run, data: FashionMNIST) -> None:
 
 @pytest.fixture
 def small_accuracy(data_dir: Path, tmp_path: Path) -> AccuracyConfig:
-    """An accuracy study of two seeds on a few images."""
+    """Return an accuracy study of two seeds on a few images."""
     return AccuracyConfig(**SMALL, data_dir=data_dir, out_dir=tmp_path, short_train=32)
 
 
 @pytest.fixture
 def run(small_accuracy: AccuracyConfig, data: FashionMNIST) -> Run:
-    """One finished run of this study."""
+    """Return one finished run of this study."""
     run = accuracy.plan_runs(small_accuracy)[2]
     assert (run.name, run.framework) == ("full", "jax")
     pretend_to_train(run, data)
@@ -70,13 +70,13 @@ def test_the_runs_of_a_seed_differ_by_framework_and_folder_only() -> None:
         assert replace(jax_run.config, out_dir=Path()) == replace(torch_run.config, out_dir=Path())
 
 
-def test_equal_parameters_are_as_equal_as_possible() -> None:
+def test_no_other_width_has_a_number_of_parameters_nearer_below_the_cnns() -> None:
     hidden = convolution.SAME_PARAMETERS
     counts = [convolution.count_parameters(Network("mlp", units)) for units in (hidden, hidden + 1)]
     assert counts[0] < convolution.count_parameters(CNN) == 1_630_090 < counts[1]
 
 
-def test_equal_time_becomes_epochs() -> None:
+def test_a_faster_network_gets_more_epochs_for_equal_time() -> None:
     pace = {framework: {"linear": 1.0, "mlp": 2.0, "cnn": 3.1} for framework in FRAMEWORKS}
     epochs = {run.name: run.config.epochs for run in convolution.plan_runs(ConvolutionConfig(epochs=2), pace)}
     assert epochs.pop("softmax regression, equal time") == round(2 * 3.1)

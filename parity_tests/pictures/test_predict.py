@@ -34,7 +34,7 @@ Network = Callable[[np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the JAX command has trained a network for a few seconds, with the default output folder."""
+    """Return a folder in which the JAX command has trained a network for a few seconds."""
     cwd = tmp_path_factory.mktemp("trained")
     size = ("--epochs", 1, "--limit-train", 12_800, "--limit-test", 1000, "--device", "cpu")
     done = run_command("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
@@ -44,14 +44,14 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(trained: Path) -> Network:
-    """The same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
+    """Return the same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
     weights = load_weights(trained / WEIGHTS, "float32")
     return lambda images: special.softmax(compute_logits("torch", weights, images), axis=1)
 
 
 @pytest.fixture(scope="module")
 def test_pngs(data: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The first test images as PNG files."""
+    """Return the first test images as PNG files."""
     folder = tmp_path_factory.mktemp("pngs")
     return [save_png(image, folder / f"{index:05}.png") for index, image in enumerate(data.test_images[:COUNT])]
 
@@ -85,7 +85,7 @@ def test_test_images_get_the_probabilities_that_the_network_gives_them(
     assert_agreement(actual, expected)
 
 
-def test_the_bound_shows_a_pixel_that_is_off_by_one(data: FashionMNIST, network: Network) -> None:
+def test_a_pixel_that_is_off_by_one_exceeds_the_bound(data: FashionMNIST, network: Network) -> None:
     pixels = data.test_images[:COUNT].copy()
     pixels[:, 14, 14] ^= 1
     with pytest.raises(AssertionError, match=r"> 1\.0e-06"):
@@ -125,7 +125,7 @@ def photograph(image: np.ndarray, seed: int, pale: bool) -> Picture:
 
 @pytest.fixture(scope="module")
 def photographs(data: FashionMNIST) -> list[Picture]:
-    """Photographs of the first test images, every other one pale."""
+    """Return photographs of the first test images, every other one pale."""
     return [photograph(image, index, index % 2 == 0) for index, image in enumerate(data.test_images[:PHOTOGRAPHS])]
 
 

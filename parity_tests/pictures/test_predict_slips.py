@@ -24,7 +24,7 @@ def with_size(png: bytes, width: int, height: int) -> bytes:
 
 @pytest.fixture
 def bad_files(boot: Path, tmp_path: Path) -> dict[str, str]:
-    """Files in the test's folder that cannot be read, each with the words that must be printed about it."""
+    """Return files in the test's folder that cannot be read, each with the words that must be printed about it."""
     large_boot = Image.open(boot).resize((252, 252), Image.Resampling.NEAREST)
     large_boot.save(tmp_path / "good.png")
     large_boot.save(tmp_path / "good.jpg")

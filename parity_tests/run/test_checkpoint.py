@@ -74,10 +74,10 @@ def finish(line: Sequence[str]) -> str:
 
 def assert_same_run(results: Path, expected: Path) -> None:
     """Assert bit-identical weights, and the same metrics of each epoch but for the times."""
-    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (results, expected))
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        assert np.array_equal(array, theirs[name]), f"{name} differs"
+    weights, expected_weights = (load_file(folder / "weights.safetensors") for folder in (results, expected))
+    assert weights.keys() == expected_weights.keys()
+    for name, array in weights.items():
+        assert np.array_equal(array, expected_weights[name]), f"{name} differs"
     assert metrics(results) == metrics(expected)
     assert not list(results.glob("*.tmp"))
 
@@ -288,9 +288,9 @@ def test_a_checkpoint_comes_back_bit_by_bit(network: Network, dtype: str, tmp_pa
     save_checkpoint(tmp_path / "saved", checkpoint)
     loaded = load_checkpoint(tmp_path / "saved")
     assert (loaded.progress, loaded.run, loaded.state.step) == (checkpoint.progress, checkpoint.run, 7)
-    for ours, theirs in zip(loaded.state[:3], checkpoint.state[:3], strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(ours[name].dtype == dtype and np.array_equal(ours[name], theirs[name]) for name in ours)
+    for actual, expected in zip(loaded.state[:3], checkpoint.state[:3], strict=True):
+        assert actual.keys() == expected.keys()
+        assert all(actual[name].dtype == dtype and np.array_equal(actual[name], expected[name]) for name in actual)
     assert os.listdir(tmp_path) == ["saved"]
 
 

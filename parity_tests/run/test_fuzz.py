@@ -106,7 +106,7 @@ def idx(shape: tuple[int, ...]) -> bytes:
     return b"\0\0\x08" + bytes([len(shape)]) + lengths + bytes(range(int(np.prod(shape))))
 
 
-def test_idx_files(hammer: Hammer) -> None:
+def test_damaged_idx_files_give_their_own_bytes_or_an_error(hammer: Hammer) -> None:
     def read(content: bytes) -> None:
         with contextlib.suppress(ValueError):
             assert decode_idx(content).tobytes() == content[4 + 4 * content[3] :]
@@ -151,7 +151,7 @@ HEADERS = (
 )
 
 
-def test_weights_files(hammer: Hammer, tmp_path: Path) -> None:
+def test_damaged_weights_files_give_finite_weights_or_an_error(hammer: Hammer, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
         try:
             weights = load_weights(write(content, tmp_path / "input"), "float32")
@@ -167,7 +167,7 @@ def test_weights_files(hammer: Hammer, tmp_path: Path) -> None:
     hammer(read, damaged(save(zero_weights(CNN)), save(zero_weights(CNN) | infinite)), 60)
 
 
-def test_checkpoint_files(hammer: Hammer, tmp_path: Path) -> None:
+def test_damaged_checkpoint_files_are_refused(hammer: Hammer, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
         with pytest.raises(Unusable):
             load_checkpoint(write(content, tmp_path / "input"))
@@ -196,7 +196,7 @@ def checkpoint_texts(draw: st.DrawFn) -> bytes:
     return draw(damaged(json.dumps(content).encode(), json.dumps(draw(JSON)).encode()))
 
 
-def test_the_text_of_a_checkpoint(hammer: Hammer) -> None:
+def test_the_damaged_text_of_a_checkpoint_gives_a_row_for_each_epoch_or_an_error(hammer: Hammer) -> None:
     weights = zero_weights(CNN)
     moments = {f"{moment}.{name}": weights[name] for moment in ("first_moment", "second_moment") for name in weights}
 
@@ -209,7 +209,7 @@ def test_the_text_of_a_checkpoint(hammer: Hammer) -> None:
 
 
 def test_an_incomplete_run_is_not_a_finished_one(hammer: Hammer, tmp_path: Path) -> None:
-    """A study or a comparison would use a finished run again."""
+    """A study or a comparison does not train a finished run again."""
     (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'
@@ -236,7 +236,7 @@ def picture(mode: str, kind: str) -> bytes:
     return content.getvalue()
 
 
-def test_pictures_give_28_by_28_bytes_or_one_line_and_print_nothing(
+def test_damaged_pictures_give_28_by_28_bytes_or_one_line_and_print_nothing(
     hammer: Hammer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def read(content: bytes) -> None:
