@@ -22,7 +22,7 @@ from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture
 from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 from parity_tests.pictures.picture_files import PORTRAIT, save_png
-from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command
+from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command, run_successfully
 
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 COUNT = 300  # images: a full batch and a smaller one
@@ -37,8 +37,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which the JAX command has trained a network for a few seconds."""
     cwd = tmp_path_factory.mktemp("trained")
     size = ("--epochs", 1, "--limit-train", 12_800, "--limit-test", 1000, "--device", "cpu")
-    done = run_command("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    run_successfully("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
     return cwd
 
 
@@ -59,10 +58,9 @@ def test_pngs(data: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> l
 # The same answer from both frameworks, and from the network itself
 
 
-def read_answers(done: subprocess.CompletedProcess[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return what the command printed with `--json`, and the probabilities in it as an array [picture, class]."""
-    assert (done.returncode, done.stderr) == (0, "")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+def predict(*arguments: object, cwd: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Return what the command prints with `--json`, and the probabilities in it as an array [picture, class]."""
+    answers = [json.loads(line) for line in run_successfully("predict", "--json", *arguments, cwd=cwd).splitlines()]
     return answers, np.array([[answer["probabilities"][name] for name in CLASS_NAMES] for answer in answers])
 
 
@@ -74,12 +72,12 @@ def assert_agreement(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--framework", "torch", "--weights", WEIGHTS)], ids=["jax", "torch"])
-def test_test_images_get_the_probabilities_that_the_network_gives_them(
+def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
     data: FashionMNIST, trained: Path, network: Network, test_pngs: list[Path], arguments: tuple[object, ...]
 ) -> None:
     expected = network(data.test_images[:COUNT])
     assert (expected.argmax(axis=1) == data.test_labels[:COUNT]).mean() > 0.7, "the network has learnt nothing"
-    answers, actual = read_answers(run_command("predict", "--json", *arguments, *test_pngs, cwd=trained))
+    answers, actual = predict(*arguments, *test_pngs, cwd=trained)
     assert [answer["file"] for answer in answers] == list(map(str, test_pngs))
     assert {answer["prepared"] for answer in answers} == {"28x28 L, as it is"}
     assert_agreement(actual, expected)
@@ -98,9 +96,9 @@ def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(
     weights = tmp_path / "runs" / "torch" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     save_weights(weights, torch_weights)
-    in_torch = run_command("predict", "--json", boot, "--framework", "torch", cwd=tmp_path)
-    in_jax = run_command("predict", "--json", boot, "--weights", weights, cwd=tmp_path)
-    assert_agreement(read_answers(in_torch)[1], read_answers(in_jax)[1])
+    _, from_torch = predict(boot, "--framework", "torch", cwd=tmp_path)
+    _, from_jax = predict(boot, "--weights", weights, cwd=tmp_path)
+    assert_agreement(from_torch, from_jax)
 
 
 # Photographs
