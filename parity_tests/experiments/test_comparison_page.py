@@ -193,7 +193,7 @@ def test_text_can_be_read_in_light_and_in_dark(comparison: Comparison, browser: 
             assert contrast >= 4.5, f"{selector} is hard to read in {scheme}: {ink} on {ground}"
         grounds[scheme] = luminance(colours[0][2])
         pictures[scheme] = page.evaluate("[...document.querySelectorAll('.plot img')].map(image => image.currentSrc)")
-        assert grounds["dark"] < 0.05 < 0.9 < grounds["light"]
+    assert grounds["dark"] < 0.05 < 0.9 < grounds["light"]
     assert len(pictures["light"]) == len(set(pictures["light"] + pictures["dark"])) / 2 > 10, "no figure is used twice"
 
 
