@@ -44,11 +44,10 @@ def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = 
     """Open a page on a screen of this width, and return it with everything that went wrong."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     faults: list[str] = []
-
+    requests: list[str] = []
     page.on("console", lambda message: faults.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     page.on("requestfailed", lambda request: faults.append(f"failed: {request.url[:80]}"))
-    requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto(file.as_uri())
     faults += [f"request: {url[:80]}" for url in requests if not url.startswith(("data:", file.as_uri()))]
