@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,14 @@ def run_successfully(script: str, *arguments: object, cwd: Path) -> str:
     done = run_command(script, *arguments, cwd=cwd)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return as soon as the condition is true; fail if that takes more than `TIMEOUT`."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for did not happen"
+        time.sleep(0.002)
 
 
 def assert_slip(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -12,13 +12,13 @@ from jax_cnn.data_sources import Source
 
 @pytest.fixture
 def shelf(good: Path) -> Source:
-    """A source that always has every file."""
+    """Return a source that always has every file."""
     return Source("the shelf", lambda names, workdir: good)
 
 
 @pytest.fixture
 def raw(good: Path, tmp_path: Path) -> Path:
-    """The raw folder of the data folder `tmp_path / "data"`, with hard links to the four real files."""
+    """Return the raw folder of the data folder `tmp_path / "data"`, with hard links to the four real files."""
     folder = tmp_path / "data" / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     for name in FILES:

@@ -57,30 +57,25 @@ def test_the_installed_package_is_found(good: Path, tmp_path: Path, monkeypatch:
 
 def write_package(path: Path, files: Iterable[tuple[str, bytes | Path]]) -> None:
     """Write a `.deb` file by hand, since dpkg-deb packs no bad names; a path in place of bytes makes a link to it."""
-
-    def pack(members: Iterable[tuple[str, bytes | Path]]) -> bytes:
-        content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode="w") as tar:
-            for name, value in members:
-                member = tarfile.TarInfo(name)
-                if isinstance(value, Path):
-                    member.type, member.linkname = tarfile.SYMTYPE, str(value)
-                    tar.addfile(member)
-                else:
-                    member.size = len(value)
-                    tar.addfile(member, io.BytesIO(value))
-        return content.getvalue()
-
-    control = pack([("./control", b"Package: any\nVersion: 1\n")])
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, value in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(value, Path):
+                member.type, member.linkname = tarfile.SYMTYPE, str(value)
+                tar.addfile(member)
+            else:
+                member.size = len(value)
+                tar.addfile(member, io.BytesIO(value))
     content = b"!<arch>\n"
-    for name, member in (("debian-binary", b"2.0\n"), ("control.tar", control), ("data.tar", pack(files))):
-        content += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(member):<10}`\n".encode() + member
+    for name, part in (("debian-binary", b"2.0\n"), ("control.tar", b""), ("data.tar", data.getvalue())):
+        content += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n".encode() + part
     path.write_bytes(content)
 
 
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
-    """An empty folder for a source to work in, with room above it for a package to escape to."""
+    """Return an empty folder for a source to work in, with room above it for a package to escape to."""
     folder = tmp_path / "above" / "deep" / "work"
     folder.mkdir(parents=True)
     return folder

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from experiments.answers import FRAMEWORKS
 from parity_tests.experiments.small_comparison import Comparison, Json
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -23,32 +24,16 @@ CHROMIUM_FLAGS = (
 )
 PHONE, DESKTOP = 390, 1200  # pixels
 
-in_a_browser = pytest.mark.browser
-
-
-def find_chromium() -> str:
-    """Return the path of the system's Chromium. Without one the test fails in CI and is skipped elsewhere."""
-    for name in CHROMIUM:
-        if path := shutil.which(name):
-            return path
-    reason = "no Chromium is there to open the page in: apt-get install chromium"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def test_without_chromium_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    for variable, outcome in (("true", pytest.fail.Exception), ("", pytest.skip.Exception)):
-        monkeypatch.setenv("CI", variable)
-        with pytest.raises(outcome, match="no Chromium is there"):
-            find_chromium()
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A running Chromium."""
-    path = find_chromium()
+    """Return a running Chromium of the system. Without one the tests fail in CI and are skipped elsewhere."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up("no Chromium is there to open the page in: apt-get install chromium")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
         yield running
@@ -59,16 +44,13 @@ def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = 
     """Open a page on a screen of this width, and return it with everything that went wrong."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     faults: list[str] = []
-
-    def check_request(url: str) -> None:
-        if not url.startswith("data:") and url.partition("#")[0] != file.as_uri():
-            faults.append(f"request: {url[:80]}")
-
+    requests: list[str] = []
     page.on("console", lambda message: faults.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     page.on("requestfailed", lambda request: faults.append(f"failed: {request.url[:80]}"))
-    page.on("request", lambda request: check_request(request.url))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(file.as_uri())
+    faults += [f"request: {url[:80]}" for url in requests if not url.startswith(("data:", file.as_uri()))]
     missing = page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.alt)")
     faults += [f"no image: {alt}" for alt in missing]
     if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
@@ -76,10 +58,9 @@ def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = 
     return page, faults
 
 
-@in_a_browser
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_opens_without_errors_requests_missing_images_or_scrolling_sideways(
+def test_the_page_opens_without_errors_requests_missing_images_or_scrolling_sideways(
     comparison: Comparison, browser: Browser, tmp_path: Path, width: int, scheme: str
 ) -> None:
     page, faults = open_page(browser, comparison.page, width, scheme)
@@ -91,7 +72,6 @@ def test_it_opens_without_errors_requests_missing_images_or_scrolling_sideways(
     assert picture.width == width
     assert picture.height > 5_000
     assert np.asarray(picture).std() > 20, "the page is empty"
-    page.close()
 
 
 PLANTED = {
@@ -104,15 +84,13 @@ PLANTED = {
 }
 
 
-@in_a_browser
 @pytest.mark.parametrize("fault", PLANTED.values(), ids=PLANTED)
 def test_a_planted_fault_of_the_page_is_seen(browser: Browser, tmp_path: Path, fault: str) -> None:
     file = tmp_path / "page.html"
     for body, faulty in (("<p>nothing</p>", False), (fault, True)):
         file.write_text(f"<!DOCTYPE html><link rel=icon href='data:,'><body>{body}</body>", encoding="utf-8")
-        page, faults = open_page(browser, file)
+        _, faults = open_page(browser, file)
         assert bool(faults) == faulty, faults
-        page.close()
 
 
 ROWS = """id => [...document.querySelectorAll(`#${id} tbody tr`)].map(
@@ -121,9 +99,8 @@ ROWS = """id => [...document.querySelectorAll(`#${id} tbody tr`)].map(
 
 def expected_tables(report: Json) -> dict[str, list[list[float]]]:
     """Return the numbers of each table, row by row, without the differences of the headline."""
-    sides = ("jax", "torch")
     keys = ("train_loss", "test_loss", "test_accuracy")
-    epochs = zip(*(report["runs"][side]["epochs"] for side in sides), strict=True)
+    epochs = zip(*(report["runs"][side]["epochs"] for side in FRAMEWORKS), strict=True)
     errors = ("local_error", "inherited_error", "gradient_error", "torch_float32_error", "jax_float32_error")
     return {
         "headline": [[row["jax"], row["torch"]] for row in report["headline"]],
@@ -138,13 +115,12 @@ def expected_tables(report: Json) -> dict[str, list[list[float]]]:
             for row in report["speed"]["rows"]
         ],
         "by-class": [
-            [row["images"], *(row[side]["accuracy"] for side in sides)] for row in report["scores"]["classes"]
+            [row["images"], *(row[side]["accuracy"] for side in FRAMEWORKS)] for row in report["scores"]["classes"]
         ],
         "inside": [[row[name] for name in ("largest", "median", "furthest")] for row in report["inside"]["stages"]],
     }
 
 
-@in_a_browser
 def test_the_tables_show_the_numbers_of_the_report(comparison: Comparison, browser: Browser) -> None:
     page, _ = open_page(browser, comparison.page)
     tables = expected_tables(comparison.report)
@@ -161,9 +137,8 @@ def test_the_tables_show_the_numbers_of_the_report(comparison: Comparison, brows
                 assert is_rounded(text, value), (name, cells)
     accuracy = comparison.report["headline"][0]
     first = page.locator("#headline tbody tr").first.inner_text().split("\t")
-    assert first[1:3] == [f"{100 * accuracy[side]:.2f} %" for side in ("jax", "torch")]
+    assert first[1:3] == [f"{100 * accuracy[side]:.2f} %" for side in FRAMEWORKS]
     assert comparison.report["verdict"]["sentence"] in page.locator("#verdict").inner_text()
-    page.close()
 
 
 def is_rounded(text: str, number: float) -> bool:
@@ -176,14 +151,13 @@ def is_rounded(text: str, number: float) -> bool:
     return any(abs(number * scale - float(plain)) <= 0.5001 * unit * 10.0**-places for scale in scales)
 
 
-def test_a_wrong_text_is_seen() -> None:
+def test_a_wrong_text_of_a_number_is_seen() -> None:
     for text, number in (("91.84 %", 0.9184), ("−0.0021", -0.00214), ("1,091", 1144000512), ("3.2e−15", 3.2e-15)):
         assert is_rounded(text, number)
         assert not is_rounded(text, 1.1 * number)
         assert not is_rounded(text, -number)
 
 
-@in_a_browser
 def test_the_page_shows_the_predictions_of_the_report(comparison: Comparison, browser: Browser) -> None:
     page, _ = open_page(browser, comparison.page)
     for key in ("predictions", "disagreements"):
@@ -191,11 +165,10 @@ def test_the_page_shows_the_predictions_of_the_report(comparison: Comparison, br
         assert len(cards) == len(comparison.report[key])
         for card, row in zip(cards, comparison.report[key], strict=True):
             assert f"no. {row['image']}" in card.inner_text()
-            for side, answer in zip(("jax", "torch"), card.locator(".answer").all(), strict=True):
+            for side, answer in zip(FRAMEWORKS, card.locator(".answer").all(), strict=True):
                 assert float(answer.locator("data").get_attribute("value") or "") == row[side]["confidence"]
                 assert comparison.report["classes"][row[side]["predicted"]] in answer.inner_text()
                 assert ("(wrong)" in (answer.text_content() or "")) == (row[side]["predicted"] != row["label"])
-    page.close()
 
 
 COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".answer.jax", ".answer.torch", ".quiet",
@@ -207,7 +180,6 @@ COLOURS = """() => ["body", ".note", "th.jax", "th.torch", "#verdict strong", ".
     })"""
 
 
-@in_a_browser
 def test_text_can_be_read_in_light_and_in_dark(comparison: Comparison, browser: Browser) -> None:
     grounds, pictures = {}, {}
     for scheme in ("light", "dark"):
@@ -220,7 +192,6 @@ def test_text_can_be_read_in_light_and_in_dark(comparison: Comparison, browser: 
             assert contrast >= 4.5, f"{selector} is hard to read in {scheme}: {ink} on {ground}"
         grounds[scheme] = luminance(colours[0][2])
         pictures[scheme] = page.evaluate("[...document.querySelectorAll('.plot img')].map(image => image.currentSrc)")
-        page.close()
     assert grounds["dark"] < 0.05 < 0.9 < grounds["light"]
     assert len(pictures["light"]) == len(set(pictures["light"] + pictures["dark"])) / 2 > 10, "no figure is used twice"
 
@@ -232,8 +203,7 @@ def luminance(colour: str) -> float:
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
-@in_a_browser
-def test_it_can_be_heard_navigated_and_printed(comparison: Comparison, browser: Browser, tmp_path: Path) -> None:
+def test_the_page_can_be_heard_navigated_and_printed(comparison: Comparison, browser: Browser, tmp_path: Path) -> None:
     page, _ = open_page(browser, comparison.page)
     assert page.evaluate("[...document.images].every(image => image.alt.length > 5)")
     assert page.evaluate("[...document.links].every(link => document.getElementById(link.hash.slice(1)))")
@@ -245,4 +215,3 @@ def test_it_can_be_heard_navigated_and_printed(comparison: Comparison, browser: 
     assert page.locator("script").count() == 0
     page.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
     assert (tmp_path / "page.pdf").stat().st_size > 100_000
-    page.close()

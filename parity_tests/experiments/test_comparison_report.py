@@ -18,16 +18,14 @@ from rich.console import Console
 from experiments.answers import FRAMEWORKS
 from experiments.comparison import charts, page, programs, report, runs, scores
 from experiments.comparison.charts import DARK, LIGHT
-from experiments.comparison.config import CompareConfig
 from jax_cnn.config import UserError
-from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.torch_layout import TorchDict, load_weights
 from parity_tests.experiments.small_comparison import PARITY, Comparison, Json
 from parity_tests.harness.faults import FAULTS
 from parity_tests.harness.product_pairs import feed_forward
 from parity_tests.harness.report import examine
-from parity_tests.support import ROOT, assert_slip, read_json, run_command
+from parity_tests.support import ROOT, read_json
 
 
 def render(content: Json) -> str:
@@ -107,13 +105,18 @@ def test_every_figure_has_a_title_and_labelled_axes(comparison: Comparison) -> N
 
 
 @pytest.fixture
+def initial(comparison: Comparison) -> TorchDict:
+    """Return the weights that both networks started from."""
+    return load_weights(comparison.config.initial_weights, "float32")
+
+
+@pytest.fixture
 def copied(comparison: Comparison, tmp_path: Path) -> Callable[[str], Path]:
-    """A function that copies a framework's finished run, so that a test may damage it."""
+    """Return a function that copies a framework's finished run, so that a test may damage it."""
     return lambda framework: Path(shutil.copytree(comparison.config.out_dir / framework, tmp_path / framework))
 
 
-def test_a_finished_run_in_the_output_folder_is_taken(comparison: Comparison) -> None:
-    initial = load_weights(comparison.config.initial_weights, "float32")
+def test_a_finished_run_in_the_output_folder_is_taken(comparison: Comparison, initial: TorchDict) -> None:
     for framework in FRAMEWORKS:
         output = io.StringIO()
         run = runs.obtain_run(framework, comparison.config, initial, ProgressBar(Console(file=output)))
@@ -125,10 +128,10 @@ def test_a_finished_run_in_the_output_folder_is_taken(comparison: Comparison) ->
         assert not runs.starts_from(other_weights, framework, run.folder)
 
 
-def test_of_a_changed_run_the_memory_and_the_first_weights_are_unknown(
-    comparison: Comparison, copied: Callable[[str], Path]
+def test_the_memory_and_the_first_weights_of_a_changed_run_are_unknown(
+    comparison: Comparison, initial: TorchDict, copied: Callable[[str], Path]
 ) -> None:
-    folder, initial = copied("jax"), load_weights(comparison.config.initial_weights, "float32")
+    folder = copied("jax")
     record = read_json(folder / "config.json")
     record["config"]["init_weights"] = None
     (folder / "config.json").write_text(json.dumps(record | {"started": "long ago"}), encoding="utf-8")
@@ -140,11 +143,12 @@ def test_of_a_changed_run_the_memory_and_the_first_weights_are_unknown(
         runs.obtain_run("jax", config, initial, ProgressBar(Console(file=io.StringIO())))
 
 
-def test_runs_that_the_command_line_names_are_taken(comparison: Comparison, copied: Callable[[str], Path]) -> None:
+def test_runs_that_the_command_line_names_are_taken(
+    comparison: Comparison, initial: TorchDict, copied: Callable[[str], Path]
+) -> None:
     jax_run, torch_run = copied("jax"), copied("torch")
     config = replace(comparison.config, jax_run=jax_run, torch_run=torch_run)
     report.check_named(config)
-    initial = load_weights(comparison.config.initial_weights, "float32")
     progress = ProgressBar(Console(file=io.StringIO()))
     (torch_run / runs.PROCESS).unlink()
     named = {framework: runs.obtain_run(framework, config, initial, progress) for framework in FRAMEWORKS}
@@ -163,37 +167,6 @@ def test_runs_that_the_command_line_names_are_taken(comparison: Comparison, copi
         scores.measure_networks(config, named)
     with pytest.raises(UserError, match="its seed: 0, not 1; give a run that fits"):
         report.check_named(replace(config, seed=1))
-
-
-SLIPS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no run": (("--jax-run", "nowhere"), "--jax-run nowhere: no run is there (No such file or directory); give"),
-    "too few epochs": (("--epochs", "0"), "--epochs must be between 1 and 10,000, not 0"),
-    "no pictures": (("--images", "0"), "--images must be between 1 and 200, not 0"),
-    "both ways": (("--retrain", "--jax-run", "x"), "--retrain trains both and --jax-run or --torch-run takes"),
-    "two benchmarks": (("--run-benchmark", "--benchmark", "x"), "--run-benchmark measures again and --benchmark FILE"),
-    "an unknown flag": (("--epoch", "1"), "Unrecognized options: --epoch"),
-    "no such benchmark": (("--benchmark", "nowhere"), "--benchmark nowhere: No such file or directory; give"),
-    "no benchmark": (("--benchmark", "other.json"), "--benchmark other.json: its content is not what is needed; give"),
-    "no such parity report": (("--parity-report", "nowhere"), "--parity-report nowhere: No such file or directory"),
-    "no parity report": (("--parity-report", "other.json"), "--parity-report other.json: its content is not what"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), SLIPS.values(), ids=SLIPS)
-def test_a_users_error_is_reported_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError) as slip:
-        report.check_named(command_line.parse(CompareConfig(), "", arguments))
-    assert str(slip.value).startswith(message)
-    assert str(slip.value).isprintable()
-
-
-@pytest.mark.parametrize("arguments", [("--out-dir", "/dev/null/x"), ("--jax-run", "nowhere")])
-def test_a_users_error_is_one_line_and_status_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    assert_slip(run_command("compare", *arguments, cwd=tmp_path), f"error: {' '.join(arguments)}: ")
 
 
 # The verdict
@@ -314,10 +287,10 @@ def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings(t
 def test_the_headline_counts_the_programs_that_ran(comparison: Comparison) -> None:
     (row,) = (row for row in comparison.report["headline"] if row["figure"] == "lines")
     assert {side: row[side] for side in FRAMEWORKS} == programs.total_lines(comparison.report["programs"])
-    shown = dict.fromkeys(FRAMEWORKS, 0)
+    lines = dict.fromkeys(FRAMEWORKS, 0)
     for part in comparison.report["programs"]:
         for program in part["programs"]:
-            shown[program["side"]] += program["lines"]
-    assert 0 < row["torch"] < shown["torch"], "the step is also in the loop, and counts once"
-    assert 0 < row["jax"] < shown["jax"], "two of the dialects did not run"
+            lines[program["side"]] += program["lines"]
+    assert 0 < row["torch"] < lines["torch"], "the step is also in the loop, and counts once"
+    assert 0 < row["jax"] < lines["jax"], "two of the dialects did not run"
     assert comparison.report["operations"]["lines"] > 30

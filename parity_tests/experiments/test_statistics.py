@@ -18,37 +18,6 @@ def test_tost_gives_the_value_that_pingouin_publishes() -> None:
     assert equivalence(differences, 0.5)["p_value"] == pytest.approx(0.954854, abs=1e-6)
 
 
-def test_tost_by_hand() -> None:
-    # With 2 degrees of freedom Student's upper tail is 1/2 - t / (2 sqrt(2 + t²)); here t = 0.5 sqrt(3) / 0.1.
-    result = equivalence(np.array([-0.1, 0.0, 0.1]), 0.5)
-    t = 5 * math.sqrt(3)
-    assert result["mean"] == pytest.approx(0, abs=1e-15)
-    assert result["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
-    assert (result["p_low"], result["p_high"]) == pytest.approx((0.5 - t / (2 * math.sqrt(2 + t * t)),) * 2)
-    assert result["high"] == pytest.approx(2.919986 * 0.1 / math.sqrt(3))  # the 95 % quantile from a printed table
-    assert result["equivalent"]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_tost_is_two_of_scipys_one_sided_tests(seed: int) -> None:
-    differences = np.random.default_rng(seed).normal(0.2, 0.5, size=10)
-    result = equivalence(differences, 0.5)
-    assert result["p_low"] == pytest.approx(stats.ttest_1samp(differences, -0.5, alternative="greater").pvalue)
-    assert result["p_high"] == pytest.approx(stats.ttest_1samp(differences, 0.5, alternative="less").pvalue)
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.90)
-    assert (result["low"], result["high"]) == pytest.approx((interval.low, interval.high))
-    assert result["equivalent"] == (max(-interval.low, interval.high) < 0.5)
-    assert equivalence(differences, result["smallest_margin"] * 1.0001)["equivalent"]
-    assert not equivalence(differences, result["smallest_margin"] * 0.9999)["equivalent"]
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_frameworks_a_margin_apart_pass_as_equivalent_one_time_in_twenty(sign: int) -> None:
-    draws = np.random.default_rng(0).normal(sign * 0.5, 0.3, size=(2000, 10))
-    rate = np.mean([equivalence(differences, 0.5)["equivalent"] for differences in draws])
-    assert rate == pytest.approx(0.05, abs=0.02)  # four standard errors of 2,000 draws
-
-
 @pytest.mark.parametrize(
     ("differences", "equivalent"),
     [
@@ -61,8 +30,16 @@ def test_frameworks_a_margin_apart_pass_as_equivalent_one_time_in_twenty(sign: i
     ],
     ids=["equals", "a point better", "a point worse", "the margin", "two seeds", "noisy"],
 )
-def test_only_many_similar_seeds_are_equivalent(differences: np.ndarray, equivalent: bool) -> None:
-    assert equivalence(differences, 0.5)["equivalent"] is equivalent
+def test_tost_is_two_of_scipys_one_sided_tests(differences: np.ndarray, equivalent: bool) -> None:
+    result = equivalence(differences, 0.5)
+    assert result["equivalent"] is equivalent
+    assert (result["mean"], result["standard_error"]) == pytest.approx((differences.mean(), stats.sem(differences)))
+    assert result["p_low"] == pytest.approx(stats.ttest_1samp(differences, -0.5, alternative="greater").pvalue)
+    assert result["p_high"] == pytest.approx(stats.ttest_1samp(differences, 0.5, alternative="less").pvalue)
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.90)
+    assert (result["low"], result["high"]) == pytest.approx((interval.low, interval.high))
+    assert equivalence(differences, result["smallest_margin"] * 1.0001)["equivalent"]
+    assert not equivalence(differences, result["smallest_margin"] * 0.9999)["equivalent"]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +88,3 @@ def test_items_are_counted_by_who_is_right() -> None:
 def test_a_prediction_interval_by_hand() -> None:
     # One degree of freedom: the upper quartile of Student's t is tan(pi / 4) = 1, so 1 ± sqrt(2) sqrt(1 + 1/2).
     assert prediction_interval(np.array([0.0, 2.0]), 0.5) == pytest.approx((1 - math.sqrt(3), 1 + math.sqrt(3)))
-
-
-def test_a_prediction_interval_misses_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).normal(83, 0.7, size=(2000, 11))
-    intervals = [prediction_interval(draw[:10], 0.05) for draw in draws]
-    missed = [not low <= draw[10] <= high for draw, (low, high) in zip(draws, intervals, strict=True)]
-    assert np.mean(missed) == pytest.approx(0.05, abs=0.02)

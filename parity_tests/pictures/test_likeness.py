@@ -42,7 +42,7 @@ def test_negatives_noise_and_plain_images_are_always_found(data: FashionMNIST) -
     ("limit", "off", "kind"),
     [("LIGHT_CORNER", 255, "negatives"), ("FLAT", 0.0, "plain"), ("ROUGH", 9.0, "faint noise on black")],
 )
-def test_without_one_limit_its_kind_passes(
+def test_without_one_limit_the_images_of_its_kind_pass(
     data: FashionMNIST, monkeypatch: pytest.MonkeyPatch, limit: str, off: float, kind: str
 ) -> None:
     monkeypatch.setattr(likeness, limit, off)

@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from PIL import Image
+from scipy import special
 
+from experiments.answers import compute_logits
 from jax_cnn.data import CLASS_NAMES, FashionMNIST
 from jax_cnn.pictures import prepare
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture
+from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
 from parity_tests.pictures.picture_files import PORTRAIT, save_png
-from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command
-from torch_ref.model import SimpleCNN
+from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command, run_successfully
 
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 COUNT = 300  # images: a full batch and a smaller one
@@ -34,31 +34,23 @@ Network = Callable[[np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the JAX command has trained a network for a few seconds, with the default output folder."""
+    """Return a folder in which the JAX command has trained a network for a few seconds."""
     cwd = tmp_path_factory.mktemp("trained")
     size = ("--epochs", 1, "--limit-train", 12_800, "--limit-test", 1000, "--device", "cpu")
-    done = run_command("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    run_successfully("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
     return cwd
 
 
 @pytest.fixture(scope="module")
 def network(trained: Path) -> Network:
-    """The same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
-    module = SimpleCNN()
-    module.load_state_dict(safetensors.torch.load_file(trained / WEIGHTS))
-
-    def compute_probabilities(images: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            probabilities: np.ndarray = module(torch.tensor(images)[:, None].float() / 255).softmax(dim=1).numpy()
-        return probabilities
-
-    return compute_probabilities
+    """Return the same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
+    weights = load_weights(trained / WEIGHTS, "float32")
+    return lambda images: special.softmax(compute_logits("torch", weights, images), axis=1)
 
 
 @pytest.fixture(scope="module")
 def test_pngs(data: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The first test images as PNG files."""
+    """Return the first test images as PNG files."""
     folder = tmp_path_factory.mktemp("pngs")
     return [save_png(image, folder / f"{index:05}.png") for index, image in enumerate(data.test_images[:COUNT])]
 
@@ -66,10 +58,9 @@ def test_pngs(data: FashionMNIST, tmp_path_factory: pytest.TempPathFactory) -> l
 # The same answer from both frameworks, and from the network itself
 
 
-def read_answers(done: subprocess.CompletedProcess[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Return what the command printed with `--json`, and the probabilities in it as an array [picture, class]."""
-    assert (done.returncode, done.stderr) == (0, "")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+def predict(*arguments: object, cwd: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Return what the command prints with `--json`, and the probabilities in it as an array [picture, class]."""
+    answers = [json.loads(line) for line in run_successfully("predict", "--json", *arguments, cwd=cwd).splitlines()]
     return answers, np.array([[answer["probabilities"][name] for name in CLASS_NAMES] for answer in answers])
 
 
@@ -81,31 +72,33 @@ def assert_agreement(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--framework", "torch", "--weights", WEIGHTS)], ids=["jax", "torch"])
-def test_test_images_get_the_probabilities_that_the_network_gives_them(
+def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
     data: FashionMNIST, trained: Path, network: Network, test_pngs: list[Path], arguments: tuple[object, ...]
 ) -> None:
     expected = network(data.test_images[:COUNT])
     assert (expected.argmax(axis=1) == data.test_labels[:COUNT]).mean() > 0.7, "the network has learnt nothing"
-    answers, actual = read_answers(run_command("predict", "--json", *arguments, *test_pngs, cwd=trained))
+    answers, actual = predict(*arguments, *test_pngs, cwd=trained)
     assert [answer["file"] for answer in answers] == list(map(str, test_pngs))
     assert {answer["prepared"] for answer in answers} == {"28x28 L, as it is"}
     assert_agreement(actual, expected)
 
 
-def test_the_bound_shows_a_pixel_that_is_off_by_one(data: FashionMNIST, network: Network) -> None:
+def test_a_pixel_that_is_off_by_one_exceeds_the_bound(data: FashionMNIST, network: Network) -> None:
     pixels = data.test_images[:COUNT].copy()
     pixels[:, 14, 14] ^= 1
     with pytest.raises(AssertionError, match=r"> 1\.0e-06"):
         assert_agreement(network(pixels), network(data.test_images[:COUNT]))
 
 
-def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(tmp_path: Path, boot: Path) -> None:
+def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(
+    torch_weights: TorchDict, tmp_path: Path, boot: Path
+) -> None:
     weights = tmp_path / "runs" / "torch" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
-    safetensors.torch.save_file(SimpleCNN().state_dict(), weights)
-    in_torch = run_command("predict", "--json", boot, "--framework", "torch", cwd=tmp_path)
-    in_jax = run_command("predict", "--json", boot, "--weights", weights, cwd=tmp_path)
-    assert_agreement(read_answers(in_torch)[1], read_answers(in_jax)[1])
+    save_weights(weights, torch_weights)
+    _, from_torch = predict(boot, "--framework", "torch", cwd=tmp_path)
+    _, from_jax = predict(boot, "--weights", weights, cwd=tmp_path)
+    assert_agreement(from_torch, from_jax)
 
 
 # Photographs
@@ -130,7 +123,7 @@ def photograph(image: np.ndarray, seed: int, pale: bool) -> Picture:
 
 @pytest.fixture(scope="module")
 def photographs(data: FashionMNIST) -> list[Picture]:
-    """Photographs of the first test images, every other one pale."""
+    """Return photographs of the first test images, every other one pale."""
     return [photograph(image, index, index % 2 == 0) for index, image in enumerate(data.test_images[:PHOTOGRAPHS])]
 
 

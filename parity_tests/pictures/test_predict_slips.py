@@ -8,51 +8,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 from PIL import Image
 
-from parity_tests.support import ENVIRONMENT, assert_slip, run_command
-from torch_ref.model import SimpleCNN
+from jax_cnn.config import UserError
+from jax_cnn.pictures.read import read_picture
+from jax_cnn.torch_layout import TorchDict, save_weights
+from parity_tests.support import assert_slip, run_command
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """The weights of an untrained network."""
-    safetensors.torch.save_file(SimpleCNN().state_dict(), tmp_path / "weights")
-    return tmp_path / "weights"
-
-
-# Bad files
-
-
-def png_of_nothing(width: int, height: int) -> bytes:
-    """Return a PNG that states a size and holds no pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def with_size(png: bytes, width: int, height: int) -> bytes:
+    """Return a PNG whose header states another size than that of its pixels."""
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 @pytest.fixture
 def bad_files(boot: Path, tmp_path: Path) -> dict[str, str]:
-    """Files in the test's folder that cannot be read, each with the words that must be printed about it."""
+    """Return files in the test's folder that cannot be read, each with the words that must be printed about it."""
     large_boot = Image.open(boot).resize((252, 252), Image.Resampling.NEAREST)
     large_boot.save(tmp_path / "good.png")
     large_boot.save(tmp_path / "good.jpg")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "floats.ppm", "PPM")
+    png, jpeg = ((tmp_path / f"good.{kind}").read_bytes() for kind in ("png", "jpg"))
     contents = {
         "empty.png": (b"", "an empty file"),
         "text.png": (b"a picture, honestly", "no picture"),
-        "cut.png": ((tmp_path / "good.png").read_bytes()[:900], "cannot be decoded (image file is truncated"),
-        "cut.jpg": ((tmp_path / "good.jpg").read_bytes()[:900], "cannot be decoded (image file is truncated"),
-        "bomb.png": (png_of_nothing(60_000, 60_000), "more than 89,478,485 pixels"),  # Pillow refuses
-        "large.png": (png_of_nothing(10_000, 9_000), "more than 89,478,485 pixels"),  # Pillow warns
-        "absurd.png": (png_of_nothing(2**31 - 1, 2**31 - 1), "more than 89,478,485 pixels"),
-        "nothing.png": (png_of_nothing(30, 30), "cannot be decoded (image file is truncated"),
+        "cut.png": (png[:900], "cannot be decoded (image file is truncated"),
+        "cut.jpg": (jpeg[:900], "cannot be decoded (image file is truncated"),
+        "bomb.png": (with_size(png, 60_000, 60_000), "more than 89,478,485 pixels"),  # Pillow refuses
+        "large.png": (with_size(png, 10_000, 9_000), "more than 89,478,485 pixels"),  # Pillow warns
+        "absurd.png": (with_size(png, 2**31 - 1, 2**31 - 1), "more than 89,478,485 pixels"),
         "line\nbreak.png": (b"\x1b[31m", "no picture"),
     }
     for name, (content, _) in contents.items():
@@ -69,9 +56,10 @@ def bad_files(boot: Path, tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(os.name != "posix", reason="makes a named pipe")
 def test_bad_files_get_a_line_each_and_the_others_are_classified(
-    bad_files: dict[str, str], weights: Path, tmp_path: Path
+    bad_files: dict[str, str], torch_weights: TorchDict, tmp_path: Path
 ) -> None:
-    done = run_command("predict", "good.png", *bad_files, "good.jpg", "--weights", weights, cwd=tmp_path)
+    save_weights(tmp_path / "weights", torch_weights)
+    done = run_command("predict", "good.png", *bad_files, "good.jpg", "--weights", "weights", cwd=tmp_path)
     assert done.returncode == 2
     for line, (name, problem) in zip(done.stderr.splitlines(), bad_files.items(), strict=True):
         assert line.startswith("error: " + name.replace("\n", r"\n") + f": {problem}"), line
@@ -81,62 +69,19 @@ def test_bad_files_get_a_line_each_and_the_others_are_classified(
     assert names == ["good.png", "good.jpg"]
 
 
-# Slips
-
-
-@pytest.fixture
-def without_frameworks(tmp_path: Path) -> dict[str, str]:
-    """The environment of a command that fails when it imports a framework."""
-    folder = tmp_path / "without frameworks"
-    folder.mkdir()
-    for name in ("jax", "flax", "torch", "torchvision"):
-        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
-    return ENVIRONMENT | {"PYTHONPATH": str(folder)}
-
-
-SLIPS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no picture": ((), "there is no picture to look at: give one or more files"),
-    "no network": (
-        ("boot.png",),
-        "there is no trained network in runs/jax/weights.safetensors: train one first (python scripts/train_jax.py)",
-    ),
-    "no network of PyTorch's": (
-        ("boot.png", "--framework", "torch"),
-        "there is no trained network in runs/torch/weights.safetensors: "
-        "train one first (python scripts/train_torch.py)",
-    ),
-    "no such weights": (("boot.png", "--weights", "w"), "weights file w: No such file or directory; give"),
-    "damaged weights": (("boot.png", "--weights", "cut"), "weights file cut: not a readable safetensors file"),
-    "an unknown framework": (("boot.png", "--framework", "numpy"), "--framework"),
-    "an unknown way to invert": (("boot.png", "--invert", "maybe"), "--invert"),
-    "an unknown flag": (("boot.png", "--weight", "w"), "--weight"),
-    "only bad files": (("none.png", "--weights", "weights"), "none.png: No such file or directory; give"),
-}
-
-
-@pytest.mark.usefixtures("boot")
-@pytest.mark.parametrize(("arguments", "message"), SLIPS.values(), ids=SLIPS)
-def test_a_slip_is_one_line_before_a_framework_loads(
-    weights: Path, tmp_path: Path, without_frameworks: dict[str, str], arguments: tuple[str, ...], message: str
-) -> None:
-    (tmp_path / "cut").write_bytes(weights.read_bytes()[:-1])
-    done = run_command("predict", *arguments, cwd=tmp_path, env=without_frameworks)
-    assert_slip(done, message)
-    assert done.stdout == ""
-
-
-def test_without_a_slip_the_command_loads_a_framework(
-    weights: Path, boot: Path, tmp_path: Path, without_frameworks: dict[str, str]
-) -> None:
-    done = run_command("predict", boot, "--weights", weights, cwd=tmp_path, env=without_frameworks)
-    assert "ImportError: jax was imported" in done.stderr
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_without_permission_is_named(boot: Path) -> None:
+    boot.chmod(0)
+    with pytest.raises(UserError, match=r"boot.png: Permission denied; give a file that can be read"):
+        read_picture(boot)
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_weights_too_large_to_compute_with_are_one_line(tmp_path: Path, boot: Path, framework: str) -> None:
+def test_weights_too_large_to_compute_with_are_one_line(
+    torch_weights: TorchDict, tmp_path: Path, boot: Path, framework: str
+) -> None:
     """Every weight is finite, as `load_weights` demands; the logits are not."""
-    tensors = {name: tensor * 0 + 1e30 for name, tensor in SimpleCNN().state_dict().items()}
-    safetensors.torch.save_file(tensors, tmp_path / "huge")
+    save_weights(tmp_path / "huge", {name: np.full_like(array, 1e30) for name, array in torch_weights.items()})
     done = run_command("predict", boot, "--weights", "huge", "--framework", framework, cwd=tmp_path)
     assert_slip(done, "weights file huge: its numbers are too large to compute with; train again\n")
     assert done.stdout == ""

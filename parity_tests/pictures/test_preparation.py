@@ -70,7 +70,7 @@ def test_no_test_image_is_inverted_and_every_negative_is(data: FashionMNIST) -> 
         assert np.array_equal(inverted.pixels, image)
 
 
-def test_the_flag_overrules_and_the_summary_says_so(data: FashionMNIST) -> None:
+def test_the_flag_decides_about_inverting_and_the_summary_says_so(data: FashionMNIST) -> None:
     image = data.test_images[0]
     inverted, negative = prepare_picture(plain(image), "yes"), prepare_picture(plain(255 - image), "no")
     assert np.array_equal(inverted.pixels, 255 - image)

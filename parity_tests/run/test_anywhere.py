@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from jax_cnn.run.folder import FILES
-from parity_tests.support import ROOT, TIMEOUT
+from parity_tests.support import ROOT, TIMEOUT, assert_slip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's users, capabilities and cores")
 
@@ -121,3 +121,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: P
     assert done.stderr == (
         f"error: --out-dir runs/{framework}: cannot write there (Permission denied); choose another folder\n"
     )
+
+
+def test_an_incomplete_data_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: Path) -> None:
+    done = launch("train_torch", *SMALL, "--data-dir", checkout)
+    assert_slip(done, f"Fashion-MNIST is not in {checkout}/FashionMNIST/raw (missing: ", "Permission denied")
+    assert "give a data folder that can be written to" in done.stderr

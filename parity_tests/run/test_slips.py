@@ -1,9 +1,7 @@
-"""A user's slip with a training command: one plain line that says what is wrong and what to do, and nothing changes."""
+"""A user's slip with a command: one plain line that says what is wrong and what to do, and nothing changes."""
 
 import re
 import subprocess
-from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import jax
@@ -12,72 +10,105 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from PIL import Image
 
-from jax_cnn.config import Network
+from jax_cnn.config import CNN, Network
 from jax_cnn.run.folder import FILES
-from jax_cnn.torch_layout import TorchDict, layout_of
-from parity_tests.run.training import run_on_a_terminal
-from parity_tests.support import assert_slip, run_command
+from jax_cnn.torch_layout import save_weights
+from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
+from parity_tests.support import ENVIRONMENT, assert_slip, run_command
 
 FRAMEWORKS = ("jax", "torch")
-ADVICE = re.compile(r"must be|--help|\b(add|choose|give|install|leave|put|try|use)\b")
+ADVICE = re.compile(r"must (be|name)|--help|\b(add|choose|give|install|leave|put|train|try|use)\b")
 
-# Flags, and what the message names. None of these needs a framework to be seen.
-FLAG_SLIPS = (
-    (("--epochs", "-1"), ("--epochs", "-1", "between 1 and")),
-    (("--epochs", "abc"), ("--epochs", "abc")),
-    (("--epoch", "3"), ("--epoch",)),
-    (("--batch-size", "0"), ("--batch-size", "between 1 and")),
-    (("--limit-train", "0"), ("--limit-train", "between 1 and 60,000")),
-    (("--limit-train", "70000"), ("--limit-train", "between 1 and 60,000")),
-    (("--learning-rate", "-1"), ("--learning-rate", "positive", "-1")),
-    (("--learning-rate", "nan"), ("--learning-rate", "positive", "nan")),
-    (("--model", "resnet"), ("--model", "linear", "mlp", "cnn")),
-    (("--hidden", "20"), ("--hidden 20 is the mlp's: add --model mlp",)),
-    (("--model", "mlp", "--hidden", "0"), ("--hidden must be between 1 and 8,192, not 0",)),
-    (("--device", "abacus"), ("--device", "abacus", "gpu")),
-    (("--out-dir", "taken"), ("--out-dir", "taken")),
-    (("--out-dir", "taken/results"), ("--out-dir", "taken/results")),
-    (("--out-dir", "new", "--resume"), ("--resume", "no usable checkpoint in new", "leave --resume out")),
-    ((), ("taken", "data folder")),  # the data folder is a file, which is not an empty folder to download into
-)
-SLIPS_OF_ONE = (
-    ("jax", ("--dialect", "haiku"), ("--dialect", "linen", "nnx", "plain")),
-    ("torch", ("--dialect", "nnx"), ("--dialect",)),
-    ("torch", ("--precision", "bfloat16"), ("--precision bfloat16", "train_jax.py")),
-)
-SLIPS = (*((framework, *slip) for slip in FLAG_SLIPS for framework in FRAMEWORKS), *SLIPS_OF_ONE)
-SLIP_NAMES = [" ".join((framework, *flags)) for framework, flags, _ in SLIPS]
+# Flags, and what the message names.
+SLIPS_OF_TRAINING = {
+    "--epochs -1": ("--epochs", "-1", "between 1 and"),
+    "--epochs abc": ("--epochs", "abc"),
+    "--epoch 3": ("--epoch",),
+    "--batch-size 0": ("--batch-size", "between 1 and"),
+    "--limit-train 0": ("--limit-train", "between 1 and 60,000"),
+    "--limit-train 70000": ("--limit-train", "between 1 and 60,000"),
+    "--learning-rate -1": ("--learning-rate", "positive", "-1"),
+    "--learning-rate nan": ("--learning-rate", "positive", "nan"),
+    "--model resnet": ("--model", "linear", "mlp", "cnn"),
+    "--hidden 20": ("--hidden 20 is the mlp's: add --model mlp",),
+    "--model mlp --hidden 0": ("--hidden must be between 1 and 8,192, not 0",),
+    "--device abacus": ("--device", "abacus", "gpu"),
+    "--out-dir taken": ("--out-dir", "taken"),
+    "--out-dir taken/results": ("--out-dir", "taken/results"),
+    "--out-dir new --resume": ("--resume", "no usable checkpoint in new", "leave --resume out"),
+}
+SLIPS = {
+    **{f"train_{name} {flags}": words for flags, words in SLIPS_OF_TRAINING.items() for name in FRAMEWORKS},
+    "train_jax --dialect haiku": ("--dialect", "linen", "nnx", "plain"),
+    "train_torch --dialect nnx": ("--dialect",),
+    "train_torch --precision bfloat16": ("--precision bfloat16", "train_jax.py"),
+    "predict": ("there is no picture to look at: give one or more files",),
+    "predict boot.png": ("no trained network in runs/jax/weights", "train one first (python scripts/train_jax.py)"),
+    "predict boot.png --framework torch": ("runs/torch/weights", "train one first (python scripts/train_torch.py)"),
+    "predict boot.png --weights w": ("weights file w: No such file or directory; give",),
+    "predict boot.png --weights cut": ("weights file cut: not a readable safetensors file",),
+    "predict boot.png --framework numpy": ("--framework",),
+    "predict boot.png --invert maybe": ("--invert",),
+    "predict boot.png --weight w": ("--weight",),
+    "predict none.png --weights weights": ("none.png: No such file or directory; give",),
+    "benchmark --rounds 0": ("--rounds", "between 1 and"),
+    "benchmark --contenders jax torch-course": ("--contenders", "torch-fused"),  # which does not compete
+    "benchmark --contenders jax abacus": ("--contenders", "abacus", "torch-fused"),
+    "benchmark --steps 2000": ("--steps", "128,000", "60,000"),
+    "benchmark --thread-counts 9999": ("--thread-counts", "9999"),
+    "benchmark --round 3": ("--round", "--help"),
+    "benchmark --out-dir taken": ("--out-dir", "taken", "choose"),
+    "benchmark --data-dir taken --out-dir new": ("--data-dir", "taken", "give"),
+    "compare --jax-run nowhere": ("--jax-run nowhere: no run is there (No such file or directory); give",),
+    "compare --epochs 0": ("--epochs must be between 1 and 10,000, not 0",),
+    "compare --images 0": ("--images must be between 1 and 200, not 0",),
+    "compare --retrain --jax-run x": ("--retrain trains both and --jax-run or --torch-run takes",),
+    "compare --run-benchmark --benchmark x": ("--run-benchmark measures again and --benchmark FILE",),
+    "compare --epoch 1": ("Unrecognized options: --epoch",),
+    "compare --benchmark nowhere": ("--benchmark nowhere: No such file or directory; give",),
+    "compare --benchmark other.json": ("--benchmark other.json: its content is not what is needed; give",),
+    "compare --parity-report nowhere": ("--parity-report nowhere: No such file or directory",),
+    "compare --parity-report other.json": ("--parity-report other.json: its content is not what",),
+    "compare --out-dir /dev/null/x": ("--out-dir /dev/null/x: ",),
+    "study": ("give the study first: study.py accuracy or study.py convolution",),
+    "study speed": ("give the study first",),
+    "study accuracy --pace-train 64": ("--pace-train",),
+    "study accuracy --short-train 0": ("--short-train must be between 1 and 60,000",),
+    "study convolution --seeds 1": ("--seeds must be at least 2",),
+    "study convolution --pace-train 0": ("--pace-train must be between 1 and 60,000",),
+    "study convolution --epochs 0": ("--epochs must be between",),
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with an earlier run of each command in its default place, and a regular file `taken`."""
+    """Return a folder with an earlier log of each training, a file where a folder is expected, and other inputs."""
     for framework in FRAMEWORKS:
         results = tmp_path / "runs" / framework
         results.mkdir(parents=True)
-        for name in FILES:
+        for name in set(FILES) - {"weights.safetensors"}:
             (results / name).write_text(f"{framework}'s earlier {name}", encoding="utf-8")
     (tmp_path / "taken").write_text("not a folder", encoding="utf-8")
     (tmp_path / "new").mkdir()
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    save_weights(tmp_path / "weights", zero_weights(Network("linear")))
+    (tmp_path / "cut").write_bytes((tmp_path / "weights").read_bytes()[:-1])
+    Image.new("L", (28, 28)).save(tmp_path / "boot.png")
     return tmp_path
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Return all paths in a folder: the SHA-256 of the files, an empty string for the folders."""
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
+def assert_plain_slip(
+    script: str, *flags: str, words: tuple[str, ...], cwd: Path, env: dict[str, str] = ENVIRONMENT
+) -> None:
+    """Assert that a command ends with one plain line that names these words, and leaves the folder as it was.
 
-
-def assert_training_slip(framework: str, *flags: object, words: tuple[str, ...], cwd: Path) -> None:
-    """Assert that a training command ends with one plain line that names these words, and leaves the folder as it was.
-
-    It has no data folder to continue with: a slip that is not noticed ends there, not in a download and a training.
+    Training has no data folder to continue with: a slip that is not noticed ends there, not in a download.
     """
     before = contents(cwd)
-    done = run_command(f"train_{framework}", "--data-dir", "taken", *flags, cwd=cwd)
+    data_flags = ("--data-dir", "taken") if script.startswith("train_") else ()
+    done = run_command(script, *data_flags, *flags, cwd=cwd, env=env)
     assert_plain_line(done, words)
     assert "Traceback" not in done.stdout
     assert contents(cwd) == before
@@ -91,13 +122,25 @@ def assert_plain_line(done: subprocess.CompletedProcess[str], words: tuple[str, 
     assert ADVICE.search(done.stderr), f"what to do? {done.stderr}"
 
 
-@pytest.mark.parametrize(
-    ("framework", "flags", "words"), SLIPS, ids=[" ".join((name, *flags)) for name, flags, _ in SLIPS]
-)
-def test_a_wrong_flag_is_one_line_and_changes_nothing(
-    folder: Path, framework: str, flags: tuple[str, ...], words: tuple[str, ...]
+@pytest.fixture(scope="module")
+def without_frameworks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the environment of a command that fails when it imports a framework."""
+    folder = tmp_path_factory.mktemp("without_frameworks")
+    for name in ("jax", "flax", "torch", "torchvision"):
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')", encoding="utf-8")
+    return ENVIRONMENT | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(("command", "words"), SLIPS.items(), ids=SLIPS)
+def test_a_wrong_flag_is_one_line_before_a_framework_loads_and_changes_nothing(
+    folder: Path, without_frameworks: dict[str, str], command: str, words: tuple[str, ...]
 ) -> None:
-    assert_training_slip(framework, *flags, words=words, cwd=folder)
+    assert_plain_slip(*command.split(), words=words, cwd=folder, env=without_frameworks)
+
+
+def test_without_a_slip_the_command_loads_a_framework(folder: Path, without_frameworks: dict[str, str]) -> None:
+    done = run_command("predict", "boot.png", "--weights", "weights", cwd=folder, env=without_frameworks)
+    assert "ImportError: jax was imported" in done.stderr
 
 
 def test_a_slip_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str) -> None:
@@ -107,6 +150,10 @@ def test_a_slip_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str
     assert_plain_line(done, ("--epochs", "abc"))
 
 
+def test_a_data_folder_that_is_a_file_is_one_line_and_stays(folder: Path, framework: str) -> None:
+    assert_plain_slip(f"train_{framework}", words=("taken", "data folder"), cwd=folder)
+
+
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 def test_a_missing_device_is_one_line_and_changes_nothing(folder: Path, framework: str, device: str) -> None:
     is_there = torch.cuda.is_available() and device == "gpu"
@@ -114,50 +161,37 @@ def test_a_missing_device_is_one_line_and_changes_nothing(folder: Path, framewor
         is_there = any(known.platform == device for known in jax.devices())
     if is_there:
         pytest.skip(f"{framework} sees a {device}")
-    assert_training_slip(framework, "--device", device, words=("--device", device), cwd=folder)
+    assert_plain_slip(f"train_{framework}", "--device", device, words=("--device", device), cwd=folder)
 
 
-Tensors = dict[str, np.ndarray | None]
+GOOD = zero_weights(Network("linear"))
+BIAS = GOOD["fc.bias"]
 
 
-def edited(tensors: TorchDict, changes: Tensors) -> bytes:
-    """Return a safetensors file of these tensors with some replaced or added; None leaves one out."""
-    return safetensors.numpy.save({name: array for name, array in (tensors | changes).items() if array is not None})
+def edited(**changes: np.ndarray | None) -> bytes:
+    """Return a safetensors file of good weights with some replaced or added; None leaves one out."""
+    return safetensors.numpy.save({name: array for name, array in (GOOD | changes).items() if array is not None})
 
 
-def in_bfloat16(tensors: TorchDict) -> bytes:
-    """Return a safetensors file of the same weights in bfloat16, as models are often published."""
-    return safetensors.torch.save({name: torch.from_numpy(array).bfloat16() for name, array in tensors.items()})
-
-
-def small_mlp(_: TorchDict) -> bytes:
-    """Return a safetensors file of an mlp's weights."""
-    leaves = layout_of(Network("mlp", 20))
-    return safetensors.numpy.save({name: np.zeros(leaf.shape, np.float32) for name, leaf in leaves.items()})
-
-
-TOO_LARGE = np.full(10, 1e300)  # a number in float64, infinity in float32
-
-WEIGHTS_SLIPS: dict[str, tuple[Callable[[TorchDict], bytes | None], str]] = {
-    "no file": (lambda good: None, "No such file"),
-    "no safetensors": (lambda good: b"PK\3\4 and so on", "safetensors"),
-    "cut short": (lambda good: edited(good, {})[:-1], "safetensors"),
-    "a tensor too few": (lambda good: edited(good, {"fc2.bias": None}), "fc2.bias"),
-    "a tensor too many": (lambda good: edited(good, {"fc3.bias": good["fc2.bias"]}), "fc3.bias"),
-    "a tensor transposed": (lambda good: edited(good, {"fc2.weight": good["fc2.weight"].T.copy()}), "(512, 10)"),
-    "not a number": (lambda good: edited(good, {"fc2.bias": good["fc2.bias"] * np.float32("nan")}), "fc2.bias"),
-    "beyond float32": (lambda good: edited(good, {"fc2.bias": TOO_LARGE}), "fc2.bias"),
-    "bfloat16, which NumPy lacks": (in_bfloat16, "dtype"),
-    "another network": (small_mlp, "of --model mlp --hidden 20, not of --model cnn"),
+WEIGHTS_SLIPS = {
+    "no file": (None, "No such file"),
+    "no safetensors": (b"PK\3\4 and so on", "safetensors"),
+    "cut short": (edited()[:-1], "safetensors"),
+    "a tensor too few": (edited(**{"fc.bias": None}), "fc.bias"),
+    "a tensor too many": (edited(**{"fc3.bias": BIAS}), "fc3.bias"),
+    "a tensor transposed": (edited(**{"fc.weight": GOOD["fc.weight"].T.copy()}), "(784, 10)"),
+    "not a number": (edited(**{"fc.bias": BIAS * np.float32("nan")}), "fc.bias"),
+    "beyond float32": (edited(**{"fc.bias": np.full(10, 1e300)}), "fc.bias"),
+    "bfloat16, which NumPy lacks": (safetensors.torch.save({"fc.bias": torch.zeros(10).bfloat16()}), "dtype"),
+    "another network": (safetensors.numpy.save(zero_weights(CNN)), "of --model cnn, not of --model linear"),
 }
 
 
-@pytest.mark.parametrize(("make", "word"), WEIGHTS_SLIPS.values(), ids=WEIGHTS_SLIPS)
+@pytest.mark.parametrize(("content", "word"), WEIGHTS_SLIPS.values(), ids=WEIGHTS_SLIPS)
 def test_weights_that_do_not_fit_are_one_line_and_change_nothing(
-    folder: Path, torch_weights: TorchDict, framework: str, make: Callable[[TorchDict], bytes | None], word: str
+    folder: Path, framework: str, content: bytes | None, word: str
 ) -> None:
-    content = make(torch_weights)
     if content is not None:
         (folder / "given.safetensors").write_bytes(content)
-    flags = ("--init-weights", "given.safetensors")
-    assert_training_slip(framework, *flags, words=("given.safetensors", word), cwd=folder)
+    flags = ("--model", "linear", "--init-weights", "given.safetensors")
+    assert_plain_slip(f"train_{framework}", *flags, words=("given.safetensors", word), cwd=folder)

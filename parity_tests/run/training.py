@@ -1,4 +1,4 @@
-"""Training commands that have run, and commands on a terminal."""
+"""Training commands that have run, weights for them, and commands on a terminal."""
 
 import os
 import re
@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
+from jax_cnn.config import Network
+from jax_cnn.torch_layout import TorchDict, layout_of
 from parity_tests.support import ENVIRONMENT, command_line
 
 
@@ -22,6 +25,16 @@ class TrainedRun(NamedTuple):
 
 
 TrainOnce = Callable[..., TrainedRun]  # (framework, *flags)
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return everything in a folder: the bytes of each file, None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def zero_weights(network: Network) -> TorchDict:
+    """Return weights of a network that are all 0."""
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in layout_of(network).items()}
 
 
 def run_on_a_terminal(script: str, *arguments: object, cwd: Path) -> tuple[int, str]:
