@@ -89,8 +89,8 @@ def test_a_network_written_twice_computes_the_same_logits_loss_gradient_and_adam
 
 def assert_none(divergences: Iterator[Divergence]) -> None:
     """Fail with every difference, the first one first."""
-    found = list(divergences)
-    assert not found, "\n".join(map(str, found))
+    differences = list(divergences)
+    assert not differences, "\n".join(map(str, differences))
 
 
 @pytest.fixture(scope="module")

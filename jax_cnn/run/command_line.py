@@ -1,4 +1,4 @@
-"""What every command does: read the command line, report an error on one line, and end cleanly after Ctrl-C."""
+"""The frame of every command: it reads the command line, prints errors on one line, and ends cleanly after Ctrl-C."""
 
 import contextlib
 import io

@@ -95,7 +95,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | N
     def ask() -> str | None:
         jax.config.update("jax_compilation_cache_dir", None)
         compiler.keep_compiled_programs()
-        folder: str | None = getattr(jax.config, names[0])  # of which mypy knows nothing
+        folder: str | None = getattr(jax.config, names[0])  # mypy does not know its type
         return folder
 
     yield ask

@@ -58,7 +58,7 @@ def stage_by_stage(features: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def rounded_together(shape: tuple[int, ...]) -> np.ndarray:
-    """Return float32 numbers many of which become equal when a bias of 1 is added, because their last bits are lost."""
+    """Return float32 numbers that often become equal when a bias of 1 is added, because their last bits are lost."""
     rng = np.random.default_rng(0)
     return (rng.integers(-2, 3, shape) + rng.integers(5, size=shape) * 2.0**-25).astype(np.float32)
 

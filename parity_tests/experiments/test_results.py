@@ -135,7 +135,7 @@ def new_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[R
 
 
 def test_a_new_seed_lies_within_the_studys_spread(new_pair: list[Run]) -> None:
-    # Bounds: prediction intervals, each of which one sound seed in 10,000 misses.
+    # Bounds: prediction intervals. One sound seed in 10,000 lies outside each of them.
     assert not outliers(*new_pair)
 
 

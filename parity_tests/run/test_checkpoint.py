@@ -32,7 +32,7 @@ from parity_tests.support import (
     wait_until,
 )
 
-# 66 batches, of which JAX trains 64 in one call, and one of 32 images: three places to stop in an epoch.
+# 66 batches (JAX trains 64 of them in one call) and one of 32 images: three places to stop in an epoch.
 SMALL = ("--epochs", "2", "--limit-train", str(66 * 64 + 32), "--limit-test", "100", "--device", "cpu")
 OFTEN = ("--checkpoint-seconds", "0.1")
 TIMES = {"train_seconds", "eval_seconds", "compile_seconds", "images_per_second"}

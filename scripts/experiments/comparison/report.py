@@ -201,7 +201,7 @@ def judge(report: Json) -> Json:
     if divergence := report["parity"]["first_divergence"]:
         reasons.append(f"in float64 they differ by more than rounding ({divergence})")
     if not abs(jax - torch) <= allowed:  # NaN must not pass
-        reasons.append(f"{training} {accuracies}, of which chance explains {100 * allowed:.2f}")
+        reasons.append(f"{training} {accuracies}; chance explains {100 * allowed:.2f}")
     if reasons:
         sentence = f"JAX and PyTorch do not train the same network: {'; and '.join(reasons)}."
     else:

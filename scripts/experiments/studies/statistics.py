@@ -81,7 +81,7 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
 
 def prediction_interval(values: Float[np.ndarray, " n"], false_alarm: float) -> tuple[float, float]:
-    """Return the interval outside of which one more value of the same normal distribution lies rarely.
+    """Return the interval that one more value of the same normal distribution rarely leaves.
 
     It is mean ± t · s · sqrt(1 + 1/n), where t is Student's quantile for n - 1 degrees of freedom. Source: G. A.
     Whitmore, Prediction limits for a univariate normal observation, The American Statistician 40 (1986) 141-143.
