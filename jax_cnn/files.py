@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jax_cnn.config import UserError
 
+TEMPORARY = ".tmp"  # ends the name of a file while it is written
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush to disk, rename, and flush the folder.
@@ -15,7 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written or does not exist. The old file stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.files import write_atomically, write_json, writing
+from jax_cnn.files import TEMPORARY, write_atomically, write_json, writing
 from jax_cnn.torch_layout import save_weights
 
 CONFIG = "config.json"
@@ -41,6 +41,9 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"--out-dir {path}: another run is writing there; wait, or choose another folder") from None
+        for name in (*FILES, CHECKPOINTS):
+            for unfinished in path.glob(f"{name}{TEMPORARY}"):  # the process that wrote it was killed
+                unfinished.unlink()
         if not resume:
             set_aside(path, [*FILES, *(file.name for file in path.glob(CHECKPOINTS))], say)
 

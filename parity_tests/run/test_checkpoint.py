@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress, Unusable, load_checkpoint, save_checkpoint
 from jax_cnn.config import CNN, Network
+from jax_cnn.run.folder import RunFolder
 from jax_cnn.run.resume import checkpoint_files
 from jax_cnn.torch_layout import TorchDict, layout_of
 from parity_tests.run.training import TrainOnce, contents
@@ -250,6 +251,15 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(finished: Pa
     assert checkpoint_files(finished) == before
     assert all(load_checkpoint(path) for _, path in before)
     assert not list(finished.glob("*.tmp"))
+
+
+def test_a_file_that_a_kill_left_unfinished_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    unfinished = [tmp_path / f"{name}.tmp" for name in ("checkpoint-000000004.safetensors", "weights.safetensors")]
+    for path in (*unfinished, tmp_path / "notes.tmp"):
+        path.touch()
+    with RunFolder(tmp_path, print, resume=True):
+        assert not any(path.exists() for path in unfinished)
+    assert (tmp_path / "notes.tmp").exists()  # not a file of a run
 
 
 def test_a_folder_that_is_taken_away_is_one_line(flags: Flags, results: Path, tmp_path: Path) -> None:
