@@ -63,3 +63,16 @@ def writing(path: Path, flag: str = "--out-dir") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None
+
+
+def check_out_dir(path: Path) -> None:
+    """Make the folder if it does not exist, and try to write a file into it, before any work is done.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()

@@ -7,7 +7,7 @@ Each takes images [batch, 28, 28, 1] with values in 0 … 1 and returns logits [
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,29 +19,24 @@ from jax_cnn import ops
 from jax_cnn.config import CNN, HIDDEN, Network
 
 Params = dict[str, dict[str, jax.Array]]  # {"conv1": {"kernel": …, "bias": …}, "conv2": …, "fc1": …, "fc2": …}
-Tap = Callable[[str, jax.Array], jax.Array]  # takes the name and the output of a stage, returns what goes on from it
-
-
-def no_tap(stage: str, output: jax.Array) -> jax.Array:
-    """Return the output of a stage unchanged."""
-    return output
+Apply = Callable[[Params, jax.Array], jax.Array]  # a network: (params, images) -> logits
 
 
 class SimpleCNN(nn.Module):
     """Conv-relu-pool twice and two linear layers: 1,630,090 parameters."""
 
     fused: bool = True
-    """Compute each conv-relu-pool block as one operation, which is faster. False computes each stage for `tap`."""
+    """Compute each conv-relu-pool block as one operation, which is faster. False computes it in three stages."""
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        pool1 = ConvReluPool(32, self.fused, name="conv1")(images, within("conv1", tap))  # 28 -> 14
-        pool2 = ConvReluPool(64, self.fused, name="conv2")(pool1, within("conv2", tap))  # 14 -> 7
-        flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: PyTorch flattens channels first
-        fc1 = tap("fc1", nn.Dense(512, name="fc1")(flatten))
-        relu3 = tap("relu3", nn.relu(fc1))
-        return tap("fc2", nn.Dense(10, name="fc2")(relu3))
+        pool1 = ConvReluPool(32, self.fused, name="conv1")(images)  # 28 -> 14
+        pool2 = ConvReluPool(64, self.fused, name="conv2")(pool1)  # 14 -> 7
+        flatten = pool2.reshape(len(pool2), -1)  # row, column, channel: PyTorch flattens channels first
+        fc1 = nn.Dense(512, name="fc1")(flatten)
+        relu3 = nn.relu(fc1)
+        return nn.Dense(10, name="fc2")(relu3)
 
 
 class ConvReluPool(nn.Module):
@@ -52,22 +47,22 @@ class ConvReluPool(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
+        self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height/2 width/2 features"]:
         """Compute the output of the block, with half the height and width."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, images.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv_relu_pool(images, kernel, bias, self.fused, tap)
+        return conv_relu_pool(images, kernel, bias, self.fused)
 
 
 class SoftmaxRegression(nn.Module):
     """One linear layer: 7,850 parameters."""
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        flatten = tap("flatten", images.reshape(len(images), -1))
-        return tap("fc", nn.Dense(10, name="fc")(flatten))
+        flatten = images.reshape(len(images), -1)
+        return nn.Dense(10, name="fc")(flatten)
 
 
 class FeedForward(nn.Module):
@@ -76,12 +71,12 @@ class FeedForward(nn.Module):
     hidden: int = HIDDEN
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        flatten = tap("flatten", images.reshape(len(images), -1))
-        fc1 = tap("fc1", nn.Dense(self.hidden, name="fc1")(flatten))
-        relu = tap("relu", nn.relu(fc1))
-        return tap("fc2", nn.Dense(10, name="fc2")(relu))
+        flatten = images.reshape(len(images), -1)
+        fc1 = nn.Dense(self.hidden, name="fc1")(flatten)
+        relu = nn.relu(fc1)
+        return nn.Dense(10, name="fc2")(relu)
 
 
 def conv_relu_pool(
@@ -89,27 +84,13 @@ def conv_relu_pool(
     kernel: Float[Array, "3 3 channels features"],
     bias: Float[Array, " features"],
     fused: bool,
-    tap: Tap,
 ) -> Float[Array, "batch height/2 width/2 features"]:
     """Compute a block as one operation or in three stages. The values are the same, bit by bit."""
     if fused:
-        return tap("pool", ops.conv_bias_relu_pool(images, kernel, bias))
-    conv = tap("conv", ops.add_bias(ops.conv3x3(images, kernel), bias))
-    relu = tap("relu", jax.nn.relu(conv))
-    return tap("pool", ops.max_pool2x2(relu))
-
-
-def within(block: str, tap: Tap) -> Tap:
-    """Return a tap that sees the stages of a block as `block.stage`."""
-    return lambda stage, output: tap(f"{block}.{stage}", output)
-
-
-@runtime_checkable
-class Apply(Protocol):
-    """A network as a pure function."""
-
-    def __call__(self, params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        """Compute the logits [batch, 10] of images [batch, 28, 28, 1]; `tap` sees every stage's output."""
+        return ops.conv_bias_relu_pool(images, kernel, bias)
+    conv = ops.add_bias(ops.conv3x3(images, kernel), bias)
+    relu = jax.nn.relu(conv)
+    return ops.max_pool2x2(relu)
 
 
 def make_module(network: Network = CNN, fused: bool = True) -> nn.Module:
@@ -122,8 +103,8 @@ def make_apply(network: Network = CNN, fused: bool = True) -> Apply:
     """Return a network as a pure function."""
     module = make_module(network, fused)
 
-    def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        logits: jax.Array = module.apply({"params": params}, images, tap)  # type: ignore[assignment]  # nothing mutable
+    def apply(params: Params, images: jax.Array) -> jax.Array:
+        logits: jax.Array = module.apply({"params": params}, images)  # type: ignore[assignment]  # nothing mutable
         return logits
 
     return apply

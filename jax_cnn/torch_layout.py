@@ -97,9 +97,6 @@ SIMPLE_CNN: Layout = {
     **dense("fc2", 512, 10),
 }
 
-# PyTorch's names of the stages inside SimpleCNN's blocks, by the names that `jax_cnn.model` gives them.
-TORCH_STAGES = {f"conv{block}.{stage}": f"{stage}{block}" for block in (1, 2) for stage in ("conv", "relu", "pool")}
-
 
 def layout_of(network: Network) -> Layout:
     """Return the layout of this network."""

@@ -13,12 +13,12 @@ from jax_cnn.model import Apply
 
 @cache  # the same function each time, so that JAX finds what it has compiled for it
 def make_apply(network: Network = CNN, dialect: Dialect = "linen", fused: bool = True) -> Apply:
-    """Return a network as a pure function: (params, images [batch, 28, 28, 1] in 0 … 1, tap) to logits [batch, 10].
+    """Return a network as a pure function: (params, images [batch, 28, 28, 1] in 0 … 1) to logits [batch, 10].
 
     Args:
         network: SimpleCNN, or one of the two networks without convolution.
         dialect: the dialect in which it is written.
-        fused: compute SimpleCNN's blocks as one operation each, as training does; else stage by stage.
+        fused: compute SimpleCNN's blocks as one operation each, as training does; else in three stages.
     """
     if dialect == "plain":
         from jax_cnn.dialects import plain

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_cnn.config import HIDDEN, Model, Network
-from jax_cnn.model import Apply, Params, Tap, conv_relu_pool, no_tap, within
+from jax_cnn.model import Apply, Params, conv_relu_pool
 
 
 class SimpleCNN(nnx.Module):
@@ -21,14 +21,14 @@ class SimpleCNN(nnx.Module):
         self.fc1 = nnx.Linear(7 * 7 * 64, 512, rngs=rngs)
         self.fc2 = nnx.Linear(512, 10, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        pool1 = self.conv1(images, within("conv1", tap))  # 28 -> 14
-        pool2 = self.conv2(pool1, within("conv2", tap))  # 14 -> 7
-        flatten = tap("flatten", pool2.reshape(len(pool2), -1))  # row, column, channel: PyTorch flattens channels first
-        fc1 = tap("fc1", self.fc1(flatten))
-        relu3 = tap("relu3", nnx.relu(fc1))
-        return tap("fc2", self.fc2(relu3))
+        pool1 = self.conv1(images)  # 28 -> 14
+        pool2 = self.conv2(pool1)  # 14 -> 7
+        flatten = pool2.reshape(len(pool2), -1)  # row, column, channel: PyTorch flattens channels first
+        fc1 = self.fc1(flatten)
+        relu3 = nnx.relu(fc1)
+        return self.fc2(relu3)
 
 
 class ConvReluPool(nnx.Module):
@@ -41,10 +41,10 @@ class ConvReluPool(nnx.Module):
         self.fused = fused
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], tap: Tap = no_tap
+        self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height/2 width/2 features"]:
         """Compute the output of the block, with half the height and width."""
-        return conv_relu_pool(images, self.kernel[...], self.bias[...], self.fused, tap)
+        return conv_relu_pool(images, self.kernel[...], self.bias[...], self.fused)
 
 
 class SoftmaxRegression(nnx.Module):
@@ -53,10 +53,10 @@ class SoftmaxRegression(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.fc = nnx.Linear(28 * 28, 10, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        flatten = tap("flatten", images.reshape(len(images), -1))
-        return tap("fc", self.fc(flatten))
+        flatten = images.reshape(len(images), -1)
+        return self.fc(flatten)
 
 
 class FeedForward(nnx.Module):
@@ -66,25 +66,29 @@ class FeedForward(nnx.Module):
         self.fc1 = nnx.Linear(28 * 28, hidden, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, 10, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch 28 28 1"], tap: Tap = no_tap) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 28 28 1"]) -> Float[Array, "batch 10"]:
         """Compute the logits."""
-        flatten = tap("flatten", images.reshape(len(images), -1))
-        fc1 = tap("fc1", self.fc1(flatten))
-        relu = tap("relu", nnx.relu(fc1))
-        return tap("fc2", self.fc2(relu))
+        flatten = images.reshape(len(images), -1)
+        fc1 = self.fc1(flatten)
+        relu = nnx.relu(fc1)
+        return self.fc2(relu)
 
 
-def make_apply(network: Network, fused: bool) -> Apply:
-    """Return a network as a pure function, which puts the parameters into the structure of the module in every call."""
+def make_module(network: Network, fused: bool) -> SimpleCNN | FeedForward | SoftmaxRegression:
+    """Return the module of a network, with Flax's own initial weights."""
     modules: dict[Model, Callable[..., SimpleCNN | FeedForward | SoftmaxRegression]] = {
         "cnn": partial(SimpleCNN, fused),
         "mlp": partial(FeedForward, network.hidden),
         "linear": SoftmaxRegression,
     }
-    structure = nnx.graphdef(nnx.eval_shape(lambda: modules[network.model](rngs=nnx.Rngs(0))))
+    return modules[network.model](rngs=nnx.Rngs(0))
 
-    def apply(params: Params, images: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        module = nnx.merge(structure, jax.tree.map(nnx.Param, params))
-        return module(images, tap)
+
+def make_apply(network: Network, fused: bool) -> Apply:
+    """Return a network as a pure function, which puts the parameters into the structure of the module in every call."""
+    structure = nnx.graphdef(nnx.eval_shape(partial(make_module, network, fused)))
+
+    def apply(params: Params, images: jax.Array) -> jax.Array:
+        return nnx.merge(structure, jax.tree.map(nnx.Param, params))(images)
 
     return apply

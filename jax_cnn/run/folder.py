@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.files import TEMPORARY, write_atomically, write_json, writing
+from jax_cnn.files import TEMPORARY, check_out_dir, write_atomically, write_json, writing
 from jax_cnn.torch_layout import save_weights
 
 CONFIG = "config.json"
@@ -95,16 +94,3 @@ def set_aside(path: Path, names: Sequence[str], say: Callable[[str], None]) -> N
             for name in present:
                 (path / name).rename(aside / name)
         say(f"{path} held an earlier run: it is now in {aside}")
-
-
-def check_out_dir(path: Path) -> None:
-    """Make the folder if it does not exist, and try to write a file into it, before any work is done.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()

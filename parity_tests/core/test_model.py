@@ -8,8 +8,9 @@ import pytest
 import torch
 from jax import numpy as jnp
 
+from experiments.answers import FRAMEWORKS, compute_stages
 from jax_cnn import torch_layout
-from jax_cnn.dialects import make_apply
+from jax_cnn.data import FashionMNIST
 from jax_cnn.model import Params, apply, init_params
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import to_images
@@ -41,24 +42,14 @@ def test_the_layout_map_names_every_tensor_and_its_shape(torch_weights: TorchDic
     assert {name: array.shape for name, array in torch_weights.items()} == shapes
 
 
-def test_every_stage_has_the_reference_shape(jax_weights: Params, images: np.ndarray) -> None:
-    ours: dict[str, tuple[int, ...]] = {}
-
-    def record(stage: str, value: jax.Array) -> jax.Array:
-        ours[torch_layout.TORCH_STAGES.get(stage, stage)] = value.shape
-        return value
-
-    make_apply(fused=False)(jax_weights, jnp.asarray(images), record)
-
-    theirs: dict[str, tuple[int, ...]] = {}
-    network = SimpleCNN()
-    for stage, module in network.named_children():
-        module.register_forward_hook(lambda _, __, output, stage=stage: theirs.update({stage: tuple(output.shape)}))
-    network(torch.zeros(len(images), 1, 28, 28))
-
-    channels_last = {stage: (s[0], *s[2:], s[1]) if len(s) == 4 else s for stage, s in theirs.items()}
-    assert ours == channels_last
-    assert ours["pool2"] == (8, 7, 7, 64)
+def test_every_stage_has_the_reference_shape(torch_weights: TorchDict, data: FashionMNIST) -> None:
+    image = data.test_images[0]
+    ours, theirs = (compute_stages(framework, torch_weights, image) for framework in FRAMEWORKS)
+    assert list(ours) == list(theirs) == ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2"]
+    assert ours["pool2"].shape == (64, 7, 7)
+    for stage, expected in theirs.items():
+        assert ours[stage].shape == expected.shape
+        assert np.abs(ours[stage] - expected).max() <= 1e-6
 
 
 def test_torchs_weights_give_the_same_logits_in_jax(torch_weights: TorchDict, images: np.ndarray) -> None:
