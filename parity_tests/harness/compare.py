@@ -5,6 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+SLICE = 2**20  # values that are compared at once: large tensors need no second copy
+
+
+class Refused(Exception):
+    """The two sides cannot be compared, and the message says in one line why and what to do."""
+
 
 class Divergence(NamedTuple):
     """One place where the two sides differ by more than rounding can explain."""
@@ -12,9 +18,11 @@ class Divergence(NamedTuple):
     check: str
     where: str
     problem: str
+    cause: str = ""  # what would explain the difference; empty where nothing is known
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.where}: {self.problem}"
+        sentence = f"{self.check}: {self.where}: {self.problem}"
+        return f"{sentence}. {self.cause}" if self.cause else sentence
 
 
 class Bound(NamedTuple):
@@ -24,11 +32,14 @@ class Bound(NamedTuple):
         limit: absolute, or in units of the largest expected value of the tensor if `relative`.
         source: the measurement behind the limit.
         relative: see `limit`.
+        floor: if `relative`, the smallest value that counts as a tensor's largest one: below it, a tensor is zero but
+            for rounding.
     """
 
     limit: float
     source: str
     relative: bool = True
+    floor: float = 0.0
 
 
 EXACT = Bound(0.0, "both sides hold the same bits", relative=False)
@@ -74,13 +85,13 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
     if actual.size == 0:
         return "it is empty on both sides"
     for side, array in (("JAX", actual), ("PyTorch", expected)):
-        if not np.isfinite(array).all():
+        if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             index = first_index(~np.isfinite(array))
             return f"{side} has {array[index]} at {list(index)}"
-    errors = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-    limit = bound.limit * (float(np.abs(expected).max()) if bound.relative else 1.0)
-    if errors.max() <= limit:
+    limit = bound.limit * (max(largest(expected), bound.floor) if bound.relative else 1.0)
+    if largest_error(actual, expected) <= limit:
         return ""
+    errors = np.abs(widened(actual) - widened(expected))
     index = first_index(errors == errors.max())
     return (
         f"error {errors.max():.1e} > {limit:.1e} at {list(index)} "
@@ -94,7 +105,35 @@ def first_index(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(int(index) for index in np.unravel_index(int(mask.argmax()), mask.shape))
 
 
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest error, in units of the largest expected value."""
-    scale = float(np.abs(expected).max()) or 1.0
-    return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max()) / scale
+def widened(array: np.ndarray) -> np.ndarray:
+    """Return the values in float64 or complex128, so that a difference does not overflow or round."""
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64, copy=False)
+
+
+def slices(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    """Yield slices of the first axis that hold about `SLICE` values each."""
+    if array.ndim == 0 or array.size <= SLICE:
+        yield ()
+        return
+    rows = max(1, SLICE * len(array) // array.size)
+    for start in range(0, len(array), rows):
+        yield (slice(start, start + rows),)
+
+
+def largest(array: np.ndarray) -> float:
+    """Return the largest absolute value; 0 for an empty array."""
+    return max((float(np.abs(array[part]).max(initial=0)) for part in slices(array)), default=0.0)
+
+
+def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest absolute difference; NaN if a value is NaN."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        errors = [np.abs(widened(actual[part]) - widened(expected[part])).max(initial=0) for part in slices(expected)]
+    return float(np.max(errors))
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray, floor: float = 0.0) -> float:
+    """Return the largest error in units of the largest expected value; infinity if the shapes differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return largest_error(actual, expected) / (max(largest(expected), floor) or 1.0)

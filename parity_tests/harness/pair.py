@@ -1,176 +1,322 @@
-"""A pair: two implementations of one network, and everything that a comparison needs to know about them."""
+"""A pair: a PyTorch module and a JAX model that are meant to be the same network, as a user declares them.
 
+Only the first three fields have to be given. All others have a default that fits most ports, and can be given where a
+port needs another. Nothing is guessed in silence: what a default chose stands in the report.
+"""
+
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import torch
 from jax import numpy as jnp
 from torch import nn
 
-from jax_cnn import train
-from jax_cnn.config import AdamConfig
-from jax_cnn.model import Tap, no_tap
-from jax_cnn.torch_layout import Layout, TorchDict, to_flax, walk
+from parity_tests.harness.taps import in_float64
+
+TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
+
+LARGE = 20_000_000  # parameters: with more, one batch of 2 has to do
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NOISE = 1e-3  # how far the nearly constant row of a probe varies
+
+
+class Inputs:
+    """The arguments of one call, batch first: `Inputs(images)`, `Inputs(ids, attention_mask=mask)`.
+
+    Attributes:
+        args: positional arguments: arrays, or any nest of tuples, lists and dictionaries of arrays.
+        kwargs: keyword arguments, likewise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def map(self, function: Callable[[Any], Any]) -> "Inputs":
+        """Return the inputs with a function applied to each array; what is no array stays."""
+        args, kwargs = jax.tree.map(lambda leaf: function(leaf) if is_array(leaf) else leaf, (self.args, self.kwargs))
+        return Inputs(*args, **kwargs)
+
+    def arrays(self) -> list[Any]:
+        """Return all arrays, in order."""
+        return [leaf for leaf in jax.tree.leaves((self.args, self.kwargs)) if is_array(leaf)]
 
 
 class Batch(NamedTuple):
-    """Inputs as PyTorch takes them (float32; images are [batch, channel, row, column]) and classes [batch]."""
+    """One batch of a data pipeline: inputs as PyTorch takes them, and targets (None if the loss needs none)."""
 
-    inputs: np.ndarray
-    labels: np.ndarray
+    inputs: Any
+    targets: Any = None
 
 
 Batches = Callable[[int, int], Iterator[Batch]]  # (seed, epoch) -> the batches of this epoch
-
-
-class StageLayout(NamedTuple):
-    """How one stage's output is carried from one framework to the other, both ways, as NumPy arrays."""
-
-    to_jax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray], np.ndarray]
-
-
-def channels_last(array: np.ndarray) -> np.ndarray:
-    """Turn [batch, channel, …] into [batch, …, channel]; [batch, channel] stays as it is."""
-    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
-
-
-def channels_first(array: np.ndarray) -> np.ndarray:
-    """Turn [batch, …, channel] into [batch, channel, …]."""
-    return np.ascontiguousarray(np.moveaxis(array, -1, 1))
-
-
-CHANNELS_LAST = StageLayout(channels_last, channels_first)
-UNCHANGED = StageLayout(np.ascontiguousarray, np.ascontiguousarray)
-
-
-def flattened(chw: tuple[int, int, int]) -> StageLayout:
-    """Return the layout of a flatten's output: channel, row, column in PyTorch, and row, column, channel in JAX."""
-    channels, rows, columns = chw
-
-    def to_jax(array: np.ndarray) -> np.ndarray:
-        return channels_last(array.reshape(-1, channels, rows, columns)).reshape(len(array), -1)
-
-    def to_torch(array: np.ndarray) -> np.ndarray:
-        return channels_first(array.reshape(-1, rows, columns, channels)).reshape(len(array), -1)
-
-    return StageLayout(to_jax, to_torch)
-
-
-def jax_mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Compute the mean cross-entropy as `jax_cnn` does in training."""
-    return train.cross_entropy(logits, labels).mean()
+TorchLoss = Callable[[Any, Any], torch.Tensor]  # (outputs, targets) -> loss
+JaxLoss = Callable[[Any, Any], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A PyTorch module and a pure JAX function that are meant to be the same network. PyTorch is the reference.
+    """A PyTorch module, a JAX model, and example inputs; PyTorch is the reference."""
 
-    A new pair must give the first five fields. The others say how both sides train; their defaults are those of this
-    project. `faults.py` plants its bugs by replacing a field.
-    """
-
-    name: str
-    module: Callable[[], nn.Module]
-    """Makes the reference. Its stages are its direct children, each used once."""
-    apply: Callable[[Any, jax.Array, Tap], jax.Array]
-    """(tree, inputs, tap) -> logits. Calls `tap(stage, value)` with each stage's output and goes on with its result."""
-    layout: Layout
-    """Where each tensor of the module's state dict stands in the JAX tree."""
-    input_shape: tuple[int, ...]
-    """The shape of one input of the reference, for example (1, 28, 28)."""
-    training_apply: Callable[[Any, jax.Array], jax.Array] | None = None
-    """(tree, inputs) -> logits: the program that trains, if it computes several stages of `apply` as one operation."""
-    classes: int = 10
-    stage_layouts: Mapping[str, StageLayout] = field(default_factory=dict)
-    """For stages whose outputs differ by more than the place of the channel axis, such as a flatten."""
-    input_layout: StageLayout = CHANNELS_LAST
-    adam: AdamConfig = field(default_factory=AdamConfig)
-    torch_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = nn.functional.cross_entropy
-    jax_loss: Callable[[jax.Array, jax.Array], jax.Array] = jax_mean_loss
-    torch_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
-    jax_optimizer: Callable[[AdamConfig], optax.GradientTransformation] = train.make_optimizer
-    torch_to_jax: Callable[[TorchDict, Layout], Any] = to_flax
-    jax_init: Callable[[jax.Array], Any] | None = None
-    """Draws JAX's own initial tree from a key; None if the JAX side has no initialisation of its own."""
+    torch_module: nn.Module | Callable[[], nn.Module]
+    """The reference, or a function that makes a new one. Initial weights can be compared only if it is a function."""
+    jax_model: Any
+    """A Flax Linen, NNX or Equinox module, a Haiku transform, a function f(variables, *args, **kwargs), or a tuple
+    (NNX or Equinox module, function f(module, *args, **kwargs))."""
+    inputs: Any
+    """An example of what PyTorch takes, batch first: an array, a tuple of arrays or `Inputs`; or a function
+    (random number generator, batch size) that draws it."""
+    weights: Any = None
+    """Where PyTorch's tensors stand in JAX's variables: a mapping of names, patterns or rules (what it leaves out is
+    proposed), a function from PyTorch's state dict to JAX's variables, a `WeightMap`, or None: all is proposed."""
+    stages: Mapping[str, str] = field(default_factory=dict)
+    """PyTorch's stages and the JAX stages with the same value, where weights and order do not tell; patterns too."""
+    jax_inputs: Any = None
+    """How JAX takes the inputs: "same", "channels_last", or a function from `Inputs` to `Inputs`. None means
+    channels-last for float arrays of 4 and 5 axes, but for Equinox, whose layers take channels first."""
+    jax_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """More keyword arguments of the JAX model in evaluation mode."""
+    jax_training_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """More keyword arguments of the JAX model in training mode."""
+    torch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """More keyword arguments of the PyTorch module, which are not for JAX."""
+    targets: Any = None
+    """An example of what the losses compare the outputs with, or a function (random number generator, batch size)."""
+    torch_loss: TorchLoss | None = None
+    """(outputs, targets) -> loss. None: cross-entropy for integer targets, half the mean square of all outputs else."""
+    jax_loss: JaxLoss | None = None
+    """The same in JAX."""
+    torch_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    """Makes the optimizer of a module. None: Adam with a learning rate of 0.001."""
+    jax_optimizer: Any = None
+    """An optax transformation of JAX's own trainable variables, or a function that makes it. None: optax.adam(1e-3)."""
+    torch_step: Callable[[nn.Module, torch.optim.Optimizer, Iterator[torch.Tensor]], None] | None = None
+    """(module, optimizer, losses) -> None: one step, where it is more than `backward` and `optimizer.step()`: clipping,
+    or several losses that are summed up. The gradients are 0 before it."""
+    jax_step: Callable[..., Any] | None = None
+    """(optimizer, list of gradients, optimizer state, params) -> (params, optimizer state): the same in JAX."""
+    micro_batches: int = 1
+    """The number of batches, hence of losses and gradients, of one step."""
+    torch_schedule: Callable[[int], float] | None = None
+    """The learning rate of PyTorch's step, counted from 0."""
+    jax_schedule: Callable[[int], Any] | None = None
+    """The learning rate of JAX's step, counted from 0."""
+    schedule_steps: int = 1000
+    """The steps over which the schedules are compared."""
+    training: bool | None = None
+    """Whether to compare training mode too. None: if the module has batch normalisation or dropout."""
     torch_batches: Batches | None = None
-    """The batches of PyTorch's data pipeline; None if there is none: inputs are then random numbers."""
+    """The batches of PyTorch's data pipeline; None: inputs are drawn like the example."""
     jax_batches: Batches | None = None
-    """The batches of JAX's data pipeline, with inputs in PyTorch's layout; None if there is none."""
+    """The batches of JAX's data pipeline, with inputs as PyTorch takes them."""
+    jax_init: Any = None
+    """Draws JAX's own variables from a key; "model" is the model's own way. None: initial weights are not compared."""
+    precision_factor: float | None = None
+    """How many times as far from float64 JAX's float32 may be as PyTorch's. None: float32 is not compared."""
+    batch_sizes: tuple[int, ...] | None = None
+    """The batches that are compared. None: 8 and 5, or 2 for more than 20 million parameters."""
+    name: str = ""
+    """The name in the report. Empty: that of the PyTorch module."""
 
-    def training_logits(self, tree: Any, inputs: jax.Array) -> jax.Array:
-        """Compute the logits with the program that trains."""
-        return self.training_apply(tree, inputs) if self.training_apply else self.apply(tree, inputs, no_tap)
+    def title(self) -> str:
+        """Return the name in the report."""
+        return self.name or type(self.new_module()).__name__
 
-    def stage_layout(self, stage: str, ndim: int) -> StageLayout:
-        """Return how to carry the output of this stage, which has `ndim` axes."""
-        return self.stage_layouts.get(stage, CHANNELS_LAST if ndim > 2 else UNCHANGED)
-
-    def reference(self, dtype: str, weights: TorchDict | None = None) -> nn.Module:
-        """Return the reference in evaluation mode: dropout off, batch normalisation with its running statistics.
-
-        Args:
-            dtype: "float32" or "float64".
-            weights: by name, or None for the initial weights that the module draws.
-        """
-        module = self.module().to(getattr(torch, dtype)).eval()
-        if weights is not None:
-            state = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
-            module.load_state_dict(state, strict=False)  # counters are missing; the check `shapes` has seen the names
-        return module
-
-    def draw(self, seed: int, dtype: str = "float64") -> TorchDict:
-        """Return the reference's initial weights and float buffers, by name; drawn in float32 whatever the dtype."""
+    def new_module(self, seed: int = 0) -> nn.Module:
+        """Return a new reference, drawn with this seed, or the given one if the pair has no way to make another."""
+        if isinstance(self.torch_module, nn.Module):
+            return self.torch_module
         torch.manual_seed(seed)
-        return to_numpy(self.module().state_dict(), dtype)
+        return self.torch_module()
 
-    def trainable(self) -> list[str]:
-        """Return the names of the tensors that the optimizer changes. The others are buffers, which stay."""
-        return [name for name, _ in self.module().named_parameters()]
+    def sizes(self) -> tuple[int, ...]:
+        """Return the sizes of the batches that are compared."""
+        if self.batch_sizes is not None:
+            return self.batch_sizes
+        large = sum(parameter.numel() for parameter in self.new_module().parameters()) > LARGE
+        return (2,) if large else (8, 5)  # a loss that divides by the wrong number shows on the second
 
-    def to_leaves(self, weights: TorchDict) -> dict[str, jax.Array]:
-        """Carry weights to JAX: the leaves of its tree, in its layout, under PyTorch's names."""
-        return self.leaves_of(self.torch_to_jax(weights, self.layout))
-
-    def leaves_of(self, tree: Any) -> dict[str, jax.Array]:
-        """Return the leaves of a tree that `apply` takes, under PyTorch's names."""
-        names = {leaf.path: name for name, leaf in self.layout.items()}
-        return {names[path]: jnp.asarray(leaf) for path, leaf in walk(tree)}
-
-    def to_tree(self, leaves: Mapping[str, jax.Array]) -> Any:
-        """Build the tree that `apply` takes from leaves under PyTorch's names."""
-        tree: dict[str, Any] = {}
-        for name, value in leaves.items():
-            *modules, last = self.layout[name].path
-            branch = tree
-            for module in modules:
-                branch = branch.setdefault(module, {})
-            branch[last] = value
-        return tree
-
-    def to_weights(self, leaves: Mapping[str, jax.Array]) -> TorchDict:
-        """Carry leaves (weights, gradients or moments) back to PyTorch's layouts."""
-        return {
-            name: np.ascontiguousarray(self.layout[name].to_torch(np.asarray(value))) for name, value in leaves.items()
-        }
-
-    def synthetic_batch(self, seed: int, size: int) -> Batch:
-        """Return random values from 0 to 1, with a block of zeros (ties for a pool) and one input of zeros."""
+    def draw_inputs(self, seed: int, size: int) -> Inputs:
+        """Return inputs of this batch size that show as much as random numbers can."""
         rng = np.random.default_rng((seed, size))
-        inputs = rng.random((size, *self.input_shape), dtype=np.float32)
-        inputs[..., : inputs.shape[-1] // 3] = 0
-        inputs[0] = 0
-        return Batch(inputs, rng.integers(self.classes, size=size))
+        return as_inputs(self.inputs(rng, size)) if callable(self.inputs) else draw_like(self.inputs, rng, size)
+
+    def draw_targets(self, seed: int, size: int) -> Any:
+        """Return targets for a batch of this size: drawn by the pair's function, or values of the example."""
+        rng = np.random.default_rng((seed, size, 1))
+        if self.targets is None or callable(self.targets):
+            return self.targets and self.targets(rng, size)
+        return jax.tree.map(lambda leaf: redraw(np.asarray(leaf), rng, size, batch_of(leaf)), self.targets)
+
+    def draw_batch(self, seed: int, size: int) -> Batch:
+        """Return inputs and targets of this batch size."""
+        return Batch(self.draw_inputs(seed, size), self.draw_targets(seed, size))
 
 
-def to_numpy(tensors: Mapping[str, torch.Tensor], dtype: str) -> TorchDict:
-    """Copy the floating tensors into arrays of this dtype; leave out counters such as num_batches_tracked."""
-    return {
-        name: tensor.detach().cpu().numpy().astype(dtype)
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point()
+def is_array(leaf: Any) -> bool:
+    """Return whether a leaf of a nest is an array of any framework."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def as_inputs(value: Any) -> Inputs:
+    """Return what a user gave as inputs: an array, a tuple of positional arguments, keyword arguments, or Inputs."""
+    if isinstance(value, Inputs):
+        inputs = value
+    elif isinstance(value, tuple):
+        inputs = Inputs(*value)
+    else:
+        inputs = Inputs(value)
+    return inputs.map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, torch.Tensor) else np.asarray(leaf))
+
+
+def batch_of(example: Any) -> int:
+    """Return the batch size of an example: the first axis of its first array; 0 if it has none."""
+    arrays = [leaf for leaf in jax.tree.leaves(example) if is_array(leaf) and len(leaf.shape)]
+    return int(arrays[0].shape[0]) if arrays else 0
+
+
+def draw_like(example: Any, rng: np.random.Generator, size: int) -> Inputs:
+    """Draw inputs like an example: floats anew, integers and booleans from the example's own values."""
+    inputs = as_inputs(example)
+    batch = batch_of((inputs.args, inputs.kwargs))
+    args = jax.tree.map(lambda leaf: redraw(leaf, rng, size, batch) if is_array(leaf) else leaf, inputs.args)
+    kwargs = {
+        name: jax.tree.map(lambda leaf, name=name: redraw(leaf, rng, size, batch, "mask" in name), value)
+        for name, value in inputs.kwargs.items()
     }
+    return Inputs(*args, **kwargs)
+
+
+def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False) -> Any:
+    """Draw one array like the example, with another batch size if its first axis is the batch.
+
+    Floats are drawn from a normal distribution with the example's mean and deviation, inside its range if it has no
+    negative value. With 4 rows or more, the first is zero, the second nearly constant and the third ten times as
+    large. Masks, zeros and ones, and all that is no float keep the example's own rows or values.
+    """
+    if not is_array(example):
+        return example
+    array = np.asarray(example)
+    if array.ndim == 0 or array.shape[0] != batch:
+        return array
+    rows = array[np.resize(np.arange(batch), size)]
+    if np.issubdtype(array.dtype, np.integer) and not mask:
+        drawn = rng.choice(array.reshape(-1), size=rows.shape)
+        drawn[: min(batch, size)] = rows[: min(batch, size)]
+        return drawn.astype(array.dtype)
+    is_mask = mask or (np.isin(array, (0, 1)).all() and np.ptp(array) > 0)
+    if not np.issubdtype(array.dtype, np.floating) or is_mask:
+        return rows
+    spread = float(array.std()) or 1.0
+    drawn = float(array.mean()) * (array.std() > 0) + spread * rng.standard_normal(rows.shape)
+    if array.min() >= 0 and array.max() > 0:
+        drawn = np.abs(drawn)
+    if size >= 4:
+        drawn[0] = 0
+        drawn[1] = spread * (0.03 + NOISE * rng.random(rows.shape[1:]))
+        drawn[2] *= 10
+    return drawn.astype(array.dtype)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent float buffers by name; a tensor that has several names has its first one."""
+    first: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return {name: tensor for name, tensor in floats.items() if first.setdefault(id(tensor), name) == name}
+
+
+def draw_tensors(pair: Pair, seed: int) -> TorchDict:
+    """Return the reference's own weights and float buffers in float32, by name.
+
+    A reference that cannot be made anew has one set of weights: for seeds above 0 each tensor's values change places.
+    """
+    tensors = {
+        name: np.array(tensor.detach().cpu().float().numpy())
+        for name, tensor in tensors_of(pair.new_module(seed)).items()
+    }
+    if isinstance(pair.torch_module, nn.Module) and seed:
+        rng = np.random.default_rng(seed)
+        tensors = {name: rng.permutation(array.reshape(-1)).reshape(array.shape) for name, array in tensors.items()}
+    return tensors
+
+
+def probing_tensors(pair: Pair, seed: int) -> TorchDict:
+    """Return the reference's weights in float32, changed so that they hide no fault.
+
+    A tensor that is all zeros or all ones, as biases, scales and statistics are at first, is drawn away from there.
+    Every second bias is 0, so that an input of zeros asks an activation for its gradient at 0. The first two scales of
+    a norm are 0: its first channel is 0 everywhere, as after a start from 0, and its second a positive constant, from
+    which a max-pool cannot choose a largest value.
+    """
+    rng = np.random.default_rng((seed, 7))
+    module = pair.new_module(seed)
+    parameters = {name for name, _ in module.named_parameters()}
+    tensors = draw_tensors(pair, seed)
+    for name, array in tensors.items():
+        if array.size > 1 and np.all(array == 1):
+            tensors[name] = rng.uniform(0.5, 1.5, array.shape).astype(np.float32)
+        elif array.size > 1 and np.all(array == 0):
+            tensors[name] = (0.2 * rng.standard_normal(array.shape)).astype(np.float32)
+        if name in parameters and name.endswith("bias") and array.ndim == 1:
+            tensors[name][::2] = 0
+    for name, layer in module.named_modules():
+        scale, bias = f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")
+        if isinstance(layer, NORMS) and {scale, bias} <= tensors.keys() and tensors[scale].size >= 4:
+            tensors[scale].reshape(-1)[:2] = 0
+            tensors[bias].reshape(-1)[1] = 0.2
+    return tensors
+
+
+def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
+    """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
+    module = copy.deepcopy(pair.new_module(seed)).cpu().to(getattr(torch, dtype)).eval()
+    own = tensors_of(module)
+    with torch.no_grad():
+        for name, array in tensors.items():
+            own[name].copy_(torch.from_numpy(np.array(array)))
+    return module
+
+
+def torch_objective(pair: Pair) -> TorchLoss:
+    """Return the loss in PyTorch: the pair's, or a default one."""
+    return pair.torch_loss or default_torch_loss
+
+
+def jax_objective(pair: Pair) -> JaxLoss:
+    """Return the loss in JAX: the pair's, or a default one."""
+    return in_float64(pair.jax_loss or default_jax_loss)
+
+
+def default_torch_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    """Compute the mean cross-entropy for integer targets, and half the mean square of all float outputs without any."""
+    if targets is not None and not targets.is_floating_point():
+        return nn.functional.cross_entropy(outputs, targets.long())
+    if targets is not None:
+        return nn.functional.mse_loss(outputs, targets)
+    return torch.stack([0.5 * leaf.square().mean() for leaf in float_leaves(outputs)]).sum()
+
+
+def default_jax_loss(outputs: Any, targets: Any) -> jax.Array:
+    """Compute the same in JAX."""
+    if targets is not None and not jnp.issubdtype(targets.dtype, jnp.floating):
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None].astype(jnp.int32), -1)
+        return -chosen.mean()
+    if targets is not None:
+        return jnp.square(outputs - targets).mean()
+    return sum((0.5 * jnp.square(leaf).mean() for leaf in float_leaves(outputs)), start=jnp.zeros(()))
+
+
+def float_leaves(outputs: Any) -> list[Any]:
+    """Return the float arrays of a nest of outputs, of either framework."""
+    from parity_tests.harness.nests import flat
+
+    def is_float(leaf: Any) -> bool:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.is_floating_point()
+        return is_array(leaf) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    return [leaf for leaf in flat(outputs).values() if is_float(leaf)]

@@ -1,0 +1,1035 @@
+"""Propose the map of weights: what is sure is said with its evidence, and what is not is asked.
+
+Evidence, in this order: what the user declared, equal values, equal names, the order of the calls with the kinds and
+shapes of the layers, what is left with one place alone, the pattern of other layers, and the outputs of both sides.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity_tests.harness.weights import (
+    CannotCarry,
+    Entry,
+    Gaps,
+    Layer,
+    Rule,
+    Shape,
+    TorchSide,
+    WeightMap,
+    attention,
+    cells_below,
+    check_complete,
+    conv,
+    conv1d,
+    conv_transpose,
+    declare,
+    expression,
+    groups,
+    gru,
+    join,
+    joined,
+    linear,
+    lstm,
+    module_paths,
+    parent,
+    qkv,
+    rule_for,
+    same,
+    same_names,
+    stacked,
+    torch_side,
+    words,
+)
+
+Judge = Callable[[WeightMap], float]
+
+SYNONYMS = {
+    **dict.fromkeys(("convolution", "conv2d", "conv1d"), "conv"),
+    **dict.fromkeys(("bn", "ln", "batchnorm", "layernorm", "groupnorm", "rmsnorm"), "norm"),
+    **dict.fromkeys(("dense", "linear", "logits", "head", "classifier"), "fc"),
+    **dict.fromkeys(("downsample", "shortcut", "proj"), "down"),
+    **dict.fromkeys(("h", "layer", "layers", "blocks", "stage", "stages"), "block"),
+    **dict.fromkeys(("query", "wq"), "q"),
+    **dict.fromkeys(("key", "wk"), "k"),
+    **dict.fromkeys(("value", "wv"), "v"),
+    **dict.fromkeys(("kernel", "weight", "scale", "embedding", "gamma"), "w"),
+    **dict.fromkeys(("bias", "offset", "beta"), "b"),
+}
+LAYERS_WITH_A_LAYOUT = {"Linear", "Dense", "DenseGeneral", "LinearGeneral", "Conv", "ConvTranspose", "Einsum"}
+ORDERS = (("ifgo", "igfo", "ifog"), ("rzn", "zrn", "-zrn"))  # of the gates of LSTMs and GRUs, as libraries pack them
+CLOSE = 10.0  # one map must be this many times nearer than another to be preferred
+MOST_QUESTIONS = 32  # more maps than that are not tried each: one question after the other
+ROUNDING = 1e-6  # distances of outputs below this are all the same: rounding
+
+
+class Row(NamedTuple):
+    """A row of the table: tensors and leaves with their shapes, the rule between them, and the evidence."""
+
+    torch: str
+    torch_shape: str
+    jax: str
+    jax_shape: str
+    rule: str
+    evidence: str
+
+
+class Proposal(NamedTuple):
+    """A map and what speaks for it.
+
+    Attributes:
+        map: of what could be matched; where two fit, it holds the first.
+        rows: the table, one row for each entry.
+        ambiguous: what two maps fit equally well, one line each. The user has to say.
+        python: a mapping to paste as `weights=`, which gives the same map again.
+        gaps: what the map leaves out.
+    """
+
+    map: WeightMap
+    rows: tuple[Row, ...]
+    ambiguous: tuple[str, ...]
+    python: str
+    gaps: Gaps
+
+
+class Unit(NamedTuple):
+    """What is carried as one in PyTorch: a module, a cell of a recurrent one, a tensor, or layers that JAX stacks.
+
+    Attributes:
+        name: in PyTorch; with `{i}` for the numbers of layers that JAX stacks.
+        layers: one, or those that JAX stacks.
+        make: makes the rule, from the path in JAX.
+        position: its place in the order of the calls.
+        scope: the number of the declared module that it is in, -1 for none.
+        inside: its name inside of that module.
+        tied: all its tensors are carried elsewhere too.
+        title: the words of its name, to be compared with those of places.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    make: Callable[..., Rule]
+    position: float
+    scope: int
+    inside: str
+    tied: bool = False
+    title: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where one of them may go in JAX.
+
+    Attributes:
+        path: of the module or the leaf.
+        leaves: the shapes of its leaves, by path.
+        position: its place in the order of the calls.
+        kind: the class of the module; "" if it is not known.
+        scope: the number of the declared module that it is in, -1 for none.
+        inside: its name inside of that module.
+        title: the words of its name, to be compared with those of units.
+    """
+
+    path: str
+    leaves: Mapping[str, Shape]
+    position: float
+    kind: str
+    scope: int
+    inside: str
+    title: tuple[str, ...] = ()
+
+
+class Option(NamedTuple):
+    """One way to carry a unit to a place."""
+
+    rule: Rule
+    entries: tuple[Entry, ...]
+
+
+class Match(NamedTuple):
+    """Units and places that belong together, the ways to carry the ones to the others, and the evidence.
+
+    Attributes:
+        units: one, or several that JAX joins.
+        places: one, or several into which JAX splits it.
+        options: ways that fit; the first is taken unless the values say otherwise.
+        evidence: why these belong together.
+    """
+
+    units: tuple[Unit, ...]
+    places: tuple[Place, ...]
+    options: tuple[Option, ...]
+    evidence: str
+
+
+def propose(
+    module: Any,
+    leaves: Mapping[str, Any],
+    declared: Mapping[str, str | Rule] | None = None,
+    torch_order: Sequence[tuple[str, str]] = (),
+    jax_order: Sequence[tuple[str, str]] = (),
+    judge: Judge | None = None,
+) -> Proposal:
+    """Propose the map of weights from PyTorch to JAX.
+
+    Args:
+        module: the PyTorch module.
+        leaves: JAX's leaves by path: shapes, or arrays. Where arrays hold carried values, these are evidence.
+        declared: what the user says already; it is taken as it is.
+        torch_order: names and classes of PyTorch's modules, in the order of the calls.
+        jax_order: paths and classes of JAX's modules, in the order of the calls. Empty for a plain function.
+        judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
+
+    Raises:
+        CannotCarry: what the user declared does not fit.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    side, given = torch_side(module), declare(declared or {}, module, leaves)
+    scopes = declared_modules(declared or {}, side)
+    units = list_units(side, torch_order, scopes, given)
+    places = list_places(shapes, jax_order, scopes, given, units)
+    units = stack_units(units, places)
+    values = Values.read(module, leaves)
+    flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
+    matches = match(units, places, values, flattens, bool(jax_order))
+    rest = left_over(side, shapes, matches, given, scopes)
+    matches = settle_layouts([*matches, *match(*rest, values, flattens, ordered=False)], given)
+    choices = open_choices([*units, *rest[0]], [*places, *rest[1]], matches)
+    matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge)
+    result = assemble(given, matches, side)
+    gaps = check_complete(result, list(side.shapes), list(shapes))
+    return Proposal(result, table(result, given, matches), ambiguous, write_python(declared or {}, matches), gaps)
+
+
+# What there is to match
+
+
+def declared_modules(declared: Mapping[str, str | Rule], side: TorchSide) -> list[tuple[str, str]]:
+    """Return the modules that the user put beside each other, the inner ones first: what is inside stays inside."""
+    pairs = [
+        (name, to[0])
+        for key, value in declared.items()
+        if isinstance(value, str)
+        for stack, places in groups(key, (value,), side)
+        for name, to in places
+        if not stack and name in side.modules
+    ]
+    return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+
+def scope_of(name: str, fronts: Sequence[str], separator: str) -> tuple[int, str]:
+    """Return the number of the innermost of these modules that a name is in (-1 for none), and its name inside."""
+    around = [
+        n for n, front in enumerate(fronts) if not front or f"{name}{separator}".startswith(f"{front}{separator}")
+    ]
+    scope = max(around, key=lambda number: len(fronts[number]), default=-1)
+    return scope, name if scope < 0 else name[len(fronts[scope]) :].lstrip(separator)
+
+
+def list_units(
+    side: TorchSide,
+    order: Sequence[tuple[str, str]],
+    scopes: Sequence[tuple[str, str]],
+    given: WeightMap,
+) -> list[Unit]:
+    """List what is to be carried, in the order of the calls; what is not called comes behind its neighbour."""
+    carried = {name for entry in given.entries for name in entry.torch} | given.unused
+    called = {name: number for number, (name, _) in reversed([*enumerate(order)])}
+    units: list[Unit] = []
+    position = -1.0
+    for owner in dict.fromkeys(side.owner(tensor) for tensor in side.alias):
+        tensors = side.tensors_of(owner)
+        full = {local: join(owner, ".", local) for local in tensors}
+        tied = all(side.alias[name] != name or name in carried for name in full.values())
+        tensors = {local: shape for local, shape in tensors.items() if tied or full[local] not in carried}
+        if not tensors or (tied and all(side.alias[name] == name for name in full.values())):
+            continue
+        position = called.get(owner, position + 1e-3)
+        module = side.modules[owner]
+        suffixes = [name.removeprefix("weight_ih") for name in tensors if name.startswith("weight_ih")]
+        for number, suffix in enumerate(suffixes or [""]):
+            own = {name: shape for name, shape in tensors.items() if not suffix or name.endswith(suffix)}
+            layer = Layer(owner, own, (), {}, module)
+            name = owner if len(suffixes) < 2 else f"{owner}{CELL}{suffix[1:]}"
+            scope = scope_of(name, [front for front, _ in scopes], ".")
+            units.append(Unit(name, (layer,), rule_for(module), position + number * 1e-4, *scope, tied))
+    return sorted(units, key=lambda unit: unit.position)
+
+
+CELL = "#"  # between a recurrent module and the name of its layer
+
+
+def list_places(
+    leaves: Mapping[str, Shape],
+    order: Sequence[tuple[str, str]],
+    scopes: Sequence[tuple[str, str]],
+    given: WeightMap,
+    units: Sequence[Unit],
+) -> list[Place]:
+    """List the modules of JAX that hold leaves, in the order of the calls; cells and attention are one place each."""
+    filled = {path for entry in given.entries for path in entry.jax}
+    free = {path: shape for path, shape in leaves.items() if path not in filled}
+    called = {path: (number, kind) for number, (path, kind) in reversed([*enumerate(order)])}
+    fronts = [path for _, path in scopes]
+    places: list[Place] = []
+
+    def add(path: str, own: Mapping[str, Shape]) -> None:
+        number, kind = called.get(path, (len(order) + len(places), ""))
+        places.append(Place(path, own, number, kind, *scope_of(path, fronts, "/")))
+
+    for path, own in compound_places(free, units):
+        add(path, own)
+        free = {leaf: shape for leaf, shape in free.items() if leaf not in own}
+    apart: dict[str, dict[str, Shape]] = {}
+    for leaf, shape in sorted(free.items(), key=lambda item: natural(item[0])):
+        apart.setdefault(re.sub("/~/(mean|var)_ema$", "", parent(leaf)), {})[leaf] = shape
+    for path, own in apart.items():
+        add(path, own)
+    return sorted(places, key=lambda place: (place.position, natural(place.path)))
+
+
+def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterator[tuple[str, dict[str, Shape]]]:
+    """Yield the cells and attentions that a recurrent module or an attention of PyTorch fits into."""
+    compound = [unit for unit in units if unit.make in (lstm, gru, attention)]
+    paths = [path for path in module_paths(free) if any(unit.make is attention for unit in compound)]
+    paths += cells_below(Layer("", {}, ("",), free)) if compound else []
+    for path in paths:
+        below = {leaf: shape for leaf, shape in free.items() if leaf.startswith(join(path, "/", "") if path else "")}
+        for unit in compound:
+            entries = carry(unit, unit.make(), below, (path,))
+            own = {leaf: below[leaf] for entry in entries for leaf in entry.jax}
+            if {name for entry in entries for name in entry.torch} == {
+                unit.layers[0].tensor(t) for t in unit.layers[0].tensors
+            }:
+                yield path, own
+                break
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts Conv_2 before Conv_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", path)]
+
+
+def stack_units(units: list[Unit], places: Sequence[Place]) -> list[Unit]:
+    """Put layers that JAX stacks in one leaf into one unit: `layers.0.fc` and `layers.1.fc` into `layers.{i}.fc`."""
+    lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
+    for unit in units:
+        for found in re.finditer(r"(?<![^.])[0-9]+(?![^.])", unit.name):
+            lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
+    result = list(units)
+    for front, families in lists.items():
+        stacks, apart = [], 0
+        for back, family in families.items():
+            if len({tuple(unit.layers[0].tensors.items()) for unit in family}) == 1:
+                layers = tuple(unit.layers[0] for unit in family)
+                inside = f"{family[0].inside.removesuffix(back)}{{i}}{back}"
+                stacks.append(family[0]._replace(name=f"{front}{{i}}{back}", layers=layers, inside=inside))
+                apart += sum(bool(options(family[0], place)) for place in places) >= len(family)
+        fitting = sum(any(options(unit, place) for place in places) for unit in stacks)
+        if fitting > apart and fitting * 2 > len(stacks):
+            firsts = {unit.layers[0].name: unit for unit in stacks}
+            names = {layer.name for unit in stacks for layer in unit.layers}
+            result = [firsts.get(unit.name, unit) for unit in result if unit.name in firsts or unit.name not in names]
+    return result
+
+
+# How a unit fits a place
+
+
+def carry(unit: Unit, rule: Rule, leaves: Mapping[str, Shape], paths: tuple[str, ...]) -> tuple[Entry, ...]:
+    """Return the entries of a unit by this rule at these paths; none if it does not fit."""
+    layers = len(unit.layers)
+    stack = "{" in unit.name
+    seen = {path: shape[1:] for path, shape in leaves.items() if shape[:1] == (layers,)} if stack else leaves
+    try:
+        found = [rule.carry(layer._replace(paths=paths, leaves=seen)) for layer in unit.layers]
+    except CannotCarry:
+        return ()
+    return tuple(stacked(entries) if stack else entries[0] for entries in zip(*found, strict=True))
+
+
+def options(unit: Unit, place: Place, flatten: Shape | None = None) -> tuple[Option, ...]:
+    """Return the ways to carry a unit to a place, the usual one first; none if it does not fit."""
+    shape = next(iter(unit.layers[0].tensors.values()))
+    size = math.prod(shape) * len(unit.layers)
+    if unit.make not in (lstm, gru, attention) and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
+        return ()
+    rules = [unit.make(place.path), *other_rules(unit, place, shape, flatten)]
+    found: list[Option] = []
+    for rule in rules:
+        entries = carry(unit, rule, place.leaves, (place.path,))
+        used = [leaf for entry in entries for leaf in entry.jax]
+        first = {layer.tensor(next(iter(layer.tensors))) for layer in unit.layers}
+        covered = any(first <= set(entry.torch) for entry in entries) and 2 * len(used) > len(place.leaves)
+        if covered and not any(equal(entries, other.entries, unit) for other in found):
+            found.append(Option(rule, entries))
+    return tuple(found)
+
+
+def other_rules(unit: Unit, place: Place, shape: Shape, flatten: Shape | None) -> list[Rule]:
+    """Return the rules that may hold instead of the usual one, because neither shape nor name of a leaf tells."""
+    known = place.kind in LAYERS_WITH_A_LAYOUT  # a layer of a library
+    square = len(shape) == 2 and shape[0] == shape[1]
+    rules: list[Rule] = []
+    if unit.make is linear and flatten:
+        rules.append(linear(place.path, flatten=flatten))
+    if unit.make in (linear, conv1d) and square and not known:
+        rules += [unit.make(place.path, transposed=turned) for turned in (True, False)]
+    if unit.make is same and any(len(size) == 2 and size[0] == size[1] for size in unit.layers[0].tensors.values()):
+        rules.append(same(place.path, transposed=True))
+    if unit.make is conv_transpose and (not place.kind or shape[0] == shape[1]):
+        rules += [conv_transpose(place.path, flipped=flipped) for flipped in (True, False)]
+    if unit.make in (lstm, gru) and not place.kind:  # a function may pack the gates as it likes
+        rules += [unit.make(place.path, order=order) for order in ORDERS[unit.make is gru]]
+    return rules
+
+
+def equal(some: Sequence[Entry], others: Sequence[Entry], unit: Unit) -> bool:
+    """Say whether two ways to carry a unit do the same."""
+    if [entry[:2] for entry in some] != [entry[:2] for entry in others]:
+        return False
+    shapes = {layer.tensor(local): shape for layer in unit.layers for local, shape in layer.tensors.items()}
+    for one, other in zip(some, others, strict=True):
+        labels = [np.arange(math.prod(shapes[name]), dtype=np.int32).reshape(shapes[name]) for name in one.torch]
+        pairs = zip(one.convert(*labels), other.convert(*labels), strict=True)
+        if not all(np.array_equal(left, right) for left, right in pairs):
+            return False
+    return True
+
+
+def flatten_sizes(units: Sequence[Unit]) -> dict[str, Shape]:
+    """Return the size that a flatten before a linear layer may have had (channels, rows, columns), by its name."""
+    sizes: dict[str, Shape] = {}
+    channels, rank = 0, 0
+    for unit in units:
+        shape = next(iter(unit.layers[0].tensors.values()))
+        if unit.make in (conv, conv_transpose):
+            channels, rank = shape[1 if unit.make is conv_transpose else 0], len(shape) - 2
+        elif unit.make in (linear, conv1d):
+            if unit.make is linear and channels > 1 and shape[-1] % channels == 0 and shape[-1] > channels:
+                places = shape[-1] // channels
+                side = round(places ** (1 / rank))
+                # How the places are split among rows and columns makes no difference to the order of the values.
+                size = (side,) * rank if side**rank == places else (places,)
+                sizes[unit.layers[0].name] = (channels, *size)
+            channels = 0
+    return sizes
+
+
+class Values(NamedTuple):
+    """The values on both sides, where JAX's leaves have some, and the sums of their absolutes."""
+
+    torch: Mapping[str, np.ndarray]
+    jax: Mapping[str, np.ndarray]
+    sums: Mapping[str, float]
+
+    @classmethod
+    def read(cls, module: Any, leaves: Mapping[str, Any]) -> "Values":
+        """Read the state dict, and the leaves that are arrays."""
+        jax = {path: np.asarray(leaf) for path, leaf in leaves.items() if hasattr(leaf, "__array__")}
+        torch = {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()} if jax else {}
+        sums = {f"torch {name}": float(np.abs(value).sum(dtype=np.float64)) for name, value in torch.items()}
+        sums |= {f"jax {path}": float(np.abs(value).sum(dtype=np.float64)) for path, value in jax.items()}
+        return cls(torch, jax, sums)
+
+    def agree(self, option: Option) -> bool:
+        """Say whether the leaves hold what an option carries to them. Constant values say nothing."""
+        first = option.entries[0]
+        if not all(path in self.jax for entry in option.entries for path in entry.jax):
+            return False
+        torch_sum = sum(self.sums[f"torch {name}"] for name in first.torch)
+        if torch_sum == 0 or not math.isclose(
+            torch_sum, sum(self.sums[f"jax {path}"] for path in first.jax), rel_tol=1e-6
+        ):
+            return False
+        varied = False
+        for entry in option.entries:
+            values = entry.convert(*(self.torch[name] for name in entry.torch))
+            for path, value in zip(entry.jax, values, strict=True):
+                if not np.allclose(self.jax[path], value, rtol=1e-6, atol=1e-12):
+                    return False
+                varied = varied or value.min() != value.max()
+        return varied
+
+
+# Which unit belongs to which place
+
+Fits = dict[tuple[int, int], tuple[Option, ...]]  # the ways to carry a unit to a place, by their numbers; where it fits
+
+
+def match(
+    units: Sequence[Unit], places: Sequence[Place], values: Values, flattens: Mapping[str, Shape], ordered: bool
+) -> list[Match]:
+    """Match units with places; each is in one match at most."""
+    units, places = with_titles(units, places)
+    fits: Fits = {}
+    for number, unit in enumerate(units):
+        for other, place in enumerate(places):
+            if unit.scope == place.scope and (found := options(unit, place, flattens.get(unit.layers[0].name))):
+                fits[number, other] = found
+    agreeing = {pair: tuple(option for option in found if values.agree(option)) for pair, found in fits.items()}
+    fits |= {pair: found for pair, found in agreeing.items() if found}
+    matches: list[Match] = []
+
+    def take(pairs: Sequence[tuple[int, int]], evidence: str) -> None:
+        for number, other in pairs:
+            matches.append(Match((units[number],), (places[other],), fits[number, other], evidence))
+            for pair in [pair for pair in fits if pair[0] == number or pair[1] == other]:
+                del fits[pair]
+
+    take(alone([pair for pair in fits if agreeing[pair]]), "values")
+    named = equal_names(units, places)
+    take(alone([pair for pair in fits if pair in named]), "names")
+    if ordered:
+        for some, others, found in align(units, places, fits):
+            if len(some) == len(others) == 1:
+                take([(some[0], others[0])], "order of the calls")
+            else:
+                matches.append(
+                    Match(tuple(units[n] for n in some), tuple(places[n] for n in others), found, "order of the calls")
+                )
+                for pair in [pair for pair in fits if pair[0] in some or pair[1] in others]:
+                    del fits[pair]
+    while only := alone(list(fits)):
+        take(only, "the only one left that fits")
+    while near := nearest(units, places, fits):
+        take(near, "nearest names")
+    for whole, parts, ways in fused(units, places, matches):
+        matches.append(Match(whole, parts, ways, "the only ones left that fit"))
+    while fits:
+        take([min(fits)], "order of the names")
+    return matches
+
+
+def alone(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the pairs of which neither side is in another pair."""
+    left, right = Counter(pair[0] for pair in pairs), Counter(pair[1] for pair in pairs)
+    return [pair for pair in pairs if left[pair[0]] == right[pair[1]] == 1]
+
+
+def equal_names(units: Sequence[Unit], places: Sequence[Place]) -> set[tuple[int, int]]:
+    """Return the pairs of which the names are the same inside of what the user put beside each other."""
+    pairs = set()
+    for scope in {unit.scope for unit in units}:
+        names = {unit.inside: number for number, unit in enumerate(units) if unit.scope == scope}
+        paths = {place.inside: number for number, place in enumerate(places) if place.scope == scope}
+        pairs |= {(names[name], paths[path]) for name, path in same_names(names, paths).items()}
+    return pairs
+
+
+def with_titles(units: Sequence[Unit], places: Sequence[Place]) -> tuple[list[Unit], list[Place]]:
+    """Give units and places comparable names: one word for all that mean the same, and numbers counted from 0.
+
+    Numbers behind a word of which the two sides have not equally many say nothing: fc1 and fc2 may be any of Dense_0,
+    Dense_1 and Dense_2.
+    """
+
+    def spell(name: str) -> list[str]:
+        return [SYNONYMS.get(word, word) for word in words(name)]
+
+    def count(sides: Sequence[Unit | Place]) -> dict[str, list[int]]:
+        numbers: dict[str, set[int]] = {}
+        for side in sides:
+            for before, word in itertools.pairwise(["", *spell(side.inside)]):
+                if word.isdigit():
+                    numbers.setdefault(before, set()).add(int(word))
+        return {word: sorted(found) for word, found in numbers.items()}
+
+    torch_numbers, jax_numbers = count(units), count(places)
+
+    def title(name: str, own: Mapping[str, list[int]]) -> tuple[str, ...]:
+        parts = []
+        for before, word in itertools.pairwise(["", *spell(name)]):
+            if not word.isdigit():
+                parts.append(word)
+            elif len(torch_numbers.get(before, own.get(before, []))) == len(
+                jax_numbers.get(before, own.get(before, []))
+            ):
+                parts.append(f"{before} {own[before].index(int(word))}")
+        return tuple(parts)
+
+    return (
+        [unit._replace(title=title(unit.inside, torch_numbers)) for unit in units],
+        [place._replace(title=title(place.inside, jax_numbers)) for place in places],
+    )
+
+
+def likeness(unit: Unit, place: Place) -> float:
+    """Return how alike two names are, from 0 to 1."""
+    left, right = Counter(unit.title), Counter(place.title)
+    return 2 * (left & right).total() / max(1, left.total() + right.total())
+
+
+def nearest(units: Sequence[Unit], places: Sequence[Place], fits: Fits) -> list[tuple[int, int]]:
+    """Return the pairs whose names are more alike than those of any other pair with one of them."""
+    found = []
+    like = {pair: likeness(units[pair[0]], places[pair[1]]) for pair in fits}
+    for pair, value in like.items():
+        rivals = [like[other] for other in like if other != pair and (other[0] == pair[0] or other[1] == pair[1])]
+        if value > max(rivals, default=0) + 0.05:
+            found.append(pair)
+    return found
+
+
+def align(
+    units: Sequence[Unit], places: Sequence[Place], fits: Fits
+) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[Option, ...]]]:
+    """Align what is left in the order of the calls, as Needleman and Wunsch; several layers may be fused in one.
+
+    Returns:
+        Numbers of units, numbers of places, and the ways to carry the ones to the others.
+    """
+    rows, columns = sorted({pair[0] for pair in fits}), sorted({pair[1] for pair in fits})
+    rows = [n for n, unit in enumerate(units) if n in rows or (not unit.tied and unit.make in (linear, conv1d))]
+    columns = [n for n, place in enumerate(places) if n in columns or len(place.leaves) <= 2]
+    best = np.zeros((len(rows) + 1, len(columns) + 1))
+    steps: dict[tuple[int, int], tuple[int, int, tuple[Option, ...]]] = {}
+    for i, j in itertools.product(range(len(rows) + 1), range(len(columns) + 1)):
+        moves: list[tuple[float, int, int, tuple[Option, ...]]] = [(0.0, 0, 0, ())] if i == j == 0 else []
+        moves += [(best[i - 1, j], 1, 0, ())] if i else []
+        moves += [(best[i, j - 1], 0, 1, ())] if j else []
+        if i and j:
+            unit, place = units[rows[i - 1]], places[columns[j - 1]]
+            if found := fits.get((rows[i - 1], columns[j - 1]), ()):
+                score = (1.0 if unit.tied else 3.0) + likeness(unit, place)
+                moves.append((best[i - 1, j - 1] + score, 1, 1, found))
+            for count in (2, 3):
+                if j >= count and (found := splits(unit, [places[n] for n in columns[j - count : j]])):
+                    moves.append((best[i - 1, j - count] + 3.5, 1, count, found))
+                if i >= count and (found := joins([units[n] for n in rows[i - count : i]], place)):
+                    moves.append((best[i - count, j - 1] + 3.5, count, 1, found))
+        score, up, left, found = max(moves, key=lambda move: move[0])
+        best[i, j], steps[i, j] = score, (up, left, found)
+    i, j = len(rows), len(columns)
+    aligned = []
+    while i or j:
+        up, left, found = steps[i, j]
+        if found:
+            aligned.append((tuple(rows[i - up : i]), tuple(columns[j - left : j]), found))
+        i, j = i - up, j - left
+    return aligned[::-1]
+
+
+def splits(unit: Unit, places: Sequence[Place]) -> tuple[Option, ...]:
+    """Return the ways to split a linear layer into several of one module, such as queries, keys and values."""
+    if unit.make not in (linear, conv1d) or len({(parent(place.path), place.scope) for place in places}) > 1:
+        return ()
+    if places[0].scope != unit.scope:
+        return ()
+    leaves = {leaf: shape for place in places for leaf, shape in place.leaves.items()}
+    total = sum(math.prod(shape) for layer in unit.layers for shape in layer.tensors.values())
+    if sum(map(math.prod, leaves.values())) != total:
+        return ()
+    paths = tuple(place.path for place in places)
+    heads = {shape[-2] for shape in leaves.values() if len(shape) - ("{" in unit.name) == 3}
+    rules = [qkv(*paths), *(qkv(*paths, heads=number) for number in heads if number > 1)]
+    return tuple(Option(rule, entries) for rule in rules if (entries := carry(unit, rule, leaves, paths)))
+
+
+def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
+    """Return the ways to join several linear layers of one module into one."""
+    fronts = {unit.name.rpartition(".")[0] for unit in units}
+    if len(fronts) > 1 or any(unit.make is not linear or unit.scope != place.scope for unit in units):
+        return ()
+    total = sum(math.prod(shape) for unit in units for layer in unit.layers for shape in layer.tensors.values())
+    if sum(map(math.prod, place.leaves.values())) != total:
+        return ()
+    rule = joined(place.path, *(unit.name.rpartition(".")[2] for unit in units))
+    (front,) = fronts
+    layers = tuple(
+        Layer(
+            parts[0].name.rpartition(".")[0],
+            {
+                f"{part.name.rpartition('.')[2]}.{local}": shape
+                for part in parts
+                for local, shape in part.tensors.items()
+            },
+            (),
+            {},
+        )
+        for parts in zip(*(unit.layers for unit in units), strict=True)
+    )
+    entries = carry(units[0]._replace(name=front, layers=layers), rule, place.leaves, (place.path,))
+    return (Option(rule, entries),) if entries else ()
+
+
+def fused(
+    units: Sequence[Unit], places: Sequence[Place], matches: Sequence[Match]
+) -> Iterator[tuple[tuple[Unit, ...], tuple[Place, ...], tuple[Option, ...]]]:
+    """Yield linear layers that are left with queries, keys and values of one module, by their names in either."""
+    taken = (
+        {unit.name for one in matches for unit in one.units},
+        {place.path for one in matches for place in one.places},
+    )
+    free = [unit for unit in units if unit.name not in taken[0]]
+    apart = triples([place for place in places if place.path not in taken[1]])
+    for unit in free:
+        ways = [(triple, found) for triple in apart if (found := splits(unit, triple))]
+        if len(ways) == 1:
+            yield (unit,), ways[0][0], ways[0][1]
+    for triple in triples(free):
+        joins_of = [
+            (place, found) for place in places if place.path not in taken[1] and (found := joins(triple, place))
+        ]
+        if len(joins_of) == 1:
+            yield triple, (joins_of[0][0],), joins_of[0][1]
+
+
+def triples(sides: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return the queries, keys and values among units or places, those of one module together and in this order."""
+    modules: dict[Any, dict[str, Any]] = {}
+    for side in sides:
+        if (names := side.title) and names[-1] in ("q", "k", "v"):
+            modules.setdefault((side.scope, names[:-1]), {})[names[-1]] = side
+    return [tuple(module[role] for role in "qkv") for module in modules.values() if len(module) == 3]
+
+
+def left_over(
+    side: TorchSide,
+    leaves: Mapping[str, Shape],
+    matches: Sequence[Match],
+    given: WeightMap,
+    scopes: Sequence[tuple[str, str]],
+) -> tuple[list[Unit], list[Place]]:
+    """Return each tensor and each leaf that no match carries yet as a unit and a place of its own."""
+    entries = [*given.entries, *(entry for match in matches for entry in match.options[0].entries)]
+    carried = {name for entry in entries for name in entry.torch} | given.unused
+    filled = {path for entry in entries for path in entry.jax}
+    units, places = [], []
+    for position, name in enumerate(side.shapes):
+        owner = side.owner(name)
+        make = rule_for(side.modules[owner])
+        if name not in carried and make not in (lstm, gru, attention):
+            layer = Layer(owner, {name.removeprefix(f"{owner}."): side.shapes[name]}, (), leaves, side.modules[owner])
+            units.append(Unit(name, (layer,), make, position, *scope_of(name, [front for front, _ in scopes], ".")))
+    for position, path in enumerate(path for path in leaves if path not in filled):
+        scope = scope_of(path, [front for _, front in scopes], "/")
+        places.append(Place(path, {path: leaves[path]}, position, "", *scope))
+    return units, places
+
+
+# What shapes, names and order leave open
+
+
+class Choice(NamedTuple):
+    """A question with several answers, about matches that are all answered alike, such as those of all blocks.
+
+    Attributes:
+        groups: for each time that the question comes up, the numbers of the matches that it is about.
+        answers: an order of the places of a group, and the number of the option that is taken.
+        texts: the answers in words, for the first group.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[tuple[int, ...], int], ...]
+    texts: tuple[str, ...]
+
+
+def apply(matches: Sequence[Match], choices: Sequence[Choice], setting: Sequence[int]) -> list[Match]:
+    """Return the matches with these answers; the option chosen comes first."""
+    chosen = list(matches)
+    for choice, number in zip(choices, setting, strict=True):
+        order, option = choice.answers[number]
+        for group in choice.groups:
+            places = [chosen[index].places for index in group]
+            for index, place in zip(group, order, strict=True):
+                if places[place] != chosen[index].places:
+                    found = options(chosen[index].units[0], places[place][0])
+                    chosen[index] = chosen[index]._replace(places=places[place], options=found)
+                if option:
+                    found = chosen[index].options
+                    chosen[index] = chosen[index]._replace(
+                        options=(found[option], *found[:option], *found[option + 1 :])
+                    )
+    return chosen
+
+
+def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequence[Match]) -> list[Choice]:
+    """Return what is open: equal neighbours that may be exchanged, then options that fit equally well."""
+    families: dict[Any, list[tuple[int, ...]]] = {}
+    for run in equal_neighbours(units, places, matches):
+        key = tuple((skeleton(matches[n].units[0].name), skeleton(matches[n].places[0].path)) for n in run)
+        families.setdefault(key, []).append(run)
+    choices = []
+    for runs in families.values():
+        size = len(runs[0])
+        orders = list(itertools.permutations(range(size))) if size <= 3 else [tuple(range(size)), *swaps(size)]
+        names = " and ".join(matches[n].units[0].name for n in runs[0])
+        texts = [
+            f"{names} -> {' and '.join(matches[runs[0][place]].places[0].path for place in order)}" for order in orders
+        ]
+        choices.append(Choice(tuple(runs), tuple((order, 0) for order in orders), tuple(texts)))
+    layouts: dict[Any, list[int]] = {}
+    for number, one in enumerate(matches):
+        if len(one.options) > 1:
+            labels = tuple(option.rule.how for option in one.options)
+            layouts.setdefault((labels, one.options[0].entries[0].jax[0].rpartition("/")[2]), []).append(number)
+    for (labels, _), numbers in layouts.items():
+        first = matches[numbers[0]]
+        front = first.units[0].name + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
+        paths = [place.path for place in first.places]
+        answers = tuple(((0,), option) for option in range(len(labels)))
+        words_for = tuple(f"{front}: {code(paths, label)}" for label in labels)
+        choices.append(Choice(tuple((n,) for n in numbers), answers, words_for))
+    return choices
+
+
+def swaps(size: int) -> list[tuple[int, ...]]:
+    """Return the orders in which two neighbours are exchanged."""
+    orders = []
+    for first in range(size - 1):
+        order = list(range(size))
+        order[first : first + 2] = [first + 1, first]
+        orders.append(tuple(order))
+    return orders
+
+
+def skeleton(name: str) -> str:
+    """Return a name with every number replaced by one sign."""
+    return re.sub("[0-9]+", "#", name)
+
+
+def equal_neighbours(units: Sequence[Unit], places: Sequence[Place], matches: Sequence[Match]) -> list[tuple[int, ...]]:
+    """Return runs of matches that rest on order alone and may be exchanged: neither shapes nor names speak."""
+    rank = {unit.name: number for number, unit in enumerate(unit for unit in units if not unit.tied)}
+    place_rank = {place.path: number for number, place in enumerate(places)}
+    runs: list[list[int]] = []
+    single = [n for n, one in enumerate(matches) if len(one.units) == len(one.places) == 1 and not one.units[0].tied]
+    for n in sorted(single, key=lambda n: rank.get(matches[n].units[0].name, 0)):
+        before = matches[runs[-1][-1]] if runs else None
+        if not matches[n].evidence.startswith("order"):
+            continue
+        if before is not None and exchangeable(before, matches[n], rank, place_rank):
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return [tuple(run) for run in runs if len(run) > 1]
+
+
+def exchangeable(one: Match, other: Match, rank: Mapping[str, int], place_rank: Mapping[str, int]) -> bool:
+    """Say whether nothing but the order tells two matches apart."""
+    (first,), (second,), (place,), (next_place,) = one.units, other.units, one.places, other.places
+    if first.scope != second.scope or not options(first, next_place) or not options(second, place):
+        return False
+    steps = (
+        rank.get(second.name, 0) - rank.get(first.name, 0),
+        place_rank.get(next_place.path, 0) - place_rank.get(place.path, 0),
+    )
+    if other.evidence == "order of the calls" and steps != (1, 1):
+        return False
+    straight = likeness(first, place) + likeness(second, next_place)
+    crossed = likeness(first, next_place) + likeness(second, place)
+    # Auto-numbered names come in the order of the calls; Haiku's first has no number.
+    bare = [re.sub("_#(?=/|$)", "", skeleton(path)) for path in (place.path, next_place.path)]
+    numbered = other.evidence == "order of the calls" and skeleton(first.name) == skeleton(second.name)
+    numbered = numbered and bare[0] == bare[1]
+    return straight <= crossed + 0.05 and not numbered
+
+
+def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
+    """Give square weights the layout that the others show by their shapes, where all leaves of the same name agree."""
+    shown: dict[str, set[bool]] = {}
+    entries = [entry for one in matches if len(one.options) == 1 for entry in one.options[0].entries]
+    for entry in (*given.entries, *entries):
+        if len(entry.torch) == len(entry.jax) == 1:
+            shape, leaf = given.tensors.get(entry.torch[0], ()), given.leaves[entry.jax[0]]
+            if len(shape) == 2 and shape[0] != shape[1] and leaf in (shape, shape[::-1]):
+                shown.setdefault(entry.jax[0].rpartition("/")[2], set()).add(leaf != shape)
+    settled = []
+    for one in matches:
+        known = shown.get(one.options[0].entries[0].jax[0].rpartition("/")[2], set())
+        turns = [turns_of(option.entries[0], given.tensors) for option in one.options]
+        kept = tuple(option for option, turn in zip(one.options, turns, strict=True) if turn is None or {turn} == known)
+        if len(known) == 1 and 0 < len(kept) < len(one.options):
+            one = one._replace(options=kept, evidence=f"{one.evidence}, layout of the other layers")
+        settled.append(one)
+    return settled
+
+
+def turns_of(entry: Entry, shapes: Mapping[str, Shape]) -> bool | None:
+    """Say whether an entry transposes a square weight; None if it does neither that nor nothing."""
+    shape = shapes.get(entry.torch[0], ())
+    if len(entry.torch) != 1 or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
+        return None
+    labels = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    (leaf,) = entry.convert(labels) if len(entry.jax) == 1 else (np.zeros(1),)
+    equal_to = [np.array_equal(leaf.ravel(), other.ravel()) for other in (labels, labels.T)]
+    return None if not any(equal_to) else equal_to[1]
+
+
+def decide(
+    matches: Sequence[Match],
+    choices: Sequence[Choice],
+    assembled: Callable[[Sequence[Match]], WeightMap],
+    judge: Judge | None,
+) -> tuple[list[Match], tuple[str, ...]]:
+    """Answer what is open by the outputs of both sides; return what stays open, in words."""
+    if judge is None or not choices:
+        return list(matches), tuple(", or ".join(choice.texts) for choice in choices)
+    ask = judge
+    known: dict[tuple[int, ...], float] = {}
+
+    def distance(setting: tuple[int, ...]) -> float:
+        if setting not in known:
+            value = ask(assembled(apply(matches, choices, setting)))
+            known[setting] = max(value, ROUNDING) if math.isfinite(value) else math.inf
+        return known[setting]
+
+    def others(setting: tuple[int, ...], number: int) -> list[tuple[int, ...]]:
+        answers = range(len(choices[number].answers))
+        return [(*setting[:number], k, *setting[number + 1 :]) for k in answers if k != setting[number]]
+
+    every = list(itertools.product(*(range(len(choice.answers)) for choice in choices)))
+    best = (0,) * len(choices)
+    if len(every) <= MOST_QUESTIONS:
+        best = min(every, key=distance)
+    else:
+        for number in [*range(len(choices)), *range(len(choices))]:
+            best = min([best, *others(best, number)], key=distance)
+    settled = apply(matches, choices, best)
+    unsettled = []
+    for number, choice in enumerate(choices):
+        rival = min(distance(setting) for setting in others(best, number))
+        if not rival >= CLOSE * distance(best):
+            unsettled.append(
+                ", or ".join(choice.texts) + f" (distances of the outputs {distance(best):.1e}, {rival:.1e})"
+            )
+        for index in (index for group in choice.groups for index in group):
+            evidence = f"outputs: {distance(best):.0e} against {rival:.0e}"
+            settled[index] = settled[index]._replace(evidence=evidence)
+    return settled, tuple(unsettled)
+
+
+# What comes out
+
+
+def assemble(given: WeightMap, matches: Sequence[Match], side: TorchSide) -> WeightMap:
+    """Return the map of what is declared and what is matched."""
+    entries = list(given.entries)
+    filled = {path for entry in entries for path in entry.jax}
+    for one in matches:
+        for entry in one.options[0].entries:
+            if filled.isdisjoint(entry.jax):
+                entries.append(entry._replace(torch=tuple(side.alias[name] for name in entry.torch)))
+                filled.update(entry.jax)
+    return dataclasses.replace(given, entries=tuple(entries))
+
+
+def table(result: WeightMap, given: WeightMap, matches: Sequence[Match]) -> tuple[Row, ...]:
+    """Return one row for each entry."""
+    evidence = dict.fromkeys((entry.jax for entry in given.entries), "declared")
+    evidence |= {entry.jax: one.evidence for one in matches for entry in one.options[0].entries}
+
+    def shapes(names: Sequence[str], of: Mapping[str, Shape]) -> str:
+        return ", ".join("x".join(map(str, of[name])) or "scalar" for name in names)
+
+    return tuple(
+        Row(
+            ", ".join(entry.torch),
+            shapes(entry.torch, result.tensors),
+            ", ".join(entry.jax),
+            shapes(entry.jax, result.leaves),
+            entry.how,
+            evidence[entry.jax],
+        )
+        for entry in result.entries
+    )
+
+
+def write_python(declared: Mapping[str, str | Rule], matches: Sequence[Match]) -> str:
+    """Return the mapping that gives these matches again, with patterns for numbers."""
+    lines: dict[str, tuple[tuple[str, ...], str]] = {}  # name -> paths, rule; "" for the rule of the class
+    for one in matches:
+        unit, option = one.units[0], one.options[0]
+        name = unit.name
+        usual = option.rule.how == unit.make().how and len(one.units) == len(one.places) == 1
+        if len(one.units) > 1:
+            name = name.rpartition(".")[0]
+        if CELL in name:  # layers of one recurrent module
+            name = name.partition(CELL)[0]
+            lines[name] = ((*lines.get(name, ((), ""))[0], one.places[0].path), option.rule.how)
+            continue
+        lines[name] = (tuple(place.path for place in one.places), "" if usual else option.rule.how)
+    text = [
+        f"    {key!r}: {value!r}," if isinstance(value, str) else f"    {key!r}: {code(value.to, value.how)},"
+        for key, value in declared.items()
+    ]
+    text += [f"    {name!r}: {code(paths, how)}," for name, paths, how in fold(lines)]
+    return "\n".join(["weights={", *text, "}"])
+
+
+def code(paths: Sequence[str], how: str) -> str:
+    """Return the Python of a path, or of a rule with its paths."""
+    if not how:
+        return repr(paths[0])
+    function, _, arguments = how.partition("(")
+    return f"{function}({', '.join([*map(repr, paths), *([arguments[:-1]] if arguments != ')' else [])])})"
+
+
+def fold(lines: Mapping[str, tuple[tuple[str, ...], str]]) -> list[tuple[str, tuple[str, ...], str]]:
+    """Put names that differ by numbers into one pattern, where the numbers of the paths follow from theirs."""
+    families: dict[Any, list[str]] = {}
+    for name, (paths, how) in lines.items():
+        families.setdefault((skeleton(name), tuple(map(skeleton, paths)), how), []).append(name)
+    targets = {name: paths for name, (paths, _) in lines.items()}
+    return [(*pattern, how) for (*_, how), names in families.items() for pattern in fold_names(names, targets)]
+
+
+def fold_names(names: Sequence[str], paths: Mapping[str, tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return patterns of names with the same words: one, or one for each value of some number."""
+    if len(names) == 1:
+        return [(names[0], paths[names[0]])]
+    pattern = fold_family(names, [paths[name] for name in names])
+    if pattern is not None and {name for name in paths if re.fullmatch(expression(pattern[0]), name)} == {*names}:
+        return [pattern]
+    numbers = {name: re.findall("[0-9]+", name) for name in names}
+    ways = []
+    for column in range(len(numbers[names[0]])):
+        values = dict.fromkeys(numbers[name][column] for name in names)
+        parts = [[name for name in names if numbers[name][column] == value] for value in values]
+        if len(parts) > 1:
+            ways.append([pattern for part in parts for pattern in fold_names(part, paths)])
+    return min(ways, key=len)
+
+
+def fold_family(names: Sequence[str], paths: Sequence[tuple[str, ...]]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the pattern of names with the same words, and those of their paths; None if the numbers do not follow."""
+    numbers = np.array([[int(part) for part in re.findall("[0-9]+", name)] for name in names])
+    varying = [column for column in range(numbers.shape[1]) if len({*numbers[:, column]}) > 1]
+    letters = dict(zip(varying, (letter for letter in "ijklmn" if f"{{{letter}}}" not in names[0]), strict=False))
+    if len(varying) > len(letters):
+        return None
+    left = iter(range(numbers.shape[1]))
+    key = re.sub("[0-9]+", lambda found: f"{{{letters[n]}}}" if (n := next(left)) in letters else found[0], names[0])
+    targets = []
+    for position in range(len(paths[0])):
+        values = np.array([[int(part) for part in re.findall("[0-9]+", path[position])] for path in paths])
+        texts = []
+        for column in range(values.shape[1] if values.ndim > 1 else 0):
+            text = formula(numbers[:, varying], values[:, column], [letters[number] for number in varying])
+            if text is None:
+                return None
+            texts.append(text)
+        parts = re.split("[0-9]+", paths[0][position])
+        targets.append("".join(itertools.chain(*itertools.zip_longest(parts, texts, fillvalue=""))))
+    return key, tuple(targets)
+
+
+def formula(numbers: np.ndarray, values: np.ndarray, letters: Sequence[str]) -> str | None:
+    """Return the multiples and the constant that give these values, such as {2*i+j-2}; None if there are none."""
+    table = np.column_stack([numbers, np.ones(len(numbers))])
+    factors = np.rint(np.linalg.lstsq(table, values, rcond=None)[0]).astype(int)
+    if not np.array_equal(table.astype(int) @ factors, values):
+        return None
+    terms = [(int(factor), letter) for factor, letter in zip(factors, letters, strict=False) if factor]
+    if not terms:
+        return str(factors[-1])
+    texts = [f"{letter if abs(factor) == 1 else f'{abs(factor)}*{letter}'}" for factor, letter in terms]
+    signed = [("-" if factor < 0 else "+") + text for (factor, _), text in zip(terms, texts, strict=True)]
+    text = "".join(sorted(signed, key=lambda text: text[0] == "-")) + (f"{factors[-1]:+d}" if factors[-1] else "")
+    return f"{{{text.removeprefix('+')}}}" if text.startswith("+") else None

@@ -1,0 +1,485 @@
+"""Match what is seen inside the PyTorch module with what is seen inside the JAX model.
+
+The map of weights says which layers are the same, and the user may declare names. What has no weights is matched by its
+kind, its size and its matched neighbours, and a module that holds others by what it holds. Only the first two are sure.
+A stage without a partner makes the comparison coarser; a wrong partner would make it wrong, so doubt means no partner.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from parity_tests.harness.compare import Refused
+from parity_tests.harness.layouts import Shape, candidates
+
+FUNCTION = "function"
+
+
+class Stage(NamedTuple):
+    """One value inside a model.
+
+    Attributes:
+        name: as in the capture.
+        kind: the class name of the module, or "function".
+        shape: the shape of the value.
+        owner: the module that returned the value, or in which the function was called.
+        label: the function, or "" for a module.
+        call: the number of the call, from 1.
+        place: the place in the nest that was returned: "", "[0]", ".hidden".
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    owner: str
+    label: str
+    call: int
+    place: str
+
+
+class Match(NamedTuple):
+    """The JAX stage that belongs to a PyTorch stage.
+
+    Attributes:
+        jax: its name.
+        how: why the two belong together.
+        sure: whether that rests on weights or on what the user declared.
+    """
+
+    jax: str
+    how: str
+    sure: bool
+
+
+def torch_stages(kinds: Mapping[str, str], shapes: Mapping[str, Shape], modules: Collection[str]) -> dict[str, Stage]:
+    """Return the stages of a `TorchCapture`, in order.
+
+    Args:
+        kinds: class name or "function", by name.
+        shapes: the shape of each value, by name.
+        modules: the names of all submodules (`module.named_modules()`). They tell `a.b`, a submodule, from the field
+            `b` of what `a` returned.
+    """
+    names = sorted(modules, key=len, reverse=True)
+    stages = {}
+    for name, kind in kinds.items():
+        if kind == FUNCTION:
+            stages[name] = parse_function(name, shapes[name])
+            continue
+        owner = next((m for m in names if name.startswith(m) and re.match(r"#|\[|\.|$", name[len(m) :])), "")
+        stages[name] = parse_module(name, kind, shapes[name], owner)
+    return stages
+
+
+def jax_stages(taps: Mapping[str, Any]) -> dict[str, Stage]:
+    """Return the stages of a JAX trace, in order, from its taps (`name`, `shape` and `kind` are read)."""
+    stages = {}
+    for name, tap in taps.items():
+        if tap.kind == FUNCTION:
+            stages[name] = parse_function(name, tuple(tap.shape))
+        else:
+            scope, slash, last = name.rpartition("/")
+            owner = scope + slash + re.split(r"[#\[.]", last)[0]
+            stages[name] = parse_module(name, tap.kind, tuple(tap.shape), owner)
+    return stages
+
+
+def parse_module(name: str, kind: str, shape: Shape, owner: str) -> Stage:
+    """Return the stage of a module's output."""
+    call, place = split_call(name[len(owner) :])
+    return Stage(name, kind, shape, owner, "", call, place)
+
+
+def parse_function(name: str, shape: Shape) -> Stage:
+    """Return the stage of a function's output: `scope.label#2[0]`."""
+    scope, slash, last = name.rpartition("/")
+    head, bracket, place = last.partition("[")
+    owner, _, label = head.rpartition(".")
+    label, _, number = label.partition("#")
+    return Stage(name, FUNCTION, shape, scope + slash + owner, label, int(number or 1), bracket + place)
+
+
+def split_call(suffix: str) -> tuple[int, str]:
+    """Return the number of the call and the place in the nest: "#2[1]" -> 2, "[1]"."""
+    numbered = re.match(r"#(\d+)", suffix)
+    return (int(numbered[1]), suffix[numbered.end() :]) if numbered else (1, suffix)
+
+
+# Kinds
+
+SAME_KIND = (
+    ("relu", "relu"),
+    ("relu6", "relu6"),
+    ("gelu", "gelu newgelu newgeluactivation geluactivation"),
+    ("silu", "silu swish siluactivation"),
+    ("sigmoid", "sigmoid"),
+    ("tanh", "tanh"),
+    ("softmax", "softmax"),
+    ("log_softmax", "logsoftmax"),
+    ("leaky_relu", "leakyrelu"),
+    ("hard_sigmoid", "hardsigmoid"),
+    ("hard_silu", "hardswish hardsilu"),
+    ("max_pool", "maxpool reducewindow reducewindowmax"),  # Haiku calls reduce_window itself
+    ("mean", "avgpool adaptiveavgpool mean"),
+    ("dropout", "dropout"),
+    ("drop_path", "droppath stochasticdepth"),
+    ("matmul", "matmul bmm mm einsum dot tensordot dotgeneral"),
+    ("attention", "scaleddotproductattention dotproductattention"),
+    ("concatenate", "cat concat concatenate"),
+)
+KINDS = {name: kind for kind, names in SAME_KIND for name in names.split()}
+
+
+def kind_of(stage: Stage) -> str:
+    """Return the kind of operation, the same word on both sides: "relu" for ReLU, F.relu and jax.nn.relu."""
+    word = (stage.label or stage.kind).removesuffix("()").replace("_", "").lower()
+    word = re.sub(r"[123]d$", "", word)
+    return KINDS.get(word, word)
+
+
+# Matching
+
+
+class Matcher:
+    """The matches found so far. Each stage has one partner at most, and partners can be carried into each other."""
+
+    def __init__(self, torch: Mapping[str, Stage], jax: Mapping[str, Stage], channels_last: bool):
+        self.torch, self.jax, self.channels_last = torch, jax, channels_last
+        self.matches: dict[str, Match] = {}
+        self.back: dict[str, str] = {}
+
+    def fit(self, torch: Stage, jax: Stage) -> bool:
+        """Return whether two stages without partners may be the same value."""
+        free = torch.name not in self.matches and jax.name not in self.back
+        return free and bool(candidates(torch.shape, jax.shape, self.channels_last))
+
+    def add(self, torch: Stage, jax: Stage, how: str, sure: bool = False) -> bool:
+        """Match two stages, if they may be."""
+        if not self.fit(torch, jax):
+            return False
+        self.matches[torch.name] = Match(jax.name, how, sure)
+        self.back[jax.name] = torch.name
+        return True
+
+    def add_nests(self, torch: list[Stage], jax: list[Stage], how: str, sure: bool) -> None:
+        """Match the parts of two nests: in order if all fit, otherwise each that fits one part alone."""
+        if len(torch) == len(jax) and all(self.fit(a, b) for a, b in zip(torch, jax, strict=True)):
+            pairs = list(zip(torch, jax, strict=True))
+        else:
+            fits = [(a, b) for a in torch for b in jax if self.fit(a, b)]
+            uses = Counter(a.name for a, _ in fits)
+            returns = Counter(b.name for _, b in fits)
+            pairs = [(a, b) for a, b in fits if uses[a.name] == 1 and returns[b.name] == 1]
+        for a, b in pairs:
+            self.add(a, b, how, sure)
+
+    def left(self) -> tuple[list[Stage], list[Stage]]:
+        """Return the stages without a partner."""
+        return (
+            [stage for stage in self.torch.values() if stage.name not in self.matches],
+            [stage for stage in self.jax.values() if stage.name not in self.back],
+        )
+
+
+def match(
+    torch: Mapping[str, Stage],
+    jax: Mapping[str, Stage],
+    owners: Mapping[str, str],
+    declared: Mapping[str, str] | None = None,
+    channels_last: bool = True,
+) -> dict[str, Match]:
+    """Return the JAX stage for each PyTorch stage that has one.
+
+    Args:
+        torch: PyTorch's stages in the order of the run.
+        jax: JAX's, likewise.
+        owners: PyTorch module -> path of the JAX module that holds the same weights.
+        declared: PyTorch stage or pattern -> JAX stage or pattern: `layer{i}.{j}` -> `stages_{i}/blocks_{j}`.
+        channels_last: images have their channels last in JAX.
+
+    Raises:
+        Refused: a declared stage does not exist, or has another number of values.
+    """
+    matcher = Matcher(torch, jax, channels_last)
+    match_declared(matcher, declared or {})
+    match_outputs(matcher)
+    match_owners(matcher, owners)
+    match_names(matcher)
+    bare = Bare(matcher, owners)
+    bare.match_between()
+    match_containers(matcher)
+    match_in_scopes(matcher, owners)
+    bare.match_between()
+    match_containers(matcher)
+    return {name: matcher.matches[name] for name in torch if name in matcher.matches}
+
+
+def match_declared(matcher: Matcher, declared: Mapping[str, str]) -> None:
+    """Match what the user declared.
+
+    Raises:
+        Refused: a declared stage does not exist, or has another number of values.
+    """
+    for pattern, target in declared.items():
+        found = False
+        for stage in matcher.torch.values():
+            if (values := fields_of(pattern, stage.name)) is None:
+                continue
+            found = True
+            name = target.format(**values)
+            if name not in matcher.jax:
+                raise Refused(f"stages: {stage.name} -> {name}: JAX has no such stage")
+            if not matcher.add(stage, matcher.jax[name], "declared", sure=True):
+                shapes = f"{list(stage.shape)} and {list(matcher.jax[name].shape)}"
+                raise Refused(f"stages: {stage.name} -> {name}: shapes {shapes} do not fit, or one is matched twice")
+        if not found:
+            raise Refused(f"stages: {pattern}: PyTorch has no such stage")
+
+
+def fields_of(pattern: str, name: str) -> dict[str, str] | None:
+    """Return what the fields of a pattern stand for in a name, or None if it does not fit: `layer{i}` in `layer2`."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    expression, seen = "", set()
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            expression += re.escape(part)
+        else:
+            expression += f"(?P={part})" if part in seen else rf"(?P<{part}>[^./#\[\]]+)"
+            seen.add(part)
+    fitted = re.fullmatch(expression, name)
+    return fitted.groupdict() if fitted else None
+
+
+def match_outputs(matcher: Matcher) -> None:
+    """Match the outputs of the two models, by their places or in their order."""
+    torch, jax = ([s for s in side.values() if not s.owner and not s.label] for side in (matcher.torch, matcher.jax))
+    for stage in torch:
+        for other in jax:
+            if stage.place == other.place:
+                matcher.add(stage, other, "output", sure=True)
+    matcher.add_nests(
+        [stage for stage in torch if stage.name not in matcher.matches],
+        [stage for stage in jax if stage.name not in matcher.back],
+        "output",
+        sure=False,
+    )
+
+
+def match_owners(matcher: Matcher, owners: Mapping[str, str]) -> None:
+    """Match the outputs of modules that hold the same weights, call by call, if both are called equally often."""
+    torch, jax = group_calls(matcher.torch.values()), group_calls(matcher.jax.values())
+    for owner, path in owners.items():
+        calls, other_calls = torch.get(owner, {}), jax.get(path, {})
+        if calls.keys() == other_calls.keys():
+            for number, stages in calls.items():
+                matcher.add_nests(stages, other_calls[number], "weights", sure=True)
+
+
+def match_names(matcher: Matcher) -> None:
+    """Match modules whose whole names are the same."""
+    plain = {stage.name.replace("/~/", "/").replace("/", "."): stage for stage in matcher.jax.values()}
+    for stage in matcher.torch.values():
+        other = plain.get(stage.name)
+        if other is not None and not stage.label and not other.label:
+            matcher.add(stage, other, "name")
+
+
+def group_calls(stages: Iterable[Stage]) -> dict[str, dict[int, list[Stage]]]:
+    """Return the outputs of modules by module and call."""
+    groups: dict[str, dict[int, list[Stage]]] = defaultdict(lambda: defaultdict(list))
+    for stage in stages:
+        if not stage.label:
+            groups[stage.owner][stage.call].append(stage)
+    return groups
+
+
+class Bare:
+    """Matches what has no weights: functions, and modules without weights and parts, between matched neighbours."""
+
+    def __init__(self, matcher: Matcher, owners: Mapping[str, str]):
+        self.matcher = matcher
+        self.torch = {s.name for s in find_parts(matcher.torch.values()) if s.label or s.owner not in owners}
+        paths = set(owners.values())
+        self.jax = {s.name for s in find_parts(matcher.jax.values()) if s.label or s.owner not in paths}
+
+    def match_between(self) -> None:
+        """Match until nothing is added: each match is a neighbour for the next."""
+        before = -1
+        while len(self.matcher.matches) > before:
+            before = len(self.matcher.matches)
+            for torch, jax in list(self.segments()):
+                self.match_segment(torch, jax)
+
+    def segments(self) -> Iterator[tuple[list[Stage], list[Stage]]]:
+        """Yield what lies between matched stages on both sides.
+
+        Two orders of the same branches are common. Then the two sides have no such pair of neighbours, and the stages
+        before the same matched stage, or behind it, are taken if all of them agree.
+        """
+        matcher = self.matcher
+        anchors = [name for name, found in matcher.matches.items() if self.is_anchor(name, found.jax)]
+        position = {name: index for index, name in enumerate(matcher.torch)}
+        anchors.sort(key=position.__getitem__)
+        torch = split_at(list(matcher.torch.values()), anchors, self.torch)
+        jax = split_at(list(matcher.jax.values()), [matcher.matches[name].jax for name in anchors], self.jax)
+        order = [None, *anchors, None]
+        partner = {None: None} | {name: matcher.matches[name].jax for name in anchors}
+        for before, after in pairwise(order):
+            inside = torch[before, after]
+            if not inside:
+                continue
+            key = (partner[before], partner[after])
+            if key in jax:
+                yield inside, jax[key]
+                continue
+            for end in (1, 0):
+                for around, other in jax.items():
+                    if around[end] == key[end] and summary(inside) == summary(other):
+                        yield inside, other
+
+    def is_anchor(self, torch: str, jax: str) -> bool:
+        """Return whether a match stands for one operation, so that order means something."""
+        matcher = self.matcher
+        return matcher.matches[torch].how in ("weights", "between") or (torch in self.torch and jax in self.jax)
+
+    def match_segment(self, torch: list[Stage], jax: list[Stage]) -> None:
+        """Match stages of the same kind, in order, where both sides have equally many."""
+        for kind in {kind_of(stage) for stage in torch}:
+            ours = [stage for stage in torch if kind_of(stage) == kind]
+            theirs = [stage for stage in jax if kind_of(stage) == kind]
+            if len(ours) == len(theirs) and all(self.matcher.fit(a, b) for a, b in zip(ours, theirs, strict=True)):
+                for a, b in zip(ours, theirs, strict=True):
+                    self.matcher.add(a, b, "between")
+
+
+def find_parts(stages: Collection[Stage]) -> list[Stage]:
+    """Return the functions, and the outputs of modules that hold no other module."""
+    holders = {""}
+    for owner in {stage.owner for stage in stages}:
+        holders |= {owner[: mark.start()] for mark in re.finditer(r"[./]", owner)}
+    return [stage for stage in stages if stage.label or stage.owner not in holders]
+
+
+def split_at(
+    stages: list[Stage], anchors: Collection[str], bare: Collection[str]
+) -> dict[tuple[str | None, str | None], list[Stage]]:
+    """Return the bare stages between neighbouring anchors. None stands for the beginning and the end."""
+    segments: dict[tuple[str | None, str | None], list[Stage]] = {}
+    before: str | None = None
+    inside: list[Stage] = []
+    kept = set(anchors)
+    for stage in stages:
+        if stage.name in kept:
+            segments[before, stage.name] = inside
+            before, inside = stage.name, []
+        elif stage.name in bare:
+            inside.append(stage)
+    segments[before, None] = inside
+    return segments
+
+
+def summary(stages: list[Stage]) -> list[tuple[str, int]]:
+    """Return the kinds and sizes of stages in order."""
+    return [(kind_of(stage), size(stage.shape)) for stage in stages]
+
+
+def size(shape: Shape) -> int:
+    """Return the number of values."""
+    number = 1
+    for length in shape:
+        number *= length
+    return number
+
+
+# Modules that hold others
+
+
+# What hands its input on, or lays it out anew, changes no value.
+IDENTITIES = {"dropout", "drop_path", "identity", "flatten", "reshape", "transpose", "swapaxes", "moveaxis", "getitem"}
+
+
+class Container(NamedTuple):
+    """One output of a module that holds others, and the last operation before it."""
+
+    stage: Stage
+    last: Stage
+
+
+def match_containers(matcher: Matcher) -> None:
+    """Match modules that hold the same matched stages, end with the same operation and return values of the same size.
+
+    Several modules may do so, one around another. Their values are then the same on each side, so the innermost of both
+    sides are matched first.
+    """
+    torch = group_containers(matcher.torch, ".", {name: name for name in matcher.matches})
+    jax = group_containers(matcher.jax, "/", matcher.back)
+    for inside, ours in torch.items():
+        for a in ours:
+            for b in jax.get(inside, []):
+                partner = matcher.matches.get(a.last.name)
+                if partner is None:
+                    same_end = b.last.name not in matcher.back and kind_of(a.last) == kind_of(b.last)
+                else:
+                    same_end = partner.jax == b.last.name
+                same_place = a.stage.place == b.stage.place or (alone(a, ours) and alone(b, jax[inside]))
+                if same_end and same_place:
+                    matcher.add(a.stage, b.stage, "holds the same")
+
+
+def alone(container: Container, others: Iterable[Container]) -> bool:
+    """Return whether a call of a module has one output."""
+    key = (container.stage.owner, container.stage.call)
+    return sum((other.stage.owner, other.stage.call) == key for other in others) == 1
+
+
+def group_containers(
+    stages: Mapping[str, Stage], separator: str, matched: Mapping[str, str]
+) -> dict[frozenset[str], list[Container]]:
+    """Return the outputs of modules that hold matched stages, by the PyTorch names of those, the innermost first."""
+    order = list(stages.values())
+    parts = {stage.name for stage in find_parts(order)}
+    ends: dict[str, int] = {}  # where the previous call of a module ended
+    groups: dict[frozenset[str], list[Container]] = defaultdict(list)
+    for index, stage in enumerate(order):
+        if stage.label or not stage.owner:
+            continue
+        below = [s for s in order[ends.get(stage.owner, 0) : index] if is_below(s, stage.owner, separator)]
+        below = [s for s in below if s.name in parts]
+        if index + 1 == len(order) or (order[index + 1].owner, order[index + 1].call) != (stage.owner, stage.call):
+            ends[stage.owner] = index + 1
+        inside = frozenset(matched[s.name] for s in below if s.name in matched)
+        if inside:
+            last = next((s for s in reversed(below) if kind_of(s) not in IDENTITIES), below[-1])
+            groups[inside].append(Container(stage, last))
+    return groups
+
+
+def is_below(stage: Stage, owner: str, separator: str) -> bool:
+    """Return whether a stage belongs to a part of a module, or to a function that the module calls."""
+    return stage.owner.startswith(owner + separator) or (bool(stage.label) and stage.owner == owner)
+
+
+def match_in_scopes(matcher: Matcher, owners: Mapping[str, str]) -> None:
+    """Match functions of the same kind in matched modules, in order, where both sides have equally many."""
+    scopes = {"": ""} | dict(owners)
+    for name, found in matcher.matches.items():
+        if not matcher.torch[name].label and not matcher.jax[found.jax].label:
+            scopes.setdefault(matcher.torch[name].owner, matcher.jax[found.jax].owner)
+    torch, jax = matcher.left()
+    ours, theirs = (group_functions(stages) for stages in (torch, jax))
+    for (scope, kind), stages in ours.items():
+        others = theirs.get((scopes.get(scope, ""), kind), []) if scope in scopes else []
+        if len(stages) == len(others) and all(matcher.fit(a, b) for a, b in zip(stages, others, strict=True)):
+            for a, b in zip(stages, others, strict=True):
+                matcher.add(a, b, "same function in the same module")
+
+
+def group_functions(stages: Iterable[Stage]) -> dict[tuple[str, str], list[Stage]]:
+    """Return the functions by module and kind."""
+    groups: dict[tuple[str, str], list[Stage]] = defaultdict(list)
+    for stage in stages:
+        if stage.label:
+            groups[stage.owner, kind_of(stage)].append(stage)
+    return groups

@@ -1,0 +1,863 @@
+"""See inside a JAX program without changing it: record, replace and differentiate by any value that has a name.
+
+While a program is traced, the adapter of a library lets the output of every module go through `tap`, a primitive that
+does nothing. The traced program (a jaxpr) is then walked: each tap, and each value that a function between two modules
+returns, is handed to a rule, which says what to record and what to hand on. Everything else is bound as it is.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+from jax._src import dtypes
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.interpreters import ad, batching, mlir
+
+from parity_tests.harness.compare import Refused
+from parity_tests.harness.convolutions import bind, rewrite
+
+# JAX keeps what it traced. A value of its own in this context lets it trace anew, and leaves the user's cache as it is.
+session = jax.make_user_context(None)
+widened = jax.make_user_context(False)
+
+# Rounding that may differ because XLA fuses other operations once an inner value is an output, in units of the dtype's
+# epsilon and of the largest value. The worst of 131 small models was 2.
+ROUNDING = 256
+
+tap_p = Primitive("tap")
+tap_p.def_impl(lambda value, **parameters: value)
+tap_p.def_abstract_eval(lambda value, **parameters: value)
+mlir.register_lowering(tap_p, lambda context, value, **parameters: [value])
+
+
+def differentiate_tap(primals: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
+    """Tap the value alone, so that the tangents need no rule for a transposition."""
+    return tap_p.bind(primals[0], **parameters), tangents[0]
+
+
+def batch_tap(values: Sequence[Any], axes: Sequence[int], **parameters: Any) -> tuple[Any, int]:
+    """Put the batch axis in front: the recorded value has it there, wherever `vmap` had it."""
+    return tap_p.bind(jnp.moveaxis(values[0], axes[0], 0), **parameters), 0
+
+
+ad.primitive_jvps[tap_p] = differentiate_tap
+batching.primitive_batchers[tap_p] = batch_tap
+
+
+def tap(path: str, value: Any, kind: str = "", keep: Callable[[Any], bool] | None = None) -> Any:
+    """Name every array of a nest after the path and its place in the nest: "lstm[1].h".
+
+    Args:
+        path: of the module that returned the value.
+        value: any nest. What is no array, and random keys, stay as they are.
+        kind: the class name of the module.
+        keep: whether a part of the nest is left alone with all that it holds, such as a module.
+    """
+
+    def name(place: Sequence[Any], leaf: Any) -> Any:
+        if not is_array(leaf) or (keep and keep(leaf)) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return tap_p.bind(jnp.asarray(leaf), path=path, place=name_place(place), kind=kind)
+
+    return jax.tree_util.tree_map_with_path(name, value, is_leaf=keep)
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf is an array that a trace can take; Python's own numbers stay constants."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def name_place(place: Sequence[Any]) -> str:
+    """Return the place of a leaf in its nest as it is written in Python: "[1].h"; keys of dicts come after a dot."""
+    names = []
+    for key in place:
+        if hasattr(key, "idx"):
+            names.append(f"[{key.idx}]")
+        elif hasattr(key, "name"):
+            names.append(f".{key.name}")
+        else:
+            names.append(f".{key.key}" if isinstance(key.key, str) else f"[{key.key}]")
+    return "".join(names)
+
+
+def name_leaves(nest: Any) -> dict[str, Any]:
+    """Return the leaves of a nest by their places; a nest that is one array has the name ""."""
+    return {name_place(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(nest)}
+
+
+class Module(NamedTuple):
+    """A module that ran while a program was traced: the name of its class, and whether a library brought the class."""
+
+    kind: str
+    library: bool
+
+
+class Modules(dict[str, Module]):
+    """The modules that ran while a context was open, by path.
+
+    Attributes:
+        required: whether a trace in which none ran is refused.
+        running: the path and the method of each call that has not returned yet.
+        places_taps: False where the model has its own taps, with or without the context.
+    """
+
+    required = True
+    places_taps = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[tuple[str, str]] = set()
+
+
+def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that in a float64 run computes in float64 wherever it asks for float32.
+
+    Many models cast to float32 inside (a variance, a softmax) or have float32 as a setting, so that bfloat16 does no
+    harm. In a float64 run such a cast would be the largest error of all, and hide everything below it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with widen() if jax.config.read("jax_enable_x64") else nullcontext():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def widen() -> Iterator[None]:
+    """Let every function of JAX that is asked for float32 give float64."""
+    canonical = dtypes.check_and_canonicalize_user_dtype
+
+    def canonical_or_wider(dtype: Any, fun_name: Any = None) -> Any:
+        found = canonical(dtype, fun_name)
+        return np.dtype("float64") if found == np.float32 else found
+
+    dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
+    try:
+        with widened(True):
+            yield
+    finally:
+        dtypes.check_and_canonicalize_user_dtype = canonical
+
+
+def scope(path: str) -> AbstractContextManager[Any]:
+    """Mark the equations that are traced in it as those of a module, so that functions find their scope."""
+    return jax.named_scope(f"⟦{path}⟧")
+
+
+class TapInfo(NamedTuple):
+    """What is known of a tap before the program runs.
+
+    Attributes:
+        name: `block#2[1].h`: the path of a module, the number of its call from the second on, the place in its output.
+        shape: with the steps of a scan in front.
+        dtype: of the value.
+        kind: the class name of the module, "function", or "checkpoint_name".
+        steered: False where the value can only be recorded, because it is inside a function with a derivative of its
+            own.
+        steps: the length of the scan that stacks the values on the leading axis, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    kind: str
+    steered: bool
+    steps: int | None
+
+
+class Plan(NamedTuple):
+    """What the walk does in one jaxpr at one place where it is called.
+
+    Attributes:
+        jaxpr: the program.
+        taps: the index of an equation -> the name under which its output is visited.
+        inner: the index of an equation -> the plans of the jaxprs in it that are walked.
+    """
+
+    jaxpr: Jaxpr
+    taps: dict[int, str]
+    inner: dict[int, list["Plan"]]
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all taps, those of inner plans included."""
+        yield from self.taps.values()
+        for plans in self.inner.values():
+            for plan in plans:
+                yield from plan.names()
+
+
+INLINED = {"jit", "pjit", "closed_call", "core_closed_call", "core_call", "checkpoint", "remat", "remat2"}
+CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
+NAMED = {"name", "checkpoint_name3"}
+# A value that is only rearranged says nothing new of where an error is born.
+REARRANGING = {
+    *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "iota", "reshape", "rev"),
+    *("slice", "split", "squeeze", "stop_gradient", "transpose"),
+}
+
+
+def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """Yield the jaxprs among the parameters of an equation."""
+    for parameter in equation.params.values():
+        for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
+            if isinstance(part, ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, Jaxpr):
+                yield part
+
+
+class Planner:
+    """Number the taps of a traced program in the order of the walk, and name the functions between modules."""
+
+    def __init__(self, modules: Mapping[str, Module]) -> None:
+        self.counts: Counter[str] = Counter()
+        self.taps: dict[str, TapInfo] = {}
+        self.notes: dict[str, None] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.first_places: dict[str, str] = {}
+        self.holds: dict[int, bool] = {}
+        parents = {path[:end] for path in modules for end in range(len(path)) if path[end] == "/"} | {""}
+        self.libraries = {path for path, module in modules.items() if module.library}
+        self.closed = self.libraries - parents
+
+    def plan(self, jaxpr: Jaxpr, scope: str | None, steps: tuple[int, ...] = (), steered: bool = True) -> Plan:
+        """Plan the walk through one jaxpr.
+
+        Args:
+            jaxpr: the program.
+            scope: the path of the module that it is part of; None outside of the model.
+            steps: the lengths of the scans around it.
+            steered: whether values in it can be replaced.
+        """
+        plan = Plan(jaxpr, {}, {})
+        scopes = [find_scope(equation, scope) for equation in jaxpr.eqns]
+        entered = [self.enters(equation, at) for equation, at in zip(jaxpr.eqns, scopes, strict=True)]
+        functions = self.find_functions(jaxpr, scopes, entered)
+        for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
+            parameters = equation.params
+            if equation.primitive is tap_p:
+                plan.taps[index] = self.add_module(equation, steps, steered)
+            elif equation.primitive.name in NAMED and at not in self.closed:
+                name = join(at or "", parameters["name"])
+                plan.taps[index] = self.add(name, "", "checkpoint_name", equation, steps, steered)
+            elif entered[index]:
+                plan.inner[index] = self.plan_inner(equation, at, steps, steered)
+            elif index in functions:
+                plan.taps[index] = self.add(functions[index], "", "function", equation, steps, steered)
+        return plan
+
+    def enters(self, equation: JaxprEqn, scope: str | None) -> bool:
+        """Say whether an equation is walked; note what holds taps and cannot be."""
+        name = equation.primitive.name
+        tapped = any(map(self.holds_taps, inner_jaxprs(equation)))
+        if name in INLINED | {"scan", "cond"}:
+            users = scope is not None and scope not in self.closed
+            return tapped or (users and any(is_users(jaxpr, self.foreign) for jaxpr in inner_jaxprs(equation)))
+        if name in CUSTOM:
+            return tapped
+        if tapped:
+            self.notes[f"{name}{in_scope(scope)} is not entered: the values inside it are not seen"] = None
+        return False
+
+    def holds_taps(self, jaxpr: Jaxpr) -> bool:
+        """Say whether a tap is anywhere in a jaxpr."""
+        if id(jaxpr) not in self.holds:
+            self.holds[id(jaxpr)] = any(
+                equation.primitive is tap_p
+                or equation.primitive.name in NAMED
+                or any(map(self.holds_taps, inner_jaxprs(equation)))
+                for equation in jaxpr.eqns
+            )
+        return self.holds[id(jaxpr)]
+
+    def plan_inner(self, equation: JaxprEqn, scope: str | None, steps: tuple[int, ...], steered: bool) -> list[Plan]:
+        """Plan the walk through the jaxprs of one equation."""
+        name, jaxprs = equation.primitive.name, list(inner_jaxprs(equation))
+        if name == "scan":
+            return [self.plan(jaxprs[0], scope, (*steps, equation.params["length"]), steered)]
+        if name == "cond":
+            before, after, plans = self.counts.copy(), self.counts.copy(), []
+            for jaxpr in jaxprs:  # the same module in two branches is one tap
+                self.counts = before.copy()
+                plans.append(self.plan(jaxpr, scope, steps, steered))
+                after |= self.counts
+            self.counts = after
+            return plans
+        if name in CUSTOM:
+            self.notes[f"{name}{in_scope(scope)} has a rule of its own: the values inside it are recorded only"] = None
+            return [self.plan(jaxprs[0], scope, steps, False)]
+        return [self.plan(jaxprs[0], scope, steps, steered)]
+
+    def add_module(self, equation: JaxprEqn, steps: tuple[int, ...], steered: bool) -> str:
+        """Add the tap of a module's output, and the call of the module if this is the first leaf of the output."""
+        path, place, kind = (equation.params[key] for key in ("path", "place", "kind"))
+        if self.first_places.setdefault(path, place) == place:
+            self.calls.append((path, kind))
+        return self.add(path, place, kind, equation, steps, steered)
+
+    def add(self, path: str, place: str, kind: str, equation: JaxprEqn, steps: tuple[int, ...], steered: bool) -> str:
+        """Add one tap and return its name."""
+        self.counts[path + place] += 1
+        count = self.counts[path + place]
+        name = f"{path}{f'#{count}' if count > 1 else ''}{place}"
+        value: Any = equation.outvars[0].aval
+        info = TapInfo(name, (*steps, *value.shape), value.dtype, kind, steered, steps[0] if steps else None)
+        self.taps.setdefault(name, info)
+        return name
+
+    @functools.cached_property
+    def foreign(self) -> tuple[str, ...]:
+        """Where code is that is not the user's: JAX and what it wraps functions in, the libraries, this harness."""
+        return (*BEHIND_JAX, folder_of("jax"), *library_folders(), HARNESS)
+
+    def find_functions(self, jaxpr: Jaxpr, scopes: Sequence[str | None], entered: Sequence[bool]) -> dict[int, str]:
+        """Return the index of the equation that gives a function's value -> the function's name.
+
+        Neighbouring equations that come from one call in the user's source are one function.
+        """
+        groups: list[tuple[Any, list[int]]] = []
+        for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
+            site = None
+            if at is not None and at not in self.closed and not entered[index] and equation.primitive is not tap_p:
+                site = find_site(equation, self.foreign if at not in self.libraries else self.foreign[:3])
+            if site is None:
+                groups.append((None, []))
+                continue
+            repeated = groups and groups[-1][1] and repeats(equation, jaxpr.eqns[groups[-1][1][0]])
+            if groups and groups[-1][0] == (at, site) and not repeated:
+                groups[-1][1].append(index)
+            else:
+                groups.append(((at, site), [index]))
+        last_uses = find_last_uses(jaxpr)
+        functions = {}
+        for key, indices in groups:
+            value = find_value(jaxpr, indices, last_uses)
+            if value is not None:
+                functions[value] = join(key[0], key[1].label)
+        return functions
+
+
+def join(scope: str, label: str) -> str:
+    """Return the name of a value in a scope."""
+    return f"{scope}.{label}" if scope else label
+
+
+def in_scope(scope: str | None) -> str:
+    """Return where something is, for a message."""
+    return f" in {scope}" if scope else ""
+
+
+def find_scope(equation: JaxprEqn, outer: str | None) -> str | None:
+    """Return the path of the module that an equation is part of; that of the surrounding jaxpr if it has none."""
+    for part in reversed(equation.source_info.name_stack.stack):
+        name = getattr(part, "name", "")
+        if name.startswith("⟦"):
+            return name[1:-1]
+    return outer
+
+
+def folder_of(package: str) -> str:
+    """Return the folder of a loaded package, with a separator at its end."""
+    return os.path.dirname(sys.modules[package].__file__ or "") + os.sep
+
+
+HARNESS = os.path.dirname(__file__) + os.sep
+BEHIND_JAX = (contextlib.__file__, functools.__file__)
+
+
+def library_folders() -> Iterator[str]:
+    """Yield the folders of the libraries that are loaded."""
+    for package in ("flax", "equinox", "haiku", "jaxtyping", "beartype"):
+        if package in sys.modules:
+            yield folder_of(package)
+
+
+def is_users(jaxpr: Jaxpr, foreign: tuple[str, ...]) -> bool:
+    """Say whether a jaxpr was traced from a function in the user's own source."""
+    file_name = jaxpr.debug_info.func_filename or ""
+    return bool(file_name) and not file_name.startswith(foreign)
+
+
+class Site(NamedTuple):
+    """One call in the source: the code object, the position in it, and the name of the function that is called."""
+
+    code: Hashable
+    position: int
+    label: str
+
+
+def find_site(equation: JaxprEqn, foreign: tuple[str, ...]) -> Site | None:
+    """Return the call in the user's source that an equation comes from, or None."""
+    if equation.source_info.traceback is None:
+        return None
+    codes, positions = equation.source_info.traceback.raw_frames()  # the innermost first
+    for depth, code in enumerate(codes):
+        if code.co_filename.startswith(HARNESS):
+            return None
+        if not code.co_filename.startswith(foreign):
+            return Site(code, positions[depth], find_label(equation, [inner.co_name for inner in codes[:depth]][::-1]))
+    return None
+
+
+# Frames of JAX that stand between a call and the function that it calls.
+BETWEEN = {"op", "meth", "fn", "wrapper", "reraise_with_filtered_traceback", "deferring_binary_op", "<lambda>"}
+OPERATORS = {"truediv": "div", "radd": "add", "rsub": "sub", "rmul": "mul", "rtruediv": "div", "rmatmul": "matmul"}
+
+
+def find_label(equation: JaxprEqn, callees: Sequence[str]) -> str:
+    """Return the name of the function that gave an equation, as a user would call it: "gelu", "add", "softmax".
+
+    Args:
+        equation: the equation.
+        callees: the names of the functions between the user's line and the equation, the outermost first.
+    """
+    for callee in callees:
+        if callee in BETWEEN:
+            continue
+        if callee.startswith("_operator_"):
+            name = callee.removeprefix("_operator_")
+            return OPERATORS.get(name, name)
+        if callee in ("_mean", "_sum", "_max", "_min", "_std", "_var", "_prod", "_getitem"):
+            return callee[1:]
+        if not callee.startswith("_") and callee not in ("cache_miss", "bind", "bind_with_trace", "tree_map"):
+            return callee
+        break
+    name = equation.primitive.name
+    if name in CUSTOM:
+        return inner_name(equation)
+    if name in ("jit", "pjit"):
+        return str(equation.params["name"])
+    return {"dot_general": "matmul", "logistic": "sigmoid", "reduce_sum": "sum", "reduce_max": "max"}.get(name, name)
+
+
+def inner_name(equation: JaxprEqn) -> str:
+    """Return the name of the function that an equation with a derivative of its own calls."""
+    return next(inner_jaxprs(equation)).debug_info.func_name
+
+
+def repeats(equation: JaxprEqn, first: JaxprEqn) -> bool:
+    """Say whether an equation begins the same call again, as in a Python loop."""
+    traces: list[Any] = [equation.source_info.traceback, first.source_info.traceback]
+    return equation.primitive is first.primitive and traces[0].raw_frames() == traces[1].raw_frames()
+
+
+def find_last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
+    """Return the index of the last equation that uses each variable; the number of equations for an output."""
+    uses = {}
+    for index, equation in enumerate(jaxpr.eqns):
+        uses.update({variable: index for variable in equation.invars if not isinstance(variable, Literal)})
+    uses.update({variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)})
+    return uses
+
+
+def find_value(jaxpr: Jaxpr, indices: Sequence[int], last_uses: Mapping[Var, int]) -> int | None:
+    """Return the index of the equation whose output is the value of a function, or None if it only rearranges."""
+    if all(jaxpr.eqns[index].primitive.name in REARRANGING for index in indices):
+        return None
+    for index in reversed(indices):
+        outputs: list[Any] = jaxpr.eqns[index].outvars
+        if len(outputs) == 1 and last_uses.get(outputs[0], -1) > indices[-1]:
+            return index if is_float(outputs[0].aval) else None
+    return None
+
+
+# What is recorded of a value (or None), and what is handed on in its place. It gets the name, the value, and the slot.
+Rule = Callable[[str, Array, Any], tuple[Any, Array]]
+
+
+@dataclass
+class Walk:
+    """One run through a planned program.
+
+    Attributes:
+        rule: says what to record of each value and what to hand on.
+        slots: name of a tap -> arrays for the rule; those of taps in a scan have the steps in front.
+        steered: False where what the rule hands on is not used.
+        records: what the rule recorded, in the order of the walk.
+    """
+
+    rule: Rule
+    slots: Mapping[str, Any]
+    steered: bool = True
+    records: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, plan: Plan, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        """Evaluate a jaxpr."""
+        values: dict[Var, Any] = dict(zip(plan.jaxpr.constvars, constants, strict=True))
+        values.update(zip(plan.jaxpr.invars, arguments, strict=True))
+
+        def read(variable: Var | Literal) -> Any:
+            return variable.val if isinstance(variable, Literal) else values[variable]
+
+        for index, equation in enumerate(plan.jaxpr.eqns):
+            inputs = [read(variable) for variable in equation.invars]
+            if equation.primitive is tap_p:
+                outputs = inputs
+            elif index in plan.inner:
+                outputs = self.enter(equation, plan.inner[index], inputs)
+            else:
+                outputs = bind(equation, inputs)
+            if index in plan.taps:
+                outputs = [self.visit(plan.taps[index], outputs[0])]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(variable) for variable in plan.jaxpr.outvars]
+
+    def visit(self, name: str, value: Array) -> Array:
+        """Record a value, and return what is handed on."""
+        record, replaced = self.rule(name, value, self.slots.get(name))
+        if record is not None:
+            self.records[name] = record
+        return replaced if self.steered else value
+
+    def enter(self, equation: JaxprEqn, plans: Sequence[Plan], inputs: list[Any]) -> list[Any]:
+        """Evaluate an equation whose jaxprs are walked."""
+        name = equation.primitive.name
+        if name == "scan":
+            return self.scan(equation, plans[0], inputs)
+        if name == "cond":
+            return self.switch(equation, plans, inputs)
+        jaxpr = equation.params["jaxpr"] if "jaxpr" in equation.params else first_closed(equation)
+        constants = jaxpr.consts if isinstance(jaxpr, ClosedJaxpr) else ()
+        if name in CUSTOM:
+            aside = Walk(self.rule, self.slots, False, self.records)
+            aside.run(plans[0], constants, [lax.stop_gradient(value) for value in inputs])
+            return bind(equation, inputs)
+        return self.run(plans[0], constants, inputs)
+
+    def scan(self, equation: JaxprEqn, plan: Plan, inputs: list[Any]) -> list[Any]:
+        """Evaluate a scan: slots go in as one more input of each step, and records come out stacked."""
+        parameters = equation.params
+        first, second = parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
+        constants, carry, sequences = inputs[:first], inputs[first:second], inputs[second:]
+        slots = {name: self.slots[name] for name in plan.names() if name in self.slots}
+
+        def step(carry: list[Any], inputs: tuple[list[Any], dict[str, Any]]) -> tuple[list[Any], Any]:
+            walk = Walk(self.rule, inputs[1], self.steered)
+            outputs = walk.run(plan, parameters["jaxpr"].consts, [*constants, *carry, *inputs[0]])
+            return outputs[: second - first], (outputs[second - first :], walk.records)
+
+        options = {name: parameters[name] for name in ("length", "reverse", "unroll")}
+        carry, (stacked, records) = lax.scan(step, carry, (sequences, slots), **options)
+        self.records.update(records)
+        return [*carry, *stacked]
+
+    def switch(self, equation: JaxprEqn, plans: Sequence[Plan], inputs: list[Any]) -> list[Any]:
+        """Evaluate a cond: every branch returns the records of all, zeros where it did not run."""
+        index, *arguments = inputs
+
+        def branch(plan: Plan, constants: Sequence[Any]) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
+            def run(*arguments: Any) -> tuple[list[Any], dict[str, Any]]:
+                walk = Walk(self.rule, self.slots, self.steered)
+                return walk.run(plan, constants, arguments), walk.records
+
+            return run
+
+        closed = equation.params["branches"]
+        branches = [branch(plan, jaxpr.consts) for plan, jaxpr in zip(plans, closed, strict=True)]
+        shapes: dict[str, Any] = {}
+        for run in branches:
+            shapes.update(jax.eval_shape(run, *arguments)[1])
+
+        def complete(run: Callable[..., Any]) -> Callable[..., Any]:
+            def run_complete(*arguments: Any) -> tuple[list[Any], dict[str, Any]]:
+                outputs, records = run(*arguments)
+                absent = {name: shape for name, shape in shapes.items() if name not in records}
+                return outputs, records | jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), absent)
+
+            return run_complete
+
+        outputs, records = lax.switch(index, [complete(run) for run in branches], *arguments)
+        self.records.update({name: records[name] for name in shapes})
+        return outputs
+
+
+def first_closed(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr:
+    """Return the first jaxpr among the parameters of an equation."""
+    return next(part for part in equation.params.values() if isinstance(part, ClosedJaxpr | Jaxpr))
+
+
+def arrays_of(nest: Any) -> list[Any]:
+    """Return the arrays of a nest; Python's numbers, strings and functions in it are constants."""
+    return [leaf for leaf in jax.tree.leaves(nest) if is_array(leaf)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function that was traced once with the taps of a library.
+
+    Attributes:
+        taps: what is known of each tap, in the order of the walk. Repeated calls are "block#2", "block#3".
+        notes: what was not entered, or is recorded only, and why.
+        calls: the path and the class name of each call of a module, in the order in which they return.
+        plan: of the walk.
+        constants: of the traced program.
+        structure: of the outputs.
+        shapes: of the arguments' arrays.
+    """
+
+    taps: dict[str, TapInfo]
+    notes: tuple[str, ...]
+    calls: list[tuple[str, str]]
+    plan: Plan
+    constants: list[Any]
+    structure: Any
+    shapes: list[tuple[int, ...]]
+
+    def run(self, *args: Any, rule: Rule, slots: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Run the program once more under a rule; arguments in the nest and the shapes that were traced.
+
+        Args:
+            args: the arguments of the traced function.
+            rule: (name, value, slot) -> (record or None, what is handed on).
+            slots: name -> arrays for the rule.
+
+        Returns:
+            The outputs of the function, and the records by name, in the order of the walk.
+
+        Raises:
+            Refused: the arguments have other shapes than those that were traced.
+        """
+        arrays = arrays_of(args)
+        if [np.shape(array) for array in arrays] != self.shapes:
+            raise Refused("the function was traced on arguments of other shapes")
+        walk = Walk(rule, slots or {})
+        outputs = walk.run(self.plan, self.constants, arrays)
+        return jax.tree.unflatten(self.structure, outputs), {
+            name: walk.records[name] for name in self.taps if name in walk.records
+        }
+
+
+Context = Callable[[], AbstractContextManager[Modules | None]]
+
+
+def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, verify: bool = True) -> Traced:
+    """Trace a function once, with the outputs of all modules tapped and the functions between them named.
+
+    Args:
+        fn: returns any nest of arrays.
+        args: nests of arrays (or of shapes, with `verify` off). Other leaves are constants.
+        context: opens the taps of a library; what it yields fills with the modules that ran. None for functions
+            without a library, in which taps are placed by hand.
+        verify: run the function with and without taps, both jitted, and compare the outputs.
+
+    Raises:
+        Refused: no module of a library ran, or the outputs differ by more than rounding.
+    """
+    leaves, structure = jax.tree.flatten(args)
+
+    def on_arrays(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        return fn(*jax.tree.unflatten(structure, [next(remaining) if is_array(leaf) else leaf for leaf in leaves]))
+
+    arrays = arrays_of(args)
+    with session(object()), context() as modules:
+        closed, shape = jax.make_jaxpr(lambda *arrays: on_arrays(*arrays), return_shape=True)(*arrays)
+    planner = Planner(modules or {})
+    plan = planner.plan(closed.jaxpr, None)
+    if modules is not None and modules.required and not planner.calls:
+        raise Refused("the JAX model ran without calling a module that can be seen: none of its values has a name")
+    traced = Traced(
+        planner.taps,
+        tuple(planner.notes),
+        planner.calls,
+        plan,
+        closed.consts,
+        jax.tree.structure(shape),
+        [np.shape(array) for array in arrays],
+    )
+    if verify and (modules is None or modules.places_taps):
+        outputs, _ = jax.jit(functools.partial(traced.run, rule=lambda name, value, slot: (value, value)))(*arrays)
+        refuse_other_outputs(outputs, jax.jit(on_arrays)(*arrays))
+    return traced
+
+
+def refuse_other_outputs(captured: Any, plain: Any) -> None:
+    """Raise Refused if the run with taps gave other outputs than the run without.
+
+    What is not finite without taps is not judged: the compiler may let a maximum swallow a NaN or not.
+    """
+    expected = name_leaves(plain)
+    for name, value in name_leaves(captured).items():
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            continue
+        if not jnp.issubdtype(value.dtype, jnp.inexact):
+            same = np.array_equal(value, expected[name])
+        else:
+            finite = np.isfinite(expected[name])
+            right = np.where(finite, expected[name], 0)
+            limit = ROUNDING * float(jnp.finfo(value.dtype).eps) * float(np.max(np.abs(right), initial=0.0))
+            same = np.allclose(np.where(finite, value, 0), right, rtol=0.0, atol=limit)
+        if not same:
+            raise Refused(f"output{name} of the JAX model is not the same once its modules are watched")
+
+
+# `swap(value, probe, given, gradient, forward, backward)` hands on the given value if `forward`. Its derivative is that
+# of `hand`, whose transposition makes what arrives the gradient by the probe, and hands on the given gradient if
+# `backward`. They are primitives, so that a value without a derivative stays without one behind the swap.
+swap_p, hand_p = Primitive("swap"), Primitive("hand")
+swap_p.def_abstract_eval(lambda value, *others: value)
+hand_p.def_abstract_eval(lambda tangent, *others: tangent)
+mlir.register_lowering(
+    swap_p,
+    mlir.lower_fun(
+        lambda value, probe, given, gradient, forward, backward: jnp.where(forward, given, value),
+        multiple_results=False,
+    ),
+)
+mlir.register_lowering(
+    hand_p, mlir.lower_fun(lambda tangent, probe, gradient, backward: tangent + probe, multiple_results=False)
+)
+
+
+def differentiate_swap(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the value that is handed on, and its tangent: none if the value before the swap has none."""
+    output = swap_p.bind(*primals)
+    if isinstance(tangents[0], ad.Zero) or isinstance(tangents[1], ad.Zero):
+        return output, tangents[0]
+    return output, hand_p.bind(tangents[0], tangents[1], primals[3], primals[5])
+
+
+def transpose_hand(arriving: Any, tangent: Any, probe: Any, gradient: Any, backward: Any) -> tuple[Any, ...]:
+    """Return the gradient that is handed on, and the one that arrived as that by the probe."""
+    if isinstance(arriving, ad.Zero):
+        arriving = jnp.zeros(gradient.shape, gradient.dtype)
+    return jnp.where(backward, gradient, arriving), arriving, None, None
+
+
+ad.primitive_jvps[swap_p] = differentiate_swap
+ad.primitive_transposes[hand_p] = transpose_hand
+
+
+class Sweep(NamedTuple):
+    """One forward and backward pass.
+
+    Attributes:
+        outputs: of the function, in its own nest.
+        values: every tap's value, before it was replaced.
+        gradients: the gradient that arrived at each tap that can be steered and holds floats.
+        weight_gradients: by every float tensor of the function's first argument.
+    """
+
+    outputs: Any
+    values: dict[str, Array]
+    gradients: dict[str, Array]
+    weight_gradients: dict[str, Array]
+
+
+def make_sweep(traced: Traced, names: Collection[str] | None = None) -> Callable[..., Sweep]:
+    """Return one compiled program that serves every comparison of a traced `fn(tensors, inputs)`.
+
+    With `names`, only these taps are recorded and steered: the others cost nothing.
+
+    It is called as `sweep(tensors, inputs, cotangents, values, gradients, forward, backward)`:
+
+        tensors: name -> array; integers among them have no gradient.
+        inputs: any nest.
+        cotangents: place in the outputs ("", "[0]", ".logits") -> gradient of the objective by that output. An output
+            that is left out does not count.
+        values, gradients: name of a tap -> what is handed on there, forward and backward, where the flags say so.
+            Those left out are zeros.
+        forward, backward: name of a tap -> flag; False where left out. The flags are inputs of the compiled program.
+
+    All False: inherited errors. All True: each tap's value is computed from the given values just before it, hence its
+    local error, and the gradients likewise. Forward alone: the gradients of a run through the given values.
+    """
+    seen = set(traced.taps if names is None else names)
+    steered = [name for name, info in traced.taps.items() if info.steered and name in seen]
+    differentiated = [name for name in steered if is_float(traced.taps[name])]
+
+    def program(
+        floats: dict[str, Array],
+        others: dict[str, Array],
+        inputs: Any,
+        cotangents: dict[str, Array],
+        values: dict[str, Array],
+        gradients: dict[str, Array],
+        forward: dict[str, Array],
+        backward: dict[str, Array],
+    ) -> Sweep:
+        def run(floats: dict[str, Array], probes: dict[str, Array]) -> tuple[Any, Any]:
+            def rule(name: str, value: Array, slot: Any) -> tuple[tuple[Array, Array] | None, Array]:
+                if name not in seen:
+                    return None, value
+                if name in probes:
+                    replaced = swap_p.bind(value, *slot, forward[name], backward[name])
+                elif name in values:
+                    replaced = jnp.where(forward[name], slot, value)
+                else:
+                    replaced = value
+                return (value, replaced), replaced
+
+            slots: dict[str, Any] = {name: values[name] for name in steered}
+            slots |= {name: (probes[name], values[name], gradients[name]) for name in probes}
+            outputs, records = traced.run(floats | others, inputs, rule=rule, slots=slots)
+            named = name_leaves(outputs)
+            handed = {name: records[name][1] for name in probes}
+            watched = {name: value for name, (value, _) in records.items()}
+            return ({name: named[name] for name in cotangents}, handed), (outputs, watched)
+
+        probes = {name: jnp.zeros(traced.taps[name].shape, traced.taps[name].dtype) for name in differentiated}
+        _, pull_back, (outputs, records) = jax.vjp(run, floats, probes, has_aux=True)
+        # With a zero that arrives at every tap, the given gradient is handed on where the program has none.
+        weight_gradients, tap_gradients = pull_back((cotangents, probes))
+        return Sweep(outputs, records, tap_gradients, weight_gradients)
+
+    compiled = jax.jit(rewrite(program))
+
+    @functools.cache
+    def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    def fill(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+        blank = {name: zeros(traced.taps[name].shape, traced.taps[name].dtype) for name in names if name not in given}
+        return blank | {name: given[name] for name in names if name in given}
+
+    def flags(given: Mapping[str, bool]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(given.get(name, False)) for name in steered}
+
+    def sweep(
+        tensors: Mapping[str, Any],
+        inputs: Any,
+        cotangents: Mapping[str, Any],
+        values: Mapping[str, Any] | None = None,
+        gradients: Mapping[str, Any] | None = None,
+        forward: Mapping[str, bool] | None = None,
+        backward: Mapping[str, bool] | None = None,
+    ) -> Sweep:
+        floats = {name: tensor for name, tensor in tensors.items() if is_float(tensor)}
+        others = {name: tensor for name, tensor in tensors.items() if not is_float(tensor)}
+        result = compiled(
+            floats,
+            others,
+            arrays_of(inputs),
+            dict(cotangents),
+            fill(values or {}, steered),
+            fill(gradients or {}, differentiated),
+            flags(forward or {}),
+            flags(backward or {}),
+        )
+        in_order = {name: result.values[name] for name in traced.taps if name in result.values}
+        return result._replace(
+            values=in_order,
+            gradients={name: result.gradients[name] for name in traced.taps if name in result.gradients},
+            weight_gradients={name: result.weight_gradients[name] for name in floats},
+        )
+
+    return sweep
+
+
+def is_float(value: Any) -> bool:
+    """Say whether something with a dtype can be differentiated by."""
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
