@@ -9,9 +9,9 @@ from experiments.speed.config import BenchmarkConfig, apply_quick
 from experiments.speed.tables import sentence, tables
 from experiments.speed.workers import WorkerFailed
 from jax_cnn.data import prepare_fashion_mnist
+from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:

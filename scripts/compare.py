@@ -5,9 +5,9 @@ from rich.console import Console
 from experiments.comparison import report
 from experiments.comparison.config import CompareConfig
 from jax_cnn.data import prepare_fashion_mnist
+from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.run.folder import check_out_dir
 
 
 def main() -> None:

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
-from jax_cnn.files import write_json, writing
+from jax_cnn.files import check_out_dir, write_json, writing
 from jax_cnn.run import command_line
-from jax_cnn.run.folder import check_out_dir
 from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ConvolutionConfig
 from jax_cnn.config import UserError
+from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
-from jax_cnn.run.folder import check_out_dir
 
 
 @dataclass(frozen=True)

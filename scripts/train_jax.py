@@ -1,16 +1,21 @@
 """Train SimpleCNN, or a network without convolution, on FashionMNIST with JAX."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from jax_cnn.config import JaxTrainConfig
-from jax_cnn.data import load_fashion_mnist
+from jax_cnn.data import Say, load_fashion_mnist
+from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
-from jax_cnn.run.folder import check_out_dir
-from jax_cnn.run.loop import fit, follow
+from jax_cnn.run.loop import Trainer, fit, follow
 from jax_cnn.run.resume import find_checkpoint
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.torch_layout import TorchDict, load_weights
+
+if TYPE_CHECKING:
+    import jax
 
 
 def main() -> None:
@@ -24,20 +29,28 @@ def main() -> None:
 
     from jax_cnn.compiler import keep_compiled_programs
     from jax_cnn.devices import join_processes, pick_devices
-    from jax_cnn.trainer import JaxTrainer
 
     keep_compiled_programs()
     join_processes(config)
     devices = pick_devices(config)
     is_first_process = jax.process_index() == 0
     console = Console(quiet=not is_first_process)
-    data = load_fashion_mnist(config.data_dir, console.print)
-    console.print(f"jax: compiling for {devices[0].platform}")
-    trainer = JaxTrainer(config, data, devices, initial, config.dialect)
+    trainer = make_trainer(config, devices, initial, console.print)
     if is_first_process:
         fit(config, trainer, console, checkpoint)
     else:
         follow(config, trainer, checkpoint)
+
+
+def make_trainer(
+    config: JaxTrainConfig, devices: "Sequence[jax.Device]", initial: TorchDict | None, say: Say
+) -> Trainer:
+    """Get the data, and compile for the devices."""
+    from jax_cnn.trainer import JaxTrainer
+
+    data = load_fashion_mnist(config.data_dir, say)
+    say(f"jax: compiling for {devices[0].platform}")
+    return JaxTrainer(config, data, devices, initial, config.dialect)
 
 
 if __name__ == "__main__":

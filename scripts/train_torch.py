@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from jax_cnn.config import TrainConfig, UserError
-from jax_cnn.data import epoch_order, prepare_fashion_mnist
+from jax_cnn.data import Say, epoch_order, prepare_fashion_mnist
+from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
-from jax_cnn.run.folder import check_out_dir
-from jax_cnn.run.loop import fit
+from jax_cnn.run.loop import Trainer, fit
 from jax_cnn.run.resume import find_checkpoint
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.torch_layout import TorchDict, load_weights
 
 
 def main() -> None:
@@ -23,16 +23,20 @@ def main() -> None:
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "torch", print)
 
+    console = Console()
+    fit(config, make_trainer(config, initial, console.print), console, checkpoint)
+
+
+def make_trainer(config: TrainConfig, initial: TorchDict | None, say: Say) -> Trainer:
+    """Pick the device, and get the data."""
     from torch_ref.trainer import TorchTrainer, pick_device  # only now: an error should not wait for PyTorch
 
     try:
         device = pick_device(config.device)
     except ValueError as error:
         raise UserError(f"--device {config.device}: {error}") from None
-    console = Console()
-    prepare_fashion_mnist(config.data_dir, console.print)
-    trainer = TorchTrainer(config, epoch_order=partial(epoch_order, config.seed), device=device, initial=initial)
-    fit(config, trainer, console, checkpoint)
+    prepare_fashion_mnist(config.data_dir, say)
+    return TorchTrainer(config, epoch_order=partial(epoch_order, config.seed), device=device, initial=initial)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jax_cnn.config import Network
-from jax_cnn.torch_layout import TORCH_STAGES, TorchDict, layout_of, recognise, to_flax
+from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
 
 Framework = Literal["jax", "torch"]
 Pixels = UInt8[np.ndarray, "size 28 28"]
@@ -20,7 +20,19 @@ Logits = Float[np.ndarray, "size 10"]
 
 FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "torch": "PyTorch"}  # with their names for a reader
 BATCH = 250
-STAGES = ("conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2")  # of SimpleCNN, without flatten
+
+# The stages of SimpleCNN, without flatten, and how the harness names them in JAX.
+STAGES = {
+    "conv1": "conv1.add_bias",
+    "relu1": "conv1.relu",
+    "pool1": "conv1.max_pool2x2",
+    "conv2": "conv2.add_bias",
+    "relu2": "conv2.relu",
+    "pool2": "conv2.max_pool2x2",
+    "fc1": "fc1",
+    "relu3": "relu",
+    "fc2": "fc2",
+}
 
 
 def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Logits:
@@ -73,21 +85,25 @@ def _compiled(network: Network) -> Callable[..., Any]:
 def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
     import jax
 
-    from jax_cnn.dialects import make_apply
+    from jax_cnn.model import SimpleCNN
     from jax_cnn.train import to_images
+    from parity_tests.harness.adapters import adapt
+    from parity_tests.harness.pair import Inputs
+    from parity_tests.harness.taps import trace
 
-    apply = make_apply(fused=False)
-    stages: dict[str, np.ndarray] = {}
-
-    def tap(stage: str, value: jax.Array) -> jax.Array:
-        array = np.asarray(value[0])
-        stages[TORCH_STAGES.get(stage, stage)] = np.moveaxis(array, -1, 0) if array.ndim == 3 else array
-        return value
-
+    model = adapt(SimpleCNN(fused=False))
     with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.tree.map(jax.numpy.asarray, to_flax(weights))
-        apply(params, to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32")), tap)
-    return stages
+        variables = {"params": jax.tree.map(jax.numpy.asarray, to_flax(weights))}
+        images = to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32"))
+        traced = trace(
+            lambda variables, images: model.apply(variables, Inputs(images), False),
+            variables,
+            images,
+            context=model.context,
+        )
+        _, values = traced.run(variables, images, rule=lambda name, value, slot: (value, value))
+    outputs = {stage: np.asarray(values[name][0]) for stage, name in STAGES.items()}
+    return {stage: np.moveaxis(array, -1, 0) if array.ndim == 3 else array for stage, array in outputs.items()}
 
 
 def _torch_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:

@@ -23,6 +23,8 @@ SECTIONS = 6
 STANDARD_ERRORS = 2.0  # by which two accuracies may differ
 SPEEDS = ("title", "ms_per_step", "images_per_second", "speed_to_best_torch", "times_floor", "peak_bytes")
 
+TOGETHER = 1e-10  # root mean square distance of the weights up to which two float64 trainings are together
+
 
 def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     """Train both frameworks or take finished runs, and measure everything that the page shows."""
@@ -131,13 +133,8 @@ def read_parity(file: Path) -> Json:
         steps = result["drift"]["steps"]
         if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
             raise ValueError("no drift")
-        return {
-            "first_divergence": result["first_divergence"],
-            "passed": result.get("passed", []),  # reports of earlier versions lack it
-            "stages": result["stages"],
-            "drift": result["drift"],
-            "source": describe_source(file, result),
-        }
+        needed = {name: result[name] for name in ("divergences", "passed", "bound", "stages", "drift")}
+        return needed | {"source": describe_source(file, result)}
 
     return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
 
@@ -146,31 +143,28 @@ def measure_parity(config: CompareConfig, show: Show) -> Json:
     """Compare the two implementations with the harness, or read an earlier comparison from a file."""
     if config.parity_report is not None:
         return describe_parity(read_parity(config.parity_report))
-    from parity_tests.harness.product_pairs import REPORT_IMAGES, simple_cnn  # only now: it loads both frameworks
-    from parity_tests.harness.report import examine
+    from parity_tests.harness.checks import examine  # only now: they load both frameworks
+    from parity_tests.harness.report import to_json
+    from parity_tests.product import REPORT_IMAGES, simple_cnn
 
     pair = simple_cnn(config.data_dir, REPORT_IMAGES)
-    return describe_parity(examine(pair, config.seed, config.drift_steps, show))
+    return describe_parity(to_json(examine(pair, seed=config.seed, steps=config.drift_steps, progress=show)))
 
 
 def describe_parity(result: Json) -> Json:
     """Return what the page needs of a result of the harness."""
-    from parity_tests.harness.checks import CHECKS, STAGE_BOUND  # only now: they load both frameworks
-    from parity_tests.harness.trajectory import TRAJECTORY_BOUND
-
-    first = result["first_divergence"]
     curves = dict(result["drift"])
     steps = curves.pop("steps")
+    differs = bool(result["divergences"])
     return {
-        "checks": list(CHECKS),
-        "passed": result["passed"] if first else list(CHECKS),
-        "first_divergence": first,
-        "bound": STAGE_BOUND.limit,
-        "stages": result["stages"],
+        "passed": result["passed"],
+        "divergences": result["divergences"],
+        "bound": result["bound"],
+        "stages": [row | {"shape": row["shape"][1:]} for row in result["stages"] if row["jax"]],
         "drift": {
             "steps": steps,
             "curves": curves,
-            "together": not first and curves["float64: JAX from PyTorch"][-1] <= TRAJECTORY_BOUND.limit,
+            "together": not differs and curves["float64: JAX from PyTorch"][-1] <= TOGETHER,
         },
         "source": result.get("source"),
     }
@@ -198,15 +192,17 @@ def judge(report: Json) -> Json:
     training = f"after {len(epochs)} epoch{'s' if len(epochs) != 1 else ''}"
     accuracies = f"they score {100 * jax:.2f} % and {100 * torch:.2f} %, {100 * abs(jax - torch):.2f} points apart"
     reasons = []
-    if divergence := report["parity"]["first_divergence"]:
-        reasons.append(f"in float64 they differ by more than rounding ({divergence})")
+    if divergences := report["parity"]["divergences"]:
+        first, *others = ("{check}: {where}: {problem}".format(**divergence) for divergence in divergences)
+        more = f"; and {len(others)} more" if others else ""
+        reasons.append(f"in float64 they differ by more than rounding ({first}{more})")
     if not abs(jax - torch) <= allowed:  # NaN must not pass
         reasons.append(f"{training} {accuracies}; chance explains {100 * allowed:.2f}")
     if reasons:
         sentence = f"JAX and PyTorch do not train the same network: {'; and '.join(reasons)}."
     else:
         sentence = (
-            f"JAX and PyTorch train the same network: in float64 all {len(report['parity']['checks'])} checks agree to "
+            f"JAX and PyTorch train the same network: in float64 all {len(report['parity']['passed'])} checks agree to "
             f"rounding, and {training} from the same weights on the same batches {accuracies} where chance alone "
             f"explains {100 * allowed:.2f}."
         )
