@@ -4,10 +4,8 @@ The first test is the lesson: what "the same" means, without the harness. The ot
 the same questions of every stage, of other networks and of other ports.
 """
 
-from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,23 @@ from jax import numpy as jnp
 
 from experiments.answers import compute_logits
 from jax_cnn import ops
-from jax_cnn.config import AdamConfig, Dialect, Network
+from jax_cnn.config import CNN, AdamConfig, Dialect, Network
 from jax_cnn.data import FashionMNIST
-from jax_cnn.dialects import make_apply
-from jax_cnn.model import SimpleCNN, Tap
+from jax_cnn.model import SimpleCNN, init_params
 from jax_cnn.torch_layout import to_flax, to_torch
 from jax_cnn.train import init_state, loss_fn, make_optimizer, train_step
-from parity_tests.harness import float32, trajectory
-from parity_tests.harness.capture import exact_arithmetic
-from parity_tests.harness.checks import CHECKS, Case
-from parity_tests.harness.compare import Divergence
-from parity_tests.harness.pair import Pair
-from parity_tests.harness.product_pairs import (
-    BATCH_SIZE,
-    feed_forward,
-    product_pair,
-    simple_cnn,
-    with_torch_stages,
-)
+from parity_tests.harness import CHECKS, Pair, examine
+from parity_tests.harness.capture import Case, Sweeper, any_problem, exact_arithmetic
+from parity_tests.harness.checks import case_setup, drift, training_batches
+from parity_tests.harness.float32 import distance, small_gradients
+from parity_tests.harness.pair import probing_tensors
+from parity_tests.harness.runs import JaxRun, TorchRun, tensors_of
+from parity_tests.product import BATCH_SIZE, feed_forward, product_pair, simple_cnn, softmax_regression
 from torch_ref.model import SimpleCNN as TorchCNN
 
 SHORT = 3 * BATCH_SIZE + 8  # three full batches and a remainder
-WITHOUT_NETWORK = ("transfer", "initialisation", "data", "optimizer")  # checks that do not run the network
 DRIFT_STEPS = 150
+SEEDS = 20
 
 
 def test_a_network_written_twice_computes_the_same_logits_loss_gradient_and_adam_step() -> None:
@@ -87,44 +79,30 @@ def test_a_network_written_twice_computes_the_same_logits_loss_gradient_and_adam
             assert_same(logits, torch_logits.detach())
 
 
-def assert_none(divergences: Iterator[Divergence]) -> None:
-    """Fail with every difference, the first one first."""
-    differences = list(divergences)
-    assert not differences, "\n".join(map(str, differences))
+def assert_same_network(pair: Pair, *names: str) -> None:
+    """Fail with every difference that the checks of these names find; without names, all checks run."""
+    result = examine(pair, names=names or tuple(CHECKS))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+    assert not result.not_checked.keys() - {"statistics", "schedule"}, result.not_checked
 
 
-@pytest.fixture(scope="module")
-def cnn(data_dir: Path) -> Pair:
-    """Return the pair of SimpleCNN on a few batches of FashionMNIST."""
-    return simple_cnn(data_dir, SHORT)
+@pytest.mark.parametrize("model", ["cnn", "mlp", "linear"])
+def test_the_pair_passes_every_check(model: Any, data_dir: Path) -> None:
+    assert_same_network(product_pair(Network(model), "linen", data_dir, SHORT))
 
 
-@pytest.fixture(scope="module", params=["cnn", "mlp", "linear"])
-def network(request: pytest.FixtureRequest) -> Network:
-    """Return each of the networks."""
-    return Network(request.param)
-
-
-@cache  # the checks of a case share its captures
-def make_case(network: Network, dialect: Dialect, data_dir: Path) -> Case:
-    """Return the case of a network in a dialect on a few batches of FashionMNIST."""
-    return Case(product_pair(network, dialect, data_dir, SHORT))
-
-
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != "precision"])
-def test_the_pair_passes(network: Network, check: str, data_dir: Path) -> None:
-    assert_none(CHECKS[check](make_case(network, "linen", data_dir)))
-
-
-def test_float32_is_as_near_the_truth_as_pytorchs(network: Network, data_dir: Path) -> None:
-    assert_none(float32.precision(make_case(network, "linen", data_dir).pair, range(4)))
-
-
-@pytest.mark.parametrize("check", [name for name in CHECKS if name not in (*WITHOUT_NETWORK, "precision")])
+@pytest.mark.parametrize("model", ["cnn", "mlp", "linear"])
 @pytest.mark.parametrize("dialect", ["nnx", "plain"])
-def test_the_other_dialects_pass(network: Network, dialect: Dialect, check: str, data_dir: Path) -> None:
+def test_the_other_dialects_pass(model: Any, dialect: Dialect, data_dir: Path) -> None:
     """In float32 the dialects compute the same bits (`test_dialects.py`), so that `precision` is checked in one."""
-    assert_none(CHECKS[check](make_case(network, dialect, data_dir)))
+    pair = product_pair(Network(model), dialect, data_dir, SHORT)
+    assert_same_network(pair, "parameters", "transfer", "outputs", "loss", "gradients", "trajectory")
+
+
+@pytest.mark.parametrize("dialect", ["linen", "nnx", "plain"])
+def test_the_program_that_trains_passes(dialect: Dialect, data_dir: Path) -> None:
+    """Training computes each block as one operation."""
+    assert_same_network(product_pair(CNN, dialect, data_dir, SHORT, fused=True), "outputs", "gradients", "trajectory")
 
 
 @pytest.mark.parametrize(
@@ -138,95 +116,119 @@ def test_the_other_dialects_pass(network: Network, dialect: Dialect, check: str,
 def test_float64_training_stays_together_and_ends_with_the_same_predictions(
     data_dir: Path, data: FashionMNIST, limit: int | None, steps: int
 ) -> None:
-    """Compare weights and both moments after every tenth step. `-s` shows the largest distances."""
-    largest = dict.fromkeys(("weights", "first_moment", "second_moment"), 0.0)
-    for step, actual, expected in trajectory.lockstep_states(simple_cnn(data_dir, limit), 0, steps):
-        bound = trajectory.TRAJECTORY_BOUND
-        assert_none(trajectory.compare_states("trajectory", actual, expected, bound, f"step {step}"))
-        for part in largest:
-            one, other = getattr(actual, part), getattr(expected, part)
-            largest[part] = max(largest[part], *(float(np.abs(one[name] - other[name]).max()) for name in other))
-    print(f"{steps} steps: {largest}")
-    assert float32.distance(actual.weights, expected.weights) <= 1e-14 * steps / 200
-    predictions = compute_logits("jax", actual.weights, data.test_images).argmax(axis=1)
-    assert np.array_equal(predictions, compute_logits("torch", expected.weights, data.test_images).argmax(axis=1))
+    """Compare weights after every tenth step of the program that trains. `-s` shows the largest distance."""
+    case = Case(product_pair(CNN, "linen", data_dir, limit, fused=True))
+    setup = case_setup(case)
+    jax_run, torch_run = JaxRun(setup, training=True), TorchRun(setup, training=True)
+    for step, (jax_batch, torch_batch) in enumerate(training_batches(case, steps, case.sizes), start=1):
+        losses = jax_run.step([jax_batch]), torch_run.step([torch_batch])
+        assert abs(losses[0][0] - losses[1][0]) <= 1e-12
+        if step % 10 == 0 or step == steps:
+            actual, expected = to_torch(nested(jax_run.leaves())), tensors_of(torch_run.module)
+            apart = max(float(np.abs(actual[name] - expected[name]).max()) for name in expected)
+            assert apart <= 1e-10, step
+    print(f"{steps} steps: weights {apart:.1e} apart")
+    assert distance(actual, expected) <= 1e-14 * steps / 200
+    predictions = compute_logits("jax", actual, data.test_images).argmax(axis=1)
+    assert np.array_equal(predictions, compute_logits("torch", expected, data.test_images).argmax(axis=1))
 
 
-def test_a_state_is_handed_over_in_mid_training(data_dir: Path) -> None:
-    assert_none(trajectory.handover(simple_cnn(data_dir, 20 * BATCH_SIZE), 0, before=10, after=10))
+def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return leaves by path ("conv1/kernel") as the Flax tree."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        layer, name = path.split("/")
+        tree.setdefault(layer, {})[name] = leaf
+    return tree
 
 
-def test_a_state_that_was_read_does_not_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's tensors, and NumPy's views of them, change with the next step: what is compared has to be a copy."""
-    pair = feed_forward()
-    batch = pair.synthetic_batch(0, 8)
+def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart() -> None:
+    """With optax's counters of 32 bits, the first update is far from float64; with exact ones it is near."""
+    setup = case_setup(Case(softmax_regression()))
+    start = tensors_of(setup.module)["fc.weight"].T
+    gradients = [small_gradients(setup, 0)]
+    torch_run = TorchRun(setup)
+    torch_run.apply_gradients(gradients)
+    truth = tensors_of(torch_run.module)["fc.weight"].T - start
 
-    def changes_after_reading(side: type[trajectory.JaxRun] | type[trajectory.TorchRun]) -> bool:
-        run = side(pair, trajectory.initial_state(pair, 0))
-        run.step(batch)
-        weights = run.state().weights
-        copies = deepcopy(weights)
-        run.step(batch)
-        return any(not np.array_equal(weights[name], copies[name]) for name in copies)
+    def error(exact: bool) -> float:
+        jax_run = JaxRun(setup, dtype="float32", exact=exact)
+        jax_run.apply_gradients(gradients)
+        update = jax_run.leaves()["fc/kernel"].astype(np.float64) - start
+        return float(np.sqrt(np.mean(np.square(update - truth)) / np.mean(np.square(truth))))
 
-    assert not changes_after_reading(trajectory.JaxRun)
-    assert not changes_after_reading(trajectory.TorchRun)
-    monkeypatch.setattr(trajectory, "to_numpy", lambda tensors, _: {name: t.numpy() for name, t in tensors.items()})
-    assert changes_after_reading(trajectory.TorchRun)  # this test can fail
-
-
-def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart(cnn: Pair) -> None:
-    """With optax's own correction early updates miss the budget; with the exact one they are as good as PyTorch's."""
-    exact = replace(cnn, jax_optimizer=float32.adam_with_exact_bias_correction)
-    in_jax, in_torch = float32.update_errors(cnn, 1, range(2))["update of fc1.weight"]
-    assert in_jax > float32.budget((in_jax, in_torch))
-    in_jax, in_torch = float32.update_errors(exact, 1, range(2))["update of fc1.weight"]
-    assert in_jax <= 1.5 * in_torch
+    assert error(exact=False) > 4 * error(exact=True)
 
 
-def test_float32_runs_end_as_far_apart_as_one_ulp_sends_them(cnn: Pair) -> None:
+def test_float32_runs_end_as_far_apart_as_one_ulp_sends_them(data_dir: Path) -> None:
     """When a run leaves the others is chance, where it ends is not. Largest ratio seen over 4 seeds: 1.7."""
-    curves = float32.drift(cnn, 0, [DRIFT_STEPS], nudges=1, with_truth=False)
-    (apart,) = curves["float32: JAX from PyTorch"]
-    itself = [distance for name, (distance,) in curves.items() if name.endswith("one ULP")]
+    curves = drift(Case(simple_cnn(data_dir, SHORT)), DRIFT_STEPS, nudges=1, with_truth=False)
+    apart = curves["float32: JAX from PyTorch"][-1]
+    itself = [distances[-1] for name, distances in curves.items() if name.endswith("one ULP")]
     assert 0 < apart <= 4 * max(itself)
 
 
-def relu_and_bias_after_the_pool(tree: dict[str, dict[str, jax.Array]], images: jax.Array, tap: Tap) -> jax.Array:
+def stage_by_stage(params: Any, images: jax.Array) -> jax.Array:
+    return SimpleCNN(fused=False).apply({"params": params}, images)  # type: ignore[return-value]  # nothing is mutable
+
+
+def as_it_trains(params: Any, images: jax.Array) -> jax.Array:
+    return SimpleCNN().apply({"params": params}, images)  # type: ignore[return-value]  # nothing is mutable
+
+
+def relu_and_bias_after_the_pool(params: Any, images: jax.Array) -> jax.Array:
     """Compute the same function: bias and ReLU keep the order of values, so that they may follow the pool."""
     x = images
-    for conv, pool in (("conv1", "pool1"), ("conv2", "pool2")):
-        x = ops.max_pool2x2(ops.conv3x3(x, tree[conv]["kernel"]))
-        x = tap(pool, jax.nn.relu(x + tree[conv]["bias"]))
-    x = jax.nn.relu(tap("fc1", x.reshape(len(x), -1) @ tree["fc1"]["kernel"] + tree["fc1"]["bias"]))
-    return tap("fc2", x @ tree["fc2"]["kernel"] + tree["fc2"]["bias"])
+    for conv in ("conv1", "conv2"):
+        x = jax.nn.relu(ops.max_pool2x2(ops.conv3x3(x, params[conv]["kernel"])) + params[conv]["bias"])
+    return head(params, x)
 
 
-def convolution_by_im2col(tree: dict[str, dict[str, jax.Array]], images: jax.Array, tap: Tap) -> jax.Array:
+def convolution_by_im2col(params: Any, images: jax.Array) -> jax.Array:
     """Compute the same function: a convolution is a matrix product over the patches."""
     x = images
     layout = ("NHWC", "HWIO", "NHWC")
-    for number in (1, 2):
-        layer = tree[f"conv{number}"]
+    for conv in ("conv1", "conv2"):
+        layer = params[conv]
         patches = lax.conv_general_dilated_patches(x, (3, 3), (1, 1), "SAME", dimension_numbers=layout)
         kernel = layer["kernel"].transpose(2, 0, 1, 3).reshape(-1, layer["kernel"].shape[-1])
-        x = tap(f"relu{number}", jax.nn.relu(tap(f"conv{number}", patches @ kernel + layer["bias"])))
-        x = tap(f"pool{number}", ops.max_pool2x2(x))
-    x = jax.nn.relu(x.reshape(len(x), -1) @ tree["fc1"]["kernel"] + tree["fc1"]["bias"])
-    return tap("fc2", x @ tree["fc2"]["kernel"] + tree["fc2"]["bias"])
+        x = ops.max_pool2x2(jax.nn.relu(patches @ kernel + layer["bias"]))
+    return head(params, x)
 
 
-@pytest.mark.parametrize(
-    "rewriting",
-    [None, with_torch_stages(make_apply()), relu_and_bias_after_the_pool, convolution_by_im2col],
-    ids=["stage by stage", "as it trains", "ReLU and bias after the pool", "convolution by im2col"],
-)
-def test_no_false_alarm_over_twenty_seeds(cnn: Pair, rewriting: Callable[..., jax.Array] | None) -> None:
-    pair = replace(cnn, apply=rewriting) if rewriting else cnn
-    for seed in range(20):
-        case = Case(pair, seed)
-        for check in ("shapes", "transfer", "outputs", "loss", "gradients"):
-            assert_none(CHECKS[check](case))
+def head(params: Any, x: jax.Array) -> jax.Array:
+    """Compute the two linear layers."""
+    x = jax.nn.relu(x.reshape(len(x), -1) @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+    return x @ params["fc2"]["kernel"] + params["fc2"]["bias"]
+
+
+@pytest.mark.parametrize("network", [stage_by_stage, as_it_trains, relu_and_bias_after_the_pool, convolution_by_im2col])
+def test_no_false_alarm_over_twenty_seeds(network: Any) -> None:
+    """However the function is written, outputs, stages and gradients of sound ports agree."""
+    pair = product_pair(CNN, "plain")
+    pair = replace(pair, jax_model=network, stages={}, jax_init=init_params)
+    sweeper = Sweeper(Case(pair), 8, training=False)
+    for seed in range(SEEDS):
+        sweeper.load(seed, probing_tensors(pair, seed))
+        for steer in (False, True):
+            side, _ = sweeper.side(sweeper.steered(steer, steer))
+            assert not any_problem(side._replace(values={}, gradients={}) if steer else side), (seed, side)
+
+
+def test_a_state_that_was_read_does_not_train_on() -> None:
+    """The next step reuses the memory of the state: what is compared has to be a copy, or be compared before it."""
+    case = Case(feed_forward())
+    setup = case_setup(case)
+    batch = training_batches(case, 1, [8])[0]
+    jax_run, torch_run = JaxRun(setup), TorchRun(setup)
+    copies = []
+    for run, part in ((jax_run, batch[0]), (torch_run, batch[1])):
+        run.step([part])
+        leaves = run.leaves() if isinstance(run, JaxRun) else tensors_of(run.module)
+        copies.append(deepcopy(leaves))
+        run.step([part])
+    assert any(not np.array_equal(copies[0][name], leaf) for name, leaf in jax_run.leaves().items())
+    assert any(not np.array_equal(copies[1][name], leaf) for name, leaf in tensors_of(torch_run.module).items())
 
 
 def test_tf32_and_reduced_precision_are_off_while_comparing() -> None:

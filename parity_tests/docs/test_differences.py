@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.docs.markdown_examples import check_guards, check_outputs, check_rows, find_default_tests, refresh
-from parity_tests.harness.faults import FAULTS
+from parity_tests.faults import FAULTS
 from parity_tests.support import ROOT
 
 PATH = ROOT / "docs" / "differences.md"

@@ -22,9 +22,10 @@ from jax_cnn.config import UserError
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.torch_layout import TorchDict, load_weights
 from parity_tests.experiments.small_comparison import PARITY, Comparison, Json
-from parity_tests.harness.faults import FAULTS
-from parity_tests.harness.product_pairs import feed_forward
-from parity_tests.harness.report import examine
+from parity_tests.faults import FAULTS
+from parity_tests.harness.checks import examine
+from parity_tests.harness.report import to_json
+from parity_tests.product import feed_forward
 from parity_tests.support import ROOT, read_json
 
 
@@ -188,11 +189,12 @@ def test_the_verdict_follows_from_the_numbers(comparison: Comparison) -> None:
 def test_a_planted_fault_makes_the_page_say_not_the_same(comparison: Comparison) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == "one-weight")
     faulty = copy.deepcopy(comparison.report)
-    faulty["parity"] = report.describe_parity(examine(fault.plant(feed_forward()), 0, 3))
+    result = examine(fault.plant(feed_forward()), names=("parameters", "outputs", "gradients"), steps=3)
+    faulty["parity"] = report.describe_parity(to_json(result))
     faulty["verdict"] = report.judge(faulty)
-    assert faulty["parity"]["passed"] == ["shapes"]
+    assert [divergence["check"] for divergence in faulty["parity"]["divergences"]] == ["outputs"]
     assert faulty["verdict"]["sentence"].startswith("JAX and PyTorch do not train the same network: in float64 they")
-    assert "fc2.weight" in faulty["verdict"]["sentence"]
+    assert "outputs: output of fc2: error " in faulty["verdict"]["sentence"]
     content = render(faulty)
     assert "<strong>Not the same.</strong>" in content
     assert "Where they differ, stage by stage" in content
@@ -202,7 +204,8 @@ def test_a_planted_fault_makes_the_page_say_not_the_same(comparison: Comparison)
 
 
 def test_a_divergence_in_a_parity_report_decides_the_verdict(comparison: Comparison, tmp_path: Path) -> None:
-    content = read_json(PARITY) | {"first_divergence": "outputs: output of relu1: differs"}
+    divergence = {"check": "outputs", "where": "output of relu1", "problem": "differs", "cause": ""}
+    content = read_json(PARITY) | {"divergences": [divergence]}
     (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
     config = replace(comparison.config, parity_report=tmp_path / "report.json")
     assert not report.judge(comparison.report | {"parity": report.measure_parity(config, print)})["same"]

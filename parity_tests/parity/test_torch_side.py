@@ -1,0 +1,443 @@
+"""What is seen inside PyTorch modules, and that watching changes nothing."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from parity_tests.harness.compare import Refused
+from parity_tests.harness.reference_error import gradient_error, reference_error
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat
+
+
+class Inputs:
+    """Positional and keyword arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args, self.kwargs = args, kwargs
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape)
+
+
+def wave(outputs: Any) -> torch.Tensor:
+    """Return an objective that every floating-point output moves."""
+    tensors = [leaf for leaf in flat(outputs).values() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return sum((tensor.cos().sum() for tensor in tensors), torch.zeros(()))
+
+
+class InPlace(nn.Module):
+    """A residual block that changes tensors in place, as torchvision writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the block of images."""
+        stem = self.relu(self.conv(images))
+        branch = self.norm(stem)
+        branch += stem
+        return self.relu(branch)
+
+
+class HandedThrough(nn.Module):
+    """A submodule that returns its input, which is used beside it as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.identity, self.rest = nn.Conv2d(3, 3, 1), nn.Identity(), nn.Sequential(nn.Dropout(0.5))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return a sum of products of the features."""
+        features = self.conv(images)
+        return features * 2 + self.identity(features).sin() * self.rest(features)
+
+
+class Pair(nn.Module):
+    """Returns a tensor together with another one that was computed from it, and the first one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        """Return one tensor in two places, and what is computed from it."""
+        hidden = self.linear(x)
+        return {"hidden": hidden, "all": (hidden, hidden.exp()), "size": 4, "nothing": None}
+
+
+class UsesPair(nn.Module):
+    """Uses every output of a module that shares a tensor among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a value that uses every part."""
+        outputs = self.pair(x)
+        return outputs["hidden"].sin() + outputs["all"][0] * outputs["all"][1]
+
+
+class ChangedView(nn.Module):
+    """Changes a view in place after it was used: autograd then gives the view a part of its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.flatten = nn.Conv2d(3, 3, 1), nn.Flatten()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the view was and what the base became."""
+        features = self.conv(images)
+        row = self.flatten(features)
+        before = row * 3
+        row += 1
+        return features.sin() + before.view_as(features)
+
+
+class Block(nn.Module):
+    """Attention and a gelu, without submodules for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the attended and activated sequence."""
+        query, key, value = self.qkv(x).chunk(3, -1)
+        weights = F.dropout((query @ key.transpose(1, 2) / 8**0.5).softmax(-1), 0.5, self.training)
+        x = x + self.drop(self.out(weights @ value))
+        x = x + F.gelu(x)
+        return 1.0 - F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+
+
+class Stack(nn.Module):
+    """The same block twice under two names, once more, and a layer whose forward method is called directly."""
+
+    def __init__(self, use: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda block, x: block(x)) -> None:
+        super().__init__()
+        self.block, self.head, self.unused, self.use = Block(), nn.Linear(8, 8), nn.Linear(2, 2), use
+        self.tied = self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the head of the twice transformed sequence."""
+        return self.head.forward(self.use(self.tied, self.use(self.block, x)))
+
+
+def slope_by_replacing(
+    model: nn.Module, name: str, place: str, call: int, x: torch.Tensor, move: torch.Tensor
+) -> float:
+    """Return the slope of the objective as one output of a submodule moves, from differences of the whole run."""
+
+    def objective_at(step: float) -> float:
+        moved, calls = copy.deepcopy(model), 0
+
+        def hook(_: nn.Module, args: Any, outputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != call:
+                return None
+            if place == "":
+                return outputs + step * move
+            first, second = outputs["all"]
+            changed = {
+                ".hidden": {"hidden": outputs["hidden"] + step * move},
+                ".all[0]": {"all": (first + step * move, second)},
+                ".all[1]": {"all": (first, second + step * move)},
+            }
+            return outputs | changed[place]
+
+        moved.get_submodule(name).register_forward_hook(hook)
+        with torch.no_grad():
+            return float(wave(moved(x.clone())))
+
+    return (objective_at(1e-6) - objective_at(-1e-6)) / 2e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(InPlace(), (2, 3, 4, 4)), (HandedThrough(), (2, 3, 4, 4)), (UsesPair(), (2, 4)), (Stack(), (2, 5, 8))],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_gradients_of_submodules_are_those_of_finite_differences(model: nn.Module, shape: tuple[int, ...]) -> None:
+    capture = capture_torch(model, Inputs(draw(*shape)), wave, training=False)
+    checked = 0
+    for name, gradient in capture.gradients.items():
+        stage, place = (
+            name.split("#")[0],
+            name[len("pair") :] if name.startswith("pair.") and name[5:8] != "lin" else "",
+        )
+        stage = stage.removesuffix(place)
+        if capture.kinds[name] == "function" or name == "":
+            continue
+        move = torch.tensor(draw(*gradient.shape))
+        call = int(name.split("#")[1]) if "#" in name else 1
+        model64 = copy.deepcopy(model).double().eval()
+        slope = slope_by_replacing(model64, stage, place, call, torch.tensor(draw(*shape)), move)
+        assert (gradient * move.numpy()).sum() == pytest.approx(slope, rel=1e-5, abs=1e-6), name
+        checked += 1
+    assert checked >= 3
+    assert set(capture.gradients) == set(capture.values)
+
+
+def test_a_gradient_that_autograd_gives_in_part_is_left_out() -> None:
+    capture = capture_torch(ChangedView(), Inputs(draw(2, 3, 4, 4)), wave, training=False)
+    assert "flatten" in capture.values
+    assert "flatten" not in capture.gradients
+    assert any("changed in place): add, flatten" in note for note in capture.notes)
+    assert "conv" in capture.gradients
+
+
+def test_the_gradient_by_what_is_made_in_place_counts_its_other_name() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.linear(x)
+            return self.relu(hidden) + 2 * hidden  # `hidden` is what ReLU made of it
+
+    capture = capture_torch(Alias(), Inputs(draw(2, 4)), draw(2, 4), training=False)
+    np.testing.assert_array_equal(capture.gradients["relu"], 3 * draw(2, 4))
+
+
+def test_functions_are_named_by_scope_and_calls_are_counted() -> None:
+    capture = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True)
+    first = ["qkv", "matmul", "div", "softmax", "matmul#2", "out", "drop", "add", "gelu", "add#2"]
+    first += ["scaled_dot_product_attention", "sub"]
+    second = ["qkv#2", "matmul#3", "div#2", "softmax#2", "matmul#4", "out#2", "drop#2", "add#3", "gelu#2", "add#4"]
+    second += ["scaled_dot_product_attention#2", "sub#2"]
+    names = [f"block.{name}" for name in first] + ["block"] + [f"block.{name}" for name in second] + ["block#2"]
+    assert list(capture.values) == [*names, "linear", ""]
+    assert capture.kinds["block#2"] == "Block"
+    assert capture.kinds["block.gelu"] == "function"
+    assert any("without being called" in note and note.endswith(": head") for note in capture.notes)
+    assert "unused.weight" not in capture.weight_gradients
+    without = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True, functions=False)
+    assert "function" not in without.kinds.values()
+
+
+def test_the_gradient_by_a_function_is_the_one_by_a_module_that_does_the_same() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double()
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = model[0], model[2]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(F.gelu(self.first(x)))
+
+    with_module, with_function = (
+        capture_torch(m, Inputs(draw(2, 8)), wave, training=True) for m in (model, Functional())
+    )
+    np.testing.assert_array_equal(with_module.gradients["1"], with_function.gradients["gelu"])
+    np.testing.assert_array_equal(with_module.values["1"], with_function.values["gelu"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_is_recorded_once(reentrant: bool) -> None:
+    plain = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True)
+    torch.manual_seed(0)
+    model = Stack(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
+    capture = capture_torch(model, Inputs(draw(2, 5, 8)), wave, training=True)
+    assert list(capture.values) == list(plain.values)
+    if reentrant:  # the forward pass computes no gradient
+        assert set(capture.gradients) == {"linear", ""}
+        assert any("computed without a gradient" in note for note in capture.notes)
+    else:
+        assert set(capture.gradients) == set(plain.gradients)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (nn.LSTM(8, 4, 2, batch_first=True, dropout=0.5), ["[0]", "[1][0]", "[1][1]"]),
+        (nn.GRU(8, 4, batch_first=True), ["[0]", "[1]"]),
+        (nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True), ["self_attn[0]", "linear1", "relu", "norm2", ""]),
+        (nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), ["0", "1", ""]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_has_no_dropout(model: nn.Module, names: list[str], training: bool) -> None:
+    capture = capture_torch(model, Inputs(draw(2, 5, 8)), wave, training=training)
+    assert set(names) <= set(capture.values)
+    assert set(capture.gradients) == set(capture.values)
+    expected = flat(copy.deepcopy(model).double().eval()(torch.tensor(draw(2, 5, 8))))
+    for name, leaf in flat(capture.outputs).items():
+        np.testing.assert_allclose(leaf, expected[name].detach().numpy(), rtol=1e-12, atol=1e-14)
+    assert "the reference draws random numbers" not in capture.notes
+
+
+def test_attention_takes_keywords_and_says_that_its_projection_is_not_seen() -> None:
+    model = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    inputs = Inputs(draw(2, 5, 8), key=draw(2, 5, 8), value=draw(2, 5, 8), key_padding_mask=np.eye(5)[:2] > 0)
+    capture = capture_torch(model, inputs, wave, training=True)
+    assert list(capture.values) == ["[0]", "[1]"]
+    assert any(note.endswith(": out_proj") for note in capture.notes)
+    assert set(capture.weight_gradients) == {name for name, _ in model.named_parameters()}
+
+
+@dataclass
+class Output:
+    """What a model may return."""
+
+    hidden: Any
+    pooled: Any = None
+
+
+class Language(nn.Module):
+    """Token ids in, a dataclass out; the table is frozen and tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.embed.weight.requires_grad_(False)
+        self.scale = torch.ones(8)  # no buffer
+
+    def forward(self, ids: torch.Tensor, *, mask: torch.Tensor) -> Output:
+        """Return two hidden states and their mean."""
+        assert ids.dtype == torch.int64
+        hidden = self.norm(self.embed(ids).transpose(1, 2)).transpose(1, 2) * mask[..., None] @ torch.diag(self.scale)
+        return Output((hidden, self.head(hidden)), hidden.mean(1))
+
+
+def test_integers_keywords_dataclasses_and_frozen_weights() -> None:
+    model = Language()
+    before = copy.deepcopy(model.state_dict())
+    ids = np.random.default_rng(0).integers(0, 11, (3, 5))
+    capture = capture_torch(model, Inputs(ids, mask=np.ones((3, 5), np.float32)), wave, training=True)
+    assert list(flat(capture.outputs)) == [".hidden[0]", ".hidden[1]", ".pooled"]
+    assert {array.dtype for array in flat(capture.outputs).values()} == {np.dtype(np.float64)}
+    assert set(capture.weight_gradients) == {"norm.weight", "norm.bias"}
+    assert capture.buffers["norm.num_batches_tracked"] == 1
+    assert np.abs(capture.buffers["norm.running_mean"]).max() > 0
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(before[name]), f"{name} of the module given was changed"
+    assert model.norm.weight.grad is None
+
+
+def test_cotangents_weigh_the_outputs() -> None:
+    ids = np.random.default_rng(0).integers(0, 11, (3, 5))
+    inputs = Inputs(ids, mask=np.ones((3, 5)))
+    cotangents = Output((draw(3, 5, 8), draw(3, 5, 11)))
+    capture = capture_torch(Language(), inputs, cotangents, training=False)
+    np.testing.assert_array_equal(capture.gradients["head"], cotangents.hidden[1])
+    products = [(cotangents.hidden[i] * capture.outputs.hidden[i]).sum() for i in range(2)]
+    assert capture.loss == pytest.approx(sum(products), rel=1e-12)
+    with pytest.raises(Refused, match="fits no output"):
+        capture_torch(Language(), inputs, Output(draw(3, 5, 8)), training=False)
+
+
+class Counting(nn.Module):
+    """Gives another result at each call."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input times the number of calls."""
+        Counting.calls += 1
+        return x * Counting.calls
+
+
+class Aware(nn.Module):
+    """Gives another result when it has hooks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input, doubled if there are hooks."""
+        return x * (2 if self._forward_hooks else 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Counting(), "other results each time it runs, first: output of the module"),
+        (Aware(), "other results when its submodules are watched"),
+        (nn.Linear(5, 5), "does not run on these inputs in torch.float64: RuntimeError: mat1 and mat2"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_module_that_cannot_be_watched_is_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        capture_torch(model, Inputs(draw(2, 4)), wave, training=False)
+
+
+def test_float32_and_an_unverified_run() -> None:
+    capture = capture_torch(
+        HandedThrough(), Inputs(draw(2, 3, 4, 4)), wave, training=True, dtype="float32", verify=False
+    )
+    assert {value.dtype for value in (capture.values | capture.gradients).values()} == {np.dtype(np.float32)}
+    with pytest.raises(Refused, match="the objective gives 96 values"):
+        capture_torch(HandedThrough(), Inputs(draw(2, 3, 4, 4)), lambda outputs: outputs, training=True)
+
+
+def test_settings_are_as_before() -> None:
+    model = nn.Linear(4, 4)
+    state = torch.get_rng_state()
+    capture_torch(model, Inputs(draw(2, 4)), wave, training=False)
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.get_rng_state().equal(state)
+
+
+def test_flat_names_the_parts_of_nests_of_any_framework() -> None:
+    class Point(NamedTuple):
+        x: Any
+        y: Any
+
+    nest = {"a": [jnp.ones(2), None, "text"], "b": Output(Point(np.ones(3), 4), torch.ones(5)), 3: (True,)}
+    assert list(flat(nest)) == [".a[0]", ".b.hidden.x", ".b.hidden.y", ".b.pooled", "[3][0]"]
+    assert list(flat(np.ones(2))) == [""]
+
+
+class KeepsFloat32(nn.Module):
+    """A softmax in float32, and an activation whose gradient PyTorch computes with a float32 factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.embed, self.relu = nn.Linear(8, 8), nn.Hardsigmoid(), nn.Embedding(5, 8), nn.ReLU()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return roots of the softmax."""
+        y = self.relu(self.act(self.first(x)) + self.embed(ids))
+        return torch.softmax(y, -1, dtype=torch.float32).to(y.dtype).sqrt() * y.sign()
+
+
+def test_the_own_error_of_the_reference_is_found_where_it_is_born() -> None:
+    inputs = Inputs(draw(2, 5, 8), np.arange(10).reshape(2, 5) % 5)
+
+    def measure(model: nn.Module, inputs: Inputs) -> Any:
+        capture: TorchCapture = capture_torch(model, inputs, wave, training=False)
+        names = [name for name in capture.values if name]
+        return reference_error(model, inputs, wave, capture, backward_of=names)
+
+    error = measure(KeepsFloat32(), inputs)
+    assert error.born == {"softmax"}
+    assert "softmax" in error.born_gradients
+    assert "first" not in error.born_gradients  # the activation's own float64 gradient follows
+    assert set(error.values) == {"softmax", "sqrt", "mul", ""}
+    assert set(error.weight_gradients) == {"first.weight", "first.bias", "embed.weight"}
+    assert all(1e-9 < value < 1e-6 for value in error.values.values())
+    assert set(error.backward) == {"act"}
+    sound = measure(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.ReLU()), Inputs(draw(2, 5, 8)))
+    assert not any(sound)
+
+
+@pytest.mark.parametrize("function", [F.hardswish, F.relu, F.relu6, F.gelu, F.silu, F.logsigmoid, F.mish, torch.erf])
+def test_the_gradient_of_a_sound_function_agrees_with_a_finite_difference(function: Callable[..., Any]) -> None:
+    error = gradient_error(function, (torch.tensor(draw(200) * 3),), {})
+    assert error is not None
+    assert error < 1e-10

@@ -1,0 +1,234 @@
+"""A porter installs the package beside their own libraries, and compares a pair of their own in their own folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, read_json
+
+# What the project's own networks need, but not the harness: a porter may have none of it.
+ONLY_FOR_TRAINING = ("flax", "torchvision", "jaxtyping", "safetensors", "platformdirs")
+
+HIDE = f"""
+import sys
+
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name in {ONLY_FOR_TRAINING}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Hide())
+"""
+
+PORT = """
+import jax
+import numpy as np
+import torch
+from torch import nn
+
+from parity_tests.harness import Pair
+
+
+class Reference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(x)))
+
+
+def port(params, x):
+    hidden = jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def faulty_port(params, x):
+    return port(params, x) + 0.01 * x[:, :1]
+
+
+def other_outputs(params, x):
+    return port(params, x), x
+
+
+def broken_port(params, x):
+    raise ValueError("nothing works yet")
+
+
+def weights(tensors):
+    layers = ("hidden", "out")
+    return {name: {"kernel": tensors[f"{name}.weight"].T, "bias": tensors[f"{name}.bias"]} for name in layers}
+
+
+def draw(key):
+    shapes = {"hidden": (3, 4), "out": (4, 2)}
+    return {
+        name: {"kernel": jax.random.normal(key, shape), "bias": np.zeros(shape[1])} for name, shape in shapes.items()
+    }
+
+
+example = np.ones((2, 3), np.float32)
+pair = Pair(Reference, port, example, weights)
+faulty = Pair(Reference, faulty_port, example, weights)
+without_mate = Pair(Reference, other_outputs, example, weights)
+proposed = Pair(Reference, port, example, jax_init=draw)
+broken = Pair(Reference, broken_port, example, weights)
+"""
+
+TESTS = """
+import pytest
+from my_port import faulty, pair
+
+from parity_tests.harness import check
+
+
+def test_my_port():
+    check(pair)
+
+
+def test_one_check_of_my_port():
+    check(pair, "gradients")
+
+
+def test_my_faulty_port():
+    check(faulty)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel of this project, built from a copy, because building writes into the folder of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for package in ("jax_cnn", "torch_ref", "parity_tests"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build: list[str | Path] = [
+        *pip,
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        source,
+    ]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_has_the_packages_and_no_tests(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"parity_tests/command.py", "parity_tests/harness/checks.py", "jax_cnn/model.py"} <= set(names)
+    assert not [name for name in names if "test_" in Path(name).name or "conftest" in name or "support" in name]
+
+
+def script_of(environment: Path, name: str) -> Path:
+    """Return the path of a command of a virtual environment."""
+    return environment / ("Scripts" if os.name == "nt" else "bin") / name
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a fresh virtual environment with the wheel in it, and the libraries that a porter has anyway.
+
+    It sees the installed packages, but not this checkout, and not what only training needs.
+    """
+    folder = tmp_path_factory.mktemp("porter") / "venv"
+    make: list[str | Path] = [sys.executable, "-m", "venv", "--without-pip", folder]
+    subprocess.run(make, check=True)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder]
+    install: list[str | Path] = [*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    ask: list[str | Path] = [
+        script_of(folder, "python"),
+        "-c",
+        "import sysconfig; print(sysconfig.get_path('purelib'))",
+    ]
+    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "libraries.pth").write_text("\n".join(libraries), encoding="utf-8")  # their own .pth are not read
+    (packages / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a porter's folder, with a file that declares pairs and one with tests."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "my_port.py").write_text(PORT, encoding="utf-8")
+    (folder / "test_my_port.py").write_text(TESTS, encoding="utf-8")
+    return folder
+
+
+def run(environment: Path, folder: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment in a porter's folder."""
+    line: list[str | Path] = [script_of(environment, command), *arguments]
+    own = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
+    own["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+def test_the_command_is_the_wheel_s_and_not_the_checkout_s(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "python", "-c", "import parity_tests; print(parity_tests.__file__)")
+    assert Path(done.stdout.strip()).is_relative_to(environment), done.stderr
+
+
+def test_the_command_says_with_its_status_that_a_port_is_the_same(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "parity-report", "my_port:pair", "--out-dir=sound")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Reference: no difference." in done.stdout
+    report = read_json(folder / "sound" / "report.json")
+    assert report["divergences"] == []
+    assert {"outputs", "gradients", "optimizer", "trajectory"} <= set(report["passed"])
+
+
+def test_the_command_says_with_its_status_where_a_port_is_different(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "parity-report", "--pair=my_port:faulty", "--steps=0", "--out-dir=faulty")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "outputs: output of " in done.stdout
+    assert read_json(folder / "faulty" / "report.json")["divergences"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("without_mate", ["--pair my_port:without_mate cannot be compared", "PyTorch returns 1 array"]),
+        ("broken", ["--pair my_port:broken cannot be compared: ValueError: nothing works yet (my_port.py, line "]),
+        ("absent", ["--pair my_port:absent cannot be made", "absent"]),
+    ],
+)
+def test_the_command_says_with_its_status_that_nothing_can_be_compared(
+    pair: str, words: list[str], environment: Path, folder: Path
+) -> None:
+    assert_slip(run(environment, folder, "parity-report", f"my_port:{pair}", "--steps=0"), *words)
+
+
+def test_the_command_proposes_the_map_of_the_weights(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "parity-report", "my_port:proposed", "--propose")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("hidden.weight", "hidden/kernel", "linear("):
+        assert words in done.stdout
+
+
+def test_the_project_s_own_pairs_name_what_they_need(environment: Path, folder: Path) -> None:
+    assert_slip(run(environment, folder, "parity-report"), "--pair simple_cnn needs", "jax-cnn-parity[train]")
+
+
+def test_a_port_is_checked_in_the_porter_s_own_tests(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert "1 failed" in done.stdout
+    assert "AssertionError: Reference differs in 1 place" in done.stdout
+    assert "outputs: output of " in done.stdout
