@@ -355,7 +355,7 @@ def split_heads_otherwise(array: jax.Array) -> jax.Array:
 
 
 def drop_some(value: jax.Array) -> jax.Array:
-    """Apply dropout."""
+    """Set a fifth of the values to 0 and divide the others by 0.8, as dropout in training mode does."""
     kept = jax.random.bernoulli(jax.random.key(0), 0.8, value.shape)
     return jnp.where(kept, value / 0.8, 0)
 

@@ -23,11 +23,11 @@ class Call(Protocol):
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """Positional arguments."""
+        """Return the positional arguments."""
 
     @property
     def kwargs(self) -> Mapping[str, Any]:
-        """Keyword arguments."""
+        """Return the keyword arguments."""
 
 
 class Model(NamedTuple):

@@ -476,7 +476,7 @@ INHERITS: Mapping[str, Sequence[str]] = {
 
 @dataclass
 class Result:
-    """What `examine` found out.
+    """The differences that `examine` found, and how it looked for them.
 
     Attributes:
         pair: the name of the pair.
