@@ -26,9 +26,9 @@ from jax_cnn.train import init_state, loss_fn, make_optimizer, train_step
 from parity_tests.harness import CHECKS, Pair, examine
 from parity_tests.harness.capture import Case, Sweeper, any_problem, exact_arithmetic
 from parity_tests.harness.checks import case_setup, drift, training_batches
-from parity_tests.harness.float32 import distance, small_gradients
 from parity_tests.harness.pair import probing_tensors
 from parity_tests.harness.runs import JaxRun, TorchRun, tensors_of
+from parity_tests.harness.training import distance, small_gradients
 from parity_tests.product import BATCH_SIZE, feed_forward, product_pair, simple_cnn, softmax_regression
 from torch_ref.model import SimpleCNN as TorchCNN
 

@@ -18,9 +18,7 @@ import torch
 from jax import numpy as jnp
 
 from parity_tests.harness.adapters import Model, adapt
-from parity_tests.harness.compare import Bound, Refused, find_difference, largest, relative_error
-from parity_tests.harness.layouts import Carry, carry
-from parity_tests.harness.nests import flat
+from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error
 from parity_tests.harness.pair import (
     LARGE,
     Inputs,
@@ -29,10 +27,9 @@ from parity_tests.harness.pair import (
     probing_tensors,
 )
 from parity_tests.harness.propose import Proposal, propose
-from parity_tests.harness.reference_error import reference_error
-from parity_tests.harness.stages import jax_stages, match, torch_stages
+from parity_tests.harness.stages import Carry, carry, jax_stages, match, torch_stages
 from parity_tests.harness.taps import Sweep, Traced, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")

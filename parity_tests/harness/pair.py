@@ -312,7 +312,7 @@ def default_jax_loss(outputs: Any, targets: Any) -> jax.Array:
 
 def float_leaves(outputs: Any) -> list[Any]:
     """Return the float arrays of a nest of outputs, of either framework."""
-    from parity_tests.harness.nests import flat
+    from parity_tests.harness.compare import flat
 
     def is_float(leaf: Any) -> bool:
         if isinstance(leaf, torch.Tensor):

@@ -19,7 +19,7 @@ from jax.tree_util import GetAttrKey
 from torch import nn
 
 from parity_tests.harness.capture import exact_arithmetic
-from parity_tests.harness.convolutions import rewrite
+from parity_tests.harness.taps import rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
 Nest = Any  # a batch: any tree of NumPy arrays that JAX can flatten

@@ -1,8 +1,17 @@
-"""Run a PyTorch module as it is, and once more while it is watched."""
+"""Run a PyTorch module as it is, once more while it is watched, and measure how exact it is itself.
+
+Forward hooks see what each submodule returns, and a `TorchFunctionMode` sees the functions that a forward method calls
+between them. A tensor is recorded as a copy, because a later operation may change it in place. The gradient by it comes
+from `Tensor.register_hook`, which stays with the value as it was when the hook was placed. A tensor that a module hands
+through unchanged is returned as a view of itself: the view is a node of its own in the graph, so its gradient is the
+part that flows through this module.
+"""
 
 import copy
+import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +20,307 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from parity_tests.harness.compare import Refused
-from parity_tests.harness.nests import flat as flat
-from parity_tests.harness.nests import map_leaves
-from parity_tests.harness.watch import Watch, describe, shorten, to_numpy
+from parity_tests.harness.compare import Refused, map_leaves, shorten
+from parity_tests.harness.compare import flat as flat
+
+# Functions that compute nothing: they ask for a property, make a constant, or give the same numbers another form.
+# Views need no name here, because they share memory with their source.
+UNRECORDED = {"get", "set", "size", "stride", "dim", "numel", "type", "requires_grad", "retain_grad", "detach", "clone"}
+UNRECORDED |= {"to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool", "cpu", "cuda"}
+UNRECORDED |= {"reshape", "flatten", "ravel", "contiguous", "tensor", "as_tensor", "multi_head_attention_forward"}
+UNRECORDED |= {f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn")}
+UNRECORDED |= {f"new_{what}" for what in ("zeros", "ones", "full", "empty", "tensor")}
+# Operators and second names, by the name that is shown.
+SYNONYMS = {
+    **{f"{side}{name}": name for name in ("add", "sub", "mul", "matmul", "pow") for side in "ri"},
+    **dict.fromkeys(("truediv", "rtruediv", "itruediv", "rdiv", "idiv", "divide", "true_divide"), "div"),
+    **{"subtract": "sub", "multiply": "mul", "negative": "neg", "absolute": "abs"},
+}
+
+NO_GRADIENT = "computed without a gradient, or from nothing that has one"
+
+
+class Scope(NamedTuple):
+    """A module that is running, and the version of each tensor that it was given."""
+
+    name: str
+    given: dict[int, int]
+
+
+class Watch(TorchFunctionMode):
+    """Records what submodules and functions return while it is entered.
+
+    Args:
+        functions: record functions as well as submodules.
+        views: return a view of what a submodule hands through, to tell its gradient from that of other uses.
+        calls_of: names of stages whose calls are kept, with copies of their arguments.
+    """
+
+    def __init__(self, functions: bool = True, views: bool = True, calls_of: Collection[str] = ()):
+        super().__init__()
+        self.calls_of = calls_of
+        self.kept_calls: dict[str, tuple[Callable[..., Any], Any, Any]] = {}
+        self.functions, self.views = functions, views
+        self.values: dict[str, np.ndarray] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        self.kinds: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.called: set[str] = set()
+        self.lost: dict[str, list[str]] = {}  # reason -> names without a gradient
+        self.backward = False
+        self.calls: Counter[str] = Counter()
+        self.scopes: list[Scope] = []
+        self.copies: dict[int, tuple[weakref.ref[torch.Tensor], np.ndarray, torch.Tensor]] = {}
+        self.recorded_views: list[tuple[str, torch.Tensor, int]] = []
+        self.busy = False
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[None]:
+        """Place the hooks, and remove them afterwards."""
+        self.names = {name for name, _ in model.named_modules()}
+        self.closed = {name for name, part in model.named_modules() if is_closed(part, root=not name)}
+        handles: list[Any] = []
+        for name, part in model.named_modules():
+            handles += [
+                part.register_forward_pre_hook(self.make_before(name), with_kwargs=True),
+                part.register_forward_hook(self.make_after(name), with_kwargs=True, always_call=True),
+            ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def make_before(self, name: str) -> Callable[..., None]:
+        """Return the hook that runs before a module."""
+
+        def before(part: nn.Module, args: Any, kwargs: Any) -> None:
+            if not in_backward():
+                self.scopes.append(Scope(name, self.versions((args, kwargs))))
+                self.keep_call(name, part, args, kwargs)
+
+        return before
+
+    def make_after(self, name: str) -> Callable[..., Any]:
+        """Return the hook that runs after a module."""
+
+        def after(part: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+            if in_backward():  # torch.utils.checkpoint computes the forward again
+                return None
+            scope = self.scopes.pop()
+            self.called.add(name)
+            changed = self.record(name, type(part).__name__, outputs, scope.given)
+            return None if changed is outputs else changed
+
+        return after
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and record what it returns."""
+        kwargs = kwargs or {}
+        label = getattr(func, "__name__", "").strip("_")
+        label = SYNONYMS.get(label, label)
+        scope = self.scopes[-1].name if self.scopes else ""
+        if self.busy or not self.functions or label in UNRECORDED or scope in self.closed or in_backward():
+            return func(*args, **kwargs)
+        given = self.versions((args, kwargs))
+        name = f"{scope}.{label}".removeprefix(".")
+        name += "()" if name in self.names else ""
+        self.keep_call(name, func, args, kwargs)
+        outputs = func(*args, **kwargs)
+        if given:
+            self.record_function(name, outputs, (args, kwargs), given)
+        return outputs
+
+    def keep_call(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Keep a call that was asked for, with copies of its arguments."""
+        if not self.calls_of:
+            return
+        key = self.number(name, self.calls[name] + 1)
+        if key in self.calls_of and key not in self.kept_calls:
+            self.busy = True
+            self.kept_calls[key] = (function, *map_leaves(lambda _, leaf: detached(leaf), (args, kwargs)))
+            self.busy = False
+
+    @staticmethod
+    def number(name: str, call: int) -> str:
+        """Return the name of a stage's n-th call."""
+        return name if call == 1 else f"{name}#{call}"
+
+    def record_function(self, name: str, outputs: Any, arguments: Any, given: dict[int, int]) -> None:
+        """Record what a function returned, unless it is one of its arguments, unchanged, or a part of one."""
+        tensors = [leaf for leaf in flat(outputs).values() if isinstance(leaf, torch.Tensor)]
+        sources = {memory(leaf) for leaf in flat(arguments).values() if isinstance(leaf, torch.Tensor)}
+        new = [t for t in tensors if (given[id(t)] != t._version if id(t) in given else memory(t) not in sources)]
+        if new and len(new) == len(tensors):
+            self.record(name, "function", outputs, given)
+
+    def versions(self, arguments: Any) -> dict[int, int]:
+        """Return how often each tensor among the arguments was changed in place, by its identity."""
+        return {id(leaf): leaf._version for leaf in flat(arguments).values() if isinstance(leaf, torch.Tensor)}
+
+    def record(self, name: str, kind: str, outputs: Any, given: dict[int, int]) -> Any:
+        """Record the tensors of a nest, and return the nest with views of those that were handed through."""
+        self.calls[name] += 1
+        base = self.number(name, self.calls[name])
+        tensors = [leaf for leaf in flat(outputs).values() if isinstance(leaf, torch.Tensor)]
+        shared = find_shared(tensors) if len(tensors) > 1 else set()
+
+        def record_leaf(place: str, tensor: Any) -> Any:
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            key = base + place
+            try:
+                self.values[key] = self.copy(tensor)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                if kind != "function":
+                    self.notes.append(f"{key or 'the output'} cannot be recorded: {describe(error)}")
+                return tensor
+            self.kinds[key] = kind
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                return tensor
+            return self.record_gradient(key, tensor, given.get(id(tensor)), id(tensor) in shared, kind == "function")
+
+        self.busy = True
+        try:
+            return map_leaves(record_leaf, outputs)
+        finally:
+            self.busy = False
+
+    def record_gradient(
+        self, key: str, tensor: torch.Tensor, version: int | None, shared: bool, function: bool
+    ) -> torch.Tensor:
+        """Ask for the gradient by a tensor, and return the tensor or a view of it that has a gradient of its own.
+
+        Args:
+            key: the name of the value.
+            tensor: what a module or a function returned.
+            version: how often the tensor had been changed in place when it was given to it; None if it was not given.
+            shared: whether other outputs of the same call depend on it.
+            function: whether a function returned it, whose result cannot be replaced.
+        """
+        if not tensor.requires_grad:
+            self.lost.setdefault(NO_GRADIENT, []).append(key)
+            return tensor
+        changed = version is not None and version != tensor._version
+        if changed and tensor._is_view():
+            self.lost.setdefault("a view that was changed in place", []).append(key)
+            return tensor
+        node = tensor
+        if (version is not None and not changed) or shared or tensor.is_leaf:
+            if function or not self.views:
+                self.lost.setdefault("its gradient cannot be told from that of other uses", []).append(key)
+                return tensor
+            node = tensor.view_as(tensor)
+            if (known := self.copies.get(id(tensor))) is not None:
+                self.copies[id(node)] = (weakref.ref(node), *known[1:])
+
+        def add(gradient: torch.Tensor) -> None:
+            if self.backward:  # not in a gradient that the forward itself computes
+                array = to_numpy(gradient)
+                self.gradients[key] = self.gradients[key] + array if key in self.gradients else array
+
+        node.register_hook(add)
+        if node._is_view():
+            self.recorded_views.append((key, node, node._version))
+        return node
+
+    def copy(self, tensor: torch.Tensor) -> np.ndarray:
+        """Return a copy of a tensor's values, the one made before if the tensor is unchanged since."""
+        known = self.copies.get(id(tensor))
+        if known is not None and known[0]() is tensor and torch.equal(tensor, known[2]):
+            return known[1]
+        kept = tensor.detach().clone()
+        array = to_numpy(kept)
+        self.copies[id(tensor)] = (weakref.ref(tensor), array, kept)
+        return array
+
+    def begin_backward(self) -> None:
+        """End the recording of values. A view that was changed in place since would get a part of its gradient."""
+        self.backward = True
+        self.changed_views = {key for key, view, version in self.recorded_views if view._version != version}
+        self.recorded_views.clear()
+        self.copies.clear()
+
+    def explain_missing(self) -> Iterator[str]:
+        """Drop the gradients that are not whole, and yield why each gradient is missing."""
+        for key in sorted(self.changed_views if self.backward else ()):
+            self.gradients.pop(key, None)
+            self.lost.setdefault("a view that was changed in place", []).append(key)
+        explained = {key for keys in self.lost.values() for key in keys}
+        constants = self.lost.pop(NO_GRADIENT, [])
+        if constants := [key for key in constants if self.kinds[key] != "function"]:  # masks and tables
+            self.lost[NO_GRADIENT] = constants
+        floats = [key for key, value in self.values.items() if value.dtype.kind in "fc"]
+        if unused := [key for key in floats if key not in self.gradients and key not in explained]:
+            self.lost["the objective does not depend on it"] = unused
+        for reason, keys in self.lost.items():
+            yield f"no gradient ({reason}): {shorten(keys)}"
+
+
+def detached(leaf: Any) -> Any:
+    """Return a copy of a tensor that belongs to no graph, and a number as it is."""
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_closed(part: nn.Module, root: bool) -> bool:
+    """Return whether the functions inside a module are not recorded, because it is one operation.
+
+    A leaf is one, unless it is a user's module that is the whole model or holds several matrices.
+    """
+    own = type(part).__module__.startswith("torch.nn.")
+    if any(True for _ in part.children()):
+        return isinstance(part, nn.MultiheadAttention)
+    return own or not (root or sum(parameter.ndim > 1 for parameter in part.parameters(recurse=False)) > 1)
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Return the address of the memory that holds a tensor and its views."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse and wrapped tensors
+        return id(tensor)
+
+
+def find_shared(tensors: list[torch.Tensor]) -> set[int]:
+    """Return the identities of the tensors that another one of them is, or was computed from.
+
+    A graph's node has a higher number than those it depends on, so the search ends at the oldest of the tensors.
+    """
+    shared = {id(t) for t, uses in ((t, sum(t is other for other in tensors)) for t in tensors) if uses > 1}
+    producers = {(t.grad_fn, t.output_nr): id(t) for t in tensors if t.grad_fn is not None}
+    if not producers:
+        return shared
+    oldest = min(node._sequence_nr() for node, _ in producers)
+    seen: set[Any] = set()
+    waiting = [node for node, _ in producers]
+    while waiting:
+        for edge in waiting.pop().next_functions:
+            if edge in producers:
+                shared.add(producers[edge])
+            node = edge[0]
+            if node is not None and node not in seen and node._sequence_nr() > oldest:
+                seen.add(node)
+                waiting.append(node)
+    return shared
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's values as an array, which shares memory with it where it can."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def describe(error: Exception) -> str:
+    """Return the kind and the first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
 
 # Where each function takes the rate of its dropout: the place among the arguments, and the name.
 RATES = {"scaled_dot_product_attention": (4, "dropout_p"), "multi_head_attention_forward": (10, "dropout_p")}
@@ -298,3 +604,235 @@ def sum_of_products(outputs: Any, cotangents: Any) -> torch.Tensor | None:
         part = (leaves[name] * factor).sum().real
         total = part if total is None else total + part
     return total
+
+
+# The reference's own errors: where it is less exact than float64, so that float64 cannot judge a port of it. Some
+# stages compute in float32 inside a float64 run (a softmax, a time embedding): all their values then fit float32,
+# though weights and inputs were moved so that no exact result would. Some stages have a gradient that is off by more
+# than rounding (a factor of 1/6 that was rounded to float32): a finite difference shows it.
+
+MOVE = 1e-7  # relative change of weights and inputs: a few units in the last place of float32
+NOISE = 1e-12  # relative: above what rounding in float64 gives
+UNIT = 2.0**-24  # the largest relative error of rounding to float32
+
+
+class ReferenceError(NamedTuple):
+    """The reference's own errors. Each is relative to the largest value of its array.
+
+    Attributes:
+        values: how far the values of stages move by rounding inside the reference, by the names of `TorchCapture`.
+        gradients: likewise, the gradients by the values of stages.
+        weight_gradients: likewise, the gradients by parameters.
+        born: the stages in `values` that keep float32 themselves. The others follow after one.
+        born_gradients: likewise, in `gradients`.
+        backward: the error of a stage's backward pass, for the stages that were asked for. It shows in the gradients
+            by what goes into the stage.
+    """
+
+    values: dict[str, float]
+    gradients: dict[str, float]
+    weight_gradients: dict[str, float]
+    born: frozenset[str]
+    born_gradients: frozenset[str]
+    backward: dict[str, float]
+
+
+def reference_error(
+    module: nn.Module,
+    inputs: Call,
+    objective: Any,
+    capture: TorchCapture,
+    *,
+    training: bool = False,
+    backward_of: Collection[str] = (),
+) -> ReferenceError:
+    """Return how far the reference's own stages move between two ways to compute them.
+
+    The reference runs with all weights and inputs moved by some 1e-7 in both directions. What is smooth cancels in the
+    second difference, and what is left is rounding. Nothing more is run if no stage keeps float32.
+
+    Args:
+        module: the reference.
+        inputs: what `capture` was made with.
+        objective: likewise.
+        capture: the unmoved run in float64, which gives the names.
+        training: likewise.
+        backward_of: names of stages whose gradient is compared with a finite difference.
+    """
+    backward = backward_errors(module, inputs, objective, training, backward_of) if backward_of else {}
+    up, watch = run_moved(module, inputs, objective, training, +1)
+    born = frozenset(name for name, value in watch.values.items() if keeps_float32(value))
+    born_gradients = frozenset(name for name, value in watch.gradients.items() if keeps_float32(value))
+    if not born and not born_gradients:
+        return ReferenceError({}, {}, {}, born, born_gradients, backward)
+    down, other = run_moved(module, inputs, objective, training, -1)
+    return ReferenceError(
+        second_differences(capture.values, watch.values, other.values, born),
+        second_differences(capture.gradients, watch.gradients, other.gradients, born_gradients),
+        second_differences(capture.weight_gradients, up.weight_gradients, down.weight_gradients, frozenset()),
+        born,
+        born_gradients,
+        backward,
+    )
+
+
+def run_moved(module: nn.Module, inputs: Call, objective: Any, training: bool, sign: int) -> tuple[Run, Watch]:
+    """Run the reference with weights, buffers and inputs moved, the same way for the same sign."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        change = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return tensor * (1 + sign * MOVE * change) if tensor.is_floating_point() else tensor
+
+    class Moved(NamedTuple):
+        args: tuple[Any, ...]
+        kwargs: Mapping[str, Any]
+
+    model = fresh_copy(module, training, torch.float64)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.copy_(move(tensor))
+        args, kwargs = (
+            map_leaves(
+                lambda _, leaf: move(to_input(leaf, torch.float64).detach()) if hasattr(leaf, "shape") else leaf, nest
+            )
+            for nest in (inputs.args, inputs.kwargs)
+        )
+    watch = Watch()
+    with watch.attach(model):
+        return run(model, Moved(args, kwargs), objective, training, torch.float64, watch), watch
+
+
+def keeps_float32(array: np.ndarray) -> bool:
+    """Return whether all values fit float32, and some fill it (small whole numbers, 0 and 1 do not)."""
+    if array.dtype.kind != "f" or not array.size:
+        return False
+    finite = array[np.isfinite(array)].astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not np.array_equal(finite.astype(np.float32), finite):
+            return False
+    fractions, _ = np.frexp(finite)
+    return bool((fractions * 2.0**12 % 1 != 0).any())
+
+
+def second_differences(
+    middle: Mapping[str, np.ndarray],
+    up: Mapping[str, np.ndarray],
+    down: Mapping[str, np.ndarray],
+    born: frozenset[str],
+) -> dict[str, float]:
+    """Return the relative size of the rounding in each array that moves by more than float64 explains."""
+    errors = {}
+    for name, value in middle.items():
+        arrays = (value, up.get(name), down.get(name))
+        if value.dtype.kind != "f" or any(array is None or array.shape != value.shape for array in arrays):
+            continue
+        scale = float(np.abs(value).max(initial=0.0))
+        if not 0 < scale < np.inf:
+            continue
+        difference = np.abs(up[name].astype(np.float64) - 2.0 * value + down[name]).max()
+        # The rounding of three runs is in the difference, once of them twice.
+        error = max(float(difference) / 2 / scale, UNIT if name in born else 0.0)
+        if error > NOISE:
+            errors[name] = error
+    return errors
+
+
+# Gradients against finite differences
+
+
+def backward_errors(
+    module: nn.Module, inputs: Call, objective: Any, training: bool, names: Collection[str]
+) -> dict[str, float]:
+    """Return the relative error of each stage's gradient by its inputs, where it is more than 1e-9.
+
+    An error of more than 1e-5 is left out: that is no rounding but a gradient by intention (straight through).
+    """
+    stages = {name.split("[")[0] for name in names}
+    watch = Watch(calls_of=stages)
+    model = fresh_copy(module, training, torch.float64)
+    with watch.attach(model):
+        run(model, inputs, objective, training, torch.float64, watch)
+    errors = {}
+    for name in names:
+        if (call := watch.kept_calls.get(name.split("[")[0])) is None:
+            continue
+        error = gradient_error(*call)
+        if error is not None and 1e-9 < error < 1e-5:
+            errors[name] = error
+    return errors
+
+
+def gradient_error(function: Callable[..., Any], args: Any, kwargs: Any) -> float | None:
+    """Return the relative difference between a function's gradient and a finite difference, the median of a few.
+
+    Returns:
+        None if it has no gradient, or if every direction that was tried passes a kink.
+    """
+    generator = torch.Generator().manual_seed(0)
+    points = [leaf for leaf in flat((args, kwargs)).values() if is_movable(leaf)]
+
+    def outputs_at(moves: list[torch.Tensor]) -> list[torch.Tensor]:
+        moved = iter(moves)
+        new_args, new_kwargs = map_leaves(
+            lambda _, leaf: leaf + next(moved) if is_movable(leaf) else leaf, (args, kwargs)
+        )
+        return [leaf for leaf in flat(function(*new_args, **new_kwargs)).values() if is_movable(leaf)]
+
+    zeros = [torch.zeros_like(point).requires_grad_() for point in points]
+    outputs = outputs_at(zeros)
+    cotangents = [torch.rand(leaf.shape, generator=generator, dtype=torch.float64) + 0.5 for leaf in outputs]
+    total = sum(((c * leaf).sum() for c, leaf in zip(cotangents, outputs, strict=True)), torch.zeros(()))
+    if not points or not total.requires_grad:
+        return None
+    gradients = torch.autograd.grad(total, zeros, allow_unused=True)
+    slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(points, gradients, strict=True)]
+    errors = []
+    for _ in range(8):
+        direction = [sparse_direction(point, generator) for point in points]
+        products = [slope * part for slope, part in zip(slopes, direction, strict=True)]
+        scale = sum(float(product.abs().sum()) for product in products)
+        differences = [finite_difference(outputs_at, direction, cotangents, step, scale) for step in (1e-4, 7e-5)]
+        if scale and None not in differences:
+            slope = sum(float(product.sum()) for product in products)
+            errors.append(min(abs(difference - slope) / scale for difference in differences if difference is not None))
+    return float(np.median(errors)) if errors else None
+
+
+def is_movable(leaf: Any) -> bool:
+    """Return whether a part of a nest is a floating-point tensor with values."""
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() > 0
+
+
+def sparse_direction(point: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a direction in which a few elements move, so that few pass a kink, by the size of the point."""
+    direction = torch.zeros_like(point).flatten()
+    places = torch.randint(direction.numel(), (8,), generator=generator)
+    size = float(point[point.isfinite()].abs().max()) if point.isfinite().any() else 1.0
+    direction[places] = (torch.rand(8, generator=generator, dtype=torch.float64).to(point.dtype) + 0.5) * (size or 1.0)
+    return direction.view_as(point)
+
+
+@torch.no_grad()
+def finite_difference(
+    outputs_at: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    direction: list[torch.Tensor],
+    cotangents: list[torch.Tensor],
+    step: float,
+    scale: float,
+) -> float | None:
+    """Return the slope in a direction from differences of fourth order (Richardson), or None at a kink.
+
+    Where the function is smooth, the difference between its right and its left slope is proportional to the step.
+    Outputs are subtracted before they are summed, so that those that do not move leave no rounding.
+    """
+
+    def difference(start: float, end: float) -> float:
+        ends = (outputs_at([h * part for part in direction]) for h in (end, start))
+        return sum(float((c * (b - a)).sum()) for c, b, a in zip(cotangents, *ends, strict=True)) / step
+
+    right, left = difference(0.0, step), difference(-step, 0.0)
+    near_right, near_left = 2 * difference(0.0, step / 2), 2 * difference(-step / 2, 0.0)
+    if abs(2 * (near_right - near_left) - (right - left)) > 1e-9 * scale:
+        return None
+    return (2 * (near_right + near_left) - (right + left) / 2) / 3

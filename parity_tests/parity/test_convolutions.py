@@ -10,7 +10,7 @@ import pytest
 from jax import Array, lax
 from jax import numpy as jnp
 
-from parity_tests.harness.convolutions import by_phases, choose, rewrite, with_padding
+from parity_tests.harness.taps import by_phases, choose, rewrite, with_padding
 
 RNG = np.random.default_rng(0)
 ROUNDING = 1e-14  # of the largest value; the worst seen in every case here is 2e-15

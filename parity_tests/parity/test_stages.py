@@ -15,8 +15,7 @@ from torch import nn
 
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.compare import Refused
-from parity_tests.harness.layouts import candidates, carry
-from parity_tests.harness.stages import Match, Stage, jax_stages, match, torch_stages
+from parity_tests.harness.stages import Match, Stage, candidates, carry, jax_stages, match, torch_stages
 from parity_tests.harness.taps import trace
 from parity_tests.harness.torch_side import capture_torch
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parity_tests.harness.compare import Refused
-from parity_tests.harness.reference_error import gradient_error, reference_error
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat, gradient_error, reference_error
 
 
 class Inputs:

@@ -15,11 +15,11 @@ import torch
 from jax import numpy as jnp
 from torch import nn
 
-from parity_tests.harness import start, training
+from parity_tests.harness import checks, training
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.compare import Divergence
-from parity_tests.harness.float32 import Sides, drift, precision
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
+from parity_tests.harness.training import Sides, drift, precision
 from parity_tests.harness.weights import Entry, WeightMap
 
 Tree = dict[str, Any]
@@ -638,7 +638,7 @@ INITIAL_MAP = WeightMap(
 def test_initial_weights_are_compared(options: dict[str, Any], expected: str) -> None:
     for first in range(0, 400, 40) if not expected else (0,):
         found = messages(
-            start.initialisation(
+            checks.compare_distributions(
                 INITIAL_MAP,
                 lambda seed: draw_tensors(seed),
                 lambda seed: draw_tensors(seed + 10_000, **options),
@@ -653,7 +653,7 @@ def test_a_truncated_normal_shows_by_its_extremes_with_two_seeds() -> None:
     def draw(seed: int) -> dict[str, np.ndarray]:
         return draw_tensors(seed + 10_000, truncated=True)
 
-    found = messages(start.initialisation(INITIAL_MAP, draw_tensors, draw, range(2), []))
+    found = messages(checks.compare_distributions(INITIAL_MAP, draw_tensors, draw, range(2), []))
     assert "weight: largest value differs" in found or "weight: smallest value differs" in found, found
 
 
@@ -673,10 +673,10 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
     weight_map = WeightMap(entries, shapes, shapes)
     exact = {"rotary": rotary(np.float64)}
     port = buffers | {"rotary": rotary(np.float32, power=False)}
-    assert not messages(start.tables(weight_map, buffers, port, exact))
+    assert not messages(checks.compare_tables(weight_map, buffers, port, exact))
     faults: dict[str, np.ndarray] = {"index": index[::-1], "mask": mask.T, "rotary": rotary(np.float32, base=10_010.0)}
     for name, table in faults.items():
-        found = messages(start.tables(weight_map, buffers, port | {name: table}, exact))
+        found = messages(checks.compare_tables(weight_map, buffers, port | {name: table}, exact))
         assert found.startswith(f"tables: {name}: ")
         assert "\n" not in found
 
