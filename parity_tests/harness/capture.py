@@ -28,7 +28,7 @@ from parity_tests.harness.pair import (
 )
 from parity_tests.harness.propose import Proposal, propose
 from parity_tests.harness.stages import Carry, carry, jax_stages, match, torch_stages
-from parity_tests.harness.taps import Sweep, Traced, in_float64, make_sweep, trace
+from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
 
@@ -154,16 +154,35 @@ class Case:
         key = jax.random.key(seed)
         if callable(self.pair.jax_init):
             return self.pair.jax_init(key)
+        return self.initialise(key)
+
+    def initialise(self, key: jax.Array) -> Any:
+        """Return the variables that the model makes itself, in float32."""
         assert self.model.init is not None
         inputs = self.cast(self.jax_inputs(self.pair.draw_inputs(self.seed, self.sizes[0])), "float32")
         return self.model.init(key, inputs)
 
     @cached_property
     def own_variables(self) -> Any:
-        """The variables that the JAX side makes itself, in float32; None if it has no way to."""
+        """The variables that the JAX side makes itself, in float32; None if it has no way to.
+
+        Weights that a model's `init` would draw are zeros: PyTorch's take their place, and to draw them takes long.
+        """
         if self.model.variables is not None:
             return self.model.variables
-        return self.draw_variables(self.seed) if self.can_draw else None
+        if callable(self.pair.jax_init) or self.model.init is None:
+            return self.draw_variables(self.seed) if self.can_draw else None
+        key = jax.random.key(self.seed)
+        shapes = jax.eval_shape(self.initialise, key)
+        trained = self.model.trainable(shapes)
+        drawn = {id(leaf) for path, leaf in self.model.leaves(shapes).items() if path in trained}
+        leaves, structure = jax.tree.flatten(shapes)
+        made = [number for number, leaf in enumerate(leaves) if id(leaf) not in drawn]
+        # The compiler leaves out whatever these do not depend on.
+        run = compiled(lambda key: [jax.tree.leaves(self.initialise(key))[number] for number in made])
+        values = dict(zip(made, run(key), strict=True))
+        zeros = (values[n] if n in values else np.zeros(leaf.shape, leaf.dtype) for n, leaf in enumerate(leaves))
+        return jax.tree.unflatten(structure, zeros)
 
     @cached_property
     def proposal(self) -> Proposal:
@@ -324,7 +343,7 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     inputs = case.pair.draw_inputs(case.seed, case.sizes[-1])
     call = case.cast(case.jax_inputs(inputs), "float64")
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
-    actual = flat(jax.jit(case.run(False, weight_map))(tensors, jax.tree.map(to_jnp, (call.args, call.kwargs))))
+    actual = flat(compiled(case.run(False, weight_map))(tensors, jax.tree.map(to_jnp, (call.args, call.kwargs))))
     given = case.torch_inputs(inputs).map(torch.from_numpy)
     with torch.no_grad():
         expected = flat(case.module(*given.args, **given.kwargs))
@@ -402,21 +421,25 @@ def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channe
 class Sweeper:
     """PyTorch's values on one batch, and the JAX side's program that runs on the same batch.
 
+    Without `inside`, no stage is matched: the program then takes about half as long to compile.
+
     Attributes:
         reference: what PyTorch computed, with its gradients.
         stages: the values that both sides have, by PyTorch's names, in PyTorch's order.
         functions: values between modules, which are compared but never replaced.
     """
 
-    def __init__(self, case: Case, size: int, training: bool, dtype: str = "float64", *, verify: bool = True) -> None:
+    def __init__(
+        self, case: Case, size: int, training: bool, dtype: str = "float64", *, verify: bool = True, inside: bool = True
+    ) -> None:
         self.case, self.size, self.training, self.dtype = case, size, training, dtype
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
             self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=verify)
-            self.shapes = flat(jax.eval_shape(run, self.tensors, self.call))
+            self.shapes = flat(self.traced.outputs)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
-            matched = match_stages(case, self.reference, self.traced)
+            matched = match_stages(case, self.reference, self.traced) if inside else {}
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
@@ -570,10 +593,19 @@ def take_expected(values: Mapping[str, np.ndarray], stages: Mapping[str, Stage])
 
 
 def compare_sides(case: Case, size: int, training: bool) -> Comparison:
-    """Run both sides on one batch and compare all that they compute."""
+    """Run both sides on one batch and compare all that they compute, for further batch sizes only from end to end.
+
+    Where such a batch shows a difference, its stages are compared too.
+    """
     case.progress(f"batch of {size}" + (" in training mode" if training else ""))
-    sweeper = Sweeper(case, size, training, verify=size == case.sizes[0])
+    first = size == case.sizes[0]
+    sweeper = Sweeper(case, size, training, verify=first, inside=first)
     inherited, _ = sweeper.side(sweeper.steered(False, False))
+    if not first and not any_problem(inherited):
+        return Comparison(size, training, {}, inherited, inherited, (), {}, ())
+    if not first:
+        sweeper = Sweeper(case, size, training, verify=False)
+        inherited, _ = sweeper.side(sweeper.steered(False, False))
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)

@@ -57,6 +57,7 @@ from parity_tests.harness.pair import (
 )
 from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
+from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture
 from parity_tests.harness.weights import check_complete
 
@@ -74,7 +75,7 @@ Check = Callable[[Case], Iterator[Divergence]]
 
 
 def parameters(case: Case) -> Iterator[Divergence]:
-    """Compare names, numbers and dtypes of all tensors: nothing is missing, nothing is extra, nothing is training."""
+    """Compare names, numbers and dtypes of all tensors: nothing is missing, nothing is extra, nothing is float32."""
     weight_map = case.weight_map
     own = case.own_variables
     paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
@@ -227,7 +228,7 @@ def jax_loss_of(case: Case, batch: Batch, results: Mapping[str, Any]) -> tuple[n
         values = {**constants, **reals}
         return jax_objective(case.pair)(map_leaves(lambda name, leaf: values[name], shapes), targets)
 
-    value, grads = jax.value_and_grad(objective)(reals)
+    value, grads = compiled(jax.value_and_grad(objective))(reals)
     return np.asarray(value), {names[name]: carried(grad, aligned[names[name]].carry) for name, grad in grads.items()}
 
 
@@ -336,7 +337,10 @@ def tables(case: Case) -> Iterator[Divergence]:
         trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         buffers = {name: t.detach().numpy() for name, t in tensors_of(module).items() if name not in trained}
         if buffers:
-            yield from compare_tables(case.weight_map, buffers, to_numpy_leaves(case, own))
+            paths = {p for entry in case.weight_map.entries if set(entry.torch) <= buffers.keys() for p in entry.jax}
+            undrawn = case.model.variables is None and bool(paths & case.model.trainable(own))  # these are zeros
+            made = case.draw_variables(case.seed) if undrawn and case.can_draw else own
+            yield from compare_tables(case.weight_map, buffers, to_numpy_leaves(case, made))
 
 
 def to_numpy_leaves(case: Case, variables: Any) -> dict[str, np.ndarray]:

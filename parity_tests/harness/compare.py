@@ -355,11 +355,9 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Join names; of many only the first ones. The name of the root module is empty."""
+    """Join names; of many only the first ones."""
     more = len(names) - NAMES_SHOWN
-    return ", ".join(name or "the module itself" for name in names[:NAMES_SHOWN]) + (
-        f" and {more} more" if more > 0 else ""
-    )
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def add_note(notes: list[str], note: str) -> None:

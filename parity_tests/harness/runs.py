@@ -19,7 +19,7 @@ from jax.tree_util import GetAttrKey
 from torch import nn
 
 from parity_tests.harness.capture import exact_arithmetic
-from parity_tests.harness.taps import rewrite
+from parity_tests.harness.taps import compiled, rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
 Nest = Any  # a batch: any tree of NumPy arrays that JAX can flatten
@@ -119,7 +119,7 @@ def link(entry: Any, tensors: Arrays) -> Link:
 def convert(entry: Any, tensors: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield path and value of each leaf of an entry; the dtype stays."""
     with jax.enable_x64(True):
-        leaves = entry.convert(*map(jnp.asarray, tensors))
+        leaves = entry.convert(*tensors)  # in NumPy as far as it goes: a program for each shape would take longer
     for path, leaf in zip(entry.jax, leaves, strict=True):
         yield path, np.asarray(leaf)
 
@@ -319,10 +319,10 @@ class JaxPrograms:
         with exact_arithmetic(dtype):
             self.names, self.treedef = name_parameters(setup.model, setup.variables)
         self.held = [name in setup.held[1] for name in self.names]
-        self.init = jax.jit(lambda params: self.optimizer.init(self.tree(params)))
-        self.gradient = jax.jit(self.compute_gradient, static_argnums=3)
-        self.update = jax.jit(self.update_params, donate_argnums=(0, 1))
-        self.observe = jax.jit(self.compute_statistics)
+        self.init = compiled(lambda params: self.optimizer.init(self.tree(params)))
+        self.gradient = compiled(self.compute_gradient, static_argnums=3)
+        self.update = compiled(self.update_params, donate_argnums=(0, 1))
+        self.observe = compiled(self.compute_statistics)
 
     def tree(self, leaves: Sequence[Any]) -> Any:
         """Return what the optimizer sees."""

@@ -37,6 +37,7 @@ SYNONYMS = {
     **{"subtract": "sub", "multiply": "mul", "negative": "neg", "absolute": "abs"},
 }
 
+ROOT = "the module itself"
 NO_GRADIENT = "computed without a gradient, or from nothing that has one"
 
 
@@ -252,7 +253,7 @@ class Watch(TorchFunctionMode):
         if unused := [key for key in floats if key not in self.gradients and key not in explained]:
             self.lost["the objective does not depend on it"] = unused
         for reason, keys in self.lost.items():
-            yield f"no gradient ({reason}): {shorten(keys)}"
+            yield f"no gradient ({reason}): {shorten([key or ROOT for key in keys])}"
 
 
 def detached(leaf: Any) -> Any:
@@ -429,7 +430,7 @@ def find_unseen(module: nn.Module, watch: Watch, result: "Run") -> Iterator[str]
     """Yield a note about submodules whose hooks did not run, though their weights were used."""
     used = {name.rpartition(".")[0] for name in result.weight_gradients}
     silent = [
-        name
+        name or ROOT
         for name, part in module.named_modules()
         if name not in watch.called and name in used and not isinstance(part, nn.ParameterList | nn.ParameterDict)
     ]

@@ -95,7 +95,7 @@ def with_a_fault(dialect: Dialect, right: str, wrong: str) -> Any:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_text_of_a_dialect_is_found_there(dialect: Dialect, fault: str) -> None:
     right, wrong, where = FAULTS[fault]
-    pair = replace(product_pair(CNN, dialect), jax_model=with_a_fault(dialect, right, wrong))
+    pair = replace(product_pair(CNN, dialect), jax_model=with_a_fault(dialect, right, wrong), batch_sizes=(2,))
     divergences = examine(pair, names=("parameters", "outputs")).divergences
     if (dialect, fault) == ("plain", "missing ReLU"):
         where = "output of the network"  # in plain functions, the last layer has no other name

@@ -1,10 +1,8 @@
 """The harness can fail: every planted fault is found by the check that is meant for it, at the right place."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,14 +15,6 @@ from parity_tests.planting import case_of
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 KINDS = tuple(PAIRS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    """Let XLA optimise nothing: the programs are small, and each fault is another one."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache

@@ -8,6 +8,7 @@ import pytest
 from experiments.large_ports.gpt2 import Sizes, gpt2_pair
 from experiments.large_ports.resnet import resnet_pair
 from parity_tests.harness import CHECKS, Divergence, Pair, Result, examine
+from parity_tests.harness.capture import Case, distance, exact_arithmetic
 from parity_tests.parity.ports import PORTS, Finding, networks
 
 FAULTY = [name for name, port in PORTS.items() if port.findings]
@@ -79,11 +80,6 @@ def test_the_sound_twin_passes_all_checks_with_every_seed(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("make", [networks.convolutional, networks.recurrent, networks.attention])
-def test_each_kind_of_network_passes(make: Callable[[], Pair]) -> None:
-    assert {*QUICK, "loss"} <= set(assert_sound(make(), (*QUICK, "loss")).passed)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [networks.convolutional, networks.recurrent, networks.attention])
 def test_each_kind_of_network_passes_all_checks(make: Callable[[], Pair]) -> None:
@@ -96,7 +92,9 @@ def test_a_short_resnet_passes_all_checks(block: str) -> None:
     assert "statistics" in assert_sound(resnet_pair(block, (1, 1, 1, 1), 64, 10, (3, 2))).passed
 
 
-def test_a_small_resnet_and_a_small_gpt2_pass() -> None:
+def test_a_small_resnet_and_a_small_gpt2_have_a_map_and_the_same_outputs() -> None:
     sizes = Sizes(layers=2, heads=2, features=16, vocabulary=31, positions=12)
-    for pair in (resnet_pair("BasicBlock", (1, 1, 1, 1), 64, 10, (3,)), gpt2_pair(sizes, 7, (3,))):
-        assert set(QUICK) <= set(assert_sound(pair, QUICK).passed)
+    for pair in (resnet_pair("BasicBlock", (1, 1, 1, 1), 32, 10, (3,)), gpt2_pair(sizes, 7, (3,))):
+        case = Case(pair)
+        with exact_arithmetic("float64"):
+            assert distance(case, case.weight_map) < 1e-12
