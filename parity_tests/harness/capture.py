@@ -436,13 +436,15 @@ class Sweeper:
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
-            self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=verify)
+            self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=False)
             self.shapes = flat(self.traced.outputs)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
             matched = match_stages(case, self.reference, self.traced) if inside else {}
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
+            if verify:
+                self.traced.verify(self.tensors, self.call, outputs=self.steered(False, False).outputs)
 
     def load(self, seed: int, tensors: Mapping[str, np.ndarray], *, verify: bool = False) -> None:
         """Take the weights and inputs of a seed, and run PyTorch with them; JAX's program stays."""

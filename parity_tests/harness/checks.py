@@ -5,7 +5,9 @@ compute in float64, where a difference is a bug. A stage alone never raises an a
 end to end, in an output, the loss, a weight's gradient, the statistics or the training; stages say where it is born.
 """
 
+import contextlib
 import copy
+import ctypes
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -676,6 +678,7 @@ def examine(
             result.not_checked[name] = reason
             continue
         progress(name)
+        release_memory()
         found = list(check(case))
         result.divergences += found
         if found:
@@ -691,6 +694,12 @@ def examine(
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
     return result
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, and the next check could not use it in one piece."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:

@@ -619,6 +619,7 @@ class Traced:
         constants: of the traced program.
         structure: of the outputs.
         shapes: of the arguments' arrays.
+        plain: the function without taps, of the arguments' arrays; None if the model has taps of its own.
     """
 
     taps: dict[str, TapInfo]
@@ -628,6 +629,7 @@ class Traced:
     constants: list[Any]
     structure: Any
     shapes: list[tuple[int, ...]]
+    plain: Callable[..., Any] | None
 
     @property
     def outputs(self) -> Any:
@@ -657,6 +659,25 @@ class Traced:
             name: walk.records[name] for name in self.taps if name in walk.records
         }
 
+    def verify(self, *args: Any, outputs: Any = None) -> None:
+        """Compare the function with and without taps, both jitted.
+
+        Args:
+            args: the arguments of the traced function.
+            outputs: what a run with taps gave that did more besides. If they are the same, no other run is needed.
+
+        Raises:
+            Refused: the outputs differ by more than rounding.
+        """
+        if self.plain is None:
+            return
+        arrays = arrays_of(args)
+        plain = compiled(self.plain)(*arrays)
+        if outputs is None or find_other_output(outputs, plain) is not None:
+            outputs, _ = compiled(functools.partial(self.run, rule=lambda name, value, slot: (value, value)))(*arrays)
+        if (name := find_other_output(outputs, plain)) is not None:
+            raise Refused(f"output{name} of the JAX model is not the same once its modules are watched")
+
 
 Context = Callable[[], AbstractContextManager[Modules | None]]
 
@@ -669,7 +690,7 @@ def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, ve
         args: nests of arrays (or of shapes, with `verify` off). Other leaves are constants.
         context: opens the taps of a library; what it yields fills with the modules that ran. None for functions
             without a library, in which taps are placed by hand.
-        verify: run the function with and without taps, both jitted, and compare the outputs.
+        verify: compare the function with and without taps (`Traced.verify`).
 
     Raises:
         Refused: no module of a library ran, or the outputs differ by more than rounding.
@@ -695,15 +716,15 @@ def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, ve
         closed.consts,
         jax.tree.structure(shape),
         [np.shape(array) for array in arrays],
+        on_arrays if modules is None or modules.places_taps else None,
     )
-    if verify and (modules is None or modules.places_taps):
-        outputs, _ = compiled(functools.partial(traced.run, rule=lambda name, value, slot: (value, value)))(*arrays)
-        refuse_other_outputs(outputs, compiled(on_arrays)(*arrays))
+    if verify:
+        traced.verify(*args)
     return traced
 
 
-def refuse_other_outputs(captured: Any, plain: Any) -> None:
-    """Raise Refused if the run with taps gave other outputs than the run without.
+def find_other_output(captured: Any, plain: Any) -> str | None:
+    """Return the place of an output that is not the same with taps and without, or None.
 
     What is not finite without taps is not judged: the compiler may let a maximum swallow a NaN or not.
     """
@@ -719,7 +740,8 @@ def refuse_other_outputs(captured: Any, plain: Any) -> None:
             limit = ROUNDING * float(jnp.finfo(value.dtype).eps) * float(np.max(np.abs(right), initial=0.0))
             same = np.allclose(np.where(finite, value, 0), right, rtol=0.0, atol=limit)
         if not same:
-            raise Refused(f"output{name} of the JAX model is not the same once its modules are watched")
+            return name
+    return None
 
 
 # `swap(value, probe, given, gradient, forward, backward)` hands on the given value if `forward`. Its derivative is that
