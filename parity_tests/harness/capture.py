@@ -6,6 +6,7 @@ shows in the stage where it is born, and only there. One compiled program serves
 """
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ from parity_tests.harness.pair import (
     probing_tensors,
 )
 from parity_tests.harness.propose import Proposal, propose
-from parity_tests.harness.stages import Carry, carry, jax_stages, match, torch_stages
+from parity_tests.harness.stages import Carry, carry, carry_stage, is_part, jax_stages, match, torch_stages
 from parity_tests.harness.taps import Sweep, Traced, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, reference_error
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
@@ -119,8 +120,9 @@ class Case:
         model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
         self.model: Model = model._replace(apply=in_float64(model.apply))
         self.tensors = probing_tensors(pair, seed)
-        self.module = module_with(pair, self.tensors, "float64", seed)
         self.sizes = pair.sizes()
+        self.module = module_with(pair, self.tensors, "float64", seed)
+        vars(self.module)["keeps_float32"] = self.keeps_float32 = not self.runs_in_float64()
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     # --- The JAX side ---
@@ -212,6 +214,27 @@ class Case:
 
     # --- The PyTorch side ---
 
+    def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
+        """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
+        module = module_with(self.pair, tensors, dtype, self.seed)
+        vars(module)["keeps_float32"] = self.keeps_float32  # `fixed_settings` reads it
+        return module
+
+    def runs_in_float64(self) -> bool:
+        """Return whether the reference runs where float32 is float64; one that checks its dtypes does not."""
+        inputs = self.pair.draw_inputs(self.seed, self.sizes[-1])
+        try:
+            self.torch_outputs(inputs)
+        except Exception:
+            return False
+        return True
+
+    def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None) -> Any:
+        """Return what the reference, or a copy of it, returns in evaluation mode and float64, without gradients."""
+        given, module = self.torch_inputs(inputs).map(torch.from_numpy), module or self.module
+        with exact_arithmetic("float64"), fixed_settings(torch.float64, module), torch.no_grad():
+            return module(*given.args, **given.kwargs)
+
     def torch_inputs(self, inputs: Inputs, dtype: str = "float64") -> Inputs:
         """Return the inputs of the module, with the keyword arguments that only PyTorch takes."""
         cast = self.cast(inputs, dtype)
@@ -298,9 +321,7 @@ def torch_order(case: Case) -> list[tuple[str, str]]:
     module = copy.deepcopy(case.module)
     for name, child in module.named_modules():
         child.register_forward_pre_hook(lambda child, _, name=name: order.append((name, type(child).__name__)))
-    inputs = case.torch_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])).map(torch.from_numpy)
-    with torch.no_grad():
-        module(*inputs.args, **inputs.kwargs)
+    case.torch_outputs(case.pair.draw_inputs(case.seed, case.sizes[-1]), module)
     return order
 
 
@@ -325,9 +346,7 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     call = case.cast(case.jax_inputs(inputs), "float64")
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
     actual = flat(jax.jit(case.run(False, weight_map))(tensors, jax.tree.map(to_jnp, (call.args, call.kwargs))))
-    given = case.torch_inputs(inputs).map(torch.from_numpy)
-    with torch.no_grad():
-        expected = flat(case.module(*given.args, **given.kwargs))
+    expected = flat(case.torch_outputs(inputs))
     errors = [
         relative_error(carried(actual[output.jax], output.carry), expected[name].numpy())
         for name, output in align_outputs(expected, actual, case.channels_last).items()
@@ -426,7 +445,7 @@ class Sweeper:
         case, dtype = self.case, self.dtype
         self.seed = seed
         self.inputs = case.pair.draw_inputs(seed, self.size)
-        self.module = module_with(case.pair, tensors, dtype, case.seed)
+        self.module = case.reference(tensors, dtype)
         with exact_arithmetic(dtype):
             self.reference = self.capture(self.module, self.inputs, verify)
             call = case.cast(case.jax_inputs(self.inputs), dtype)
@@ -450,7 +469,7 @@ class Sweeper:
 
     def in_float64(self, tensors: Mapping[str, np.ndarray]) -> TorchCapture:
         """Run PyTorch on the inputs of this run, in float64."""
-        module = module_with(self.case.pair, tensors, "float64", self.case.seed)
+        module = self.case.reference(tensors)
         with exact_arithmetic("float64"):
             return self.capture(module, self.case.cast(self.inputs, self.dtype), dtype="float64")
 
@@ -688,7 +707,7 @@ def move_reference(sweeper: Sweeper) -> TorchCapture:
 
     case = sweeper.case
     tensors = {name: nudge(array.astype(np.float64)) for name, array in case.tensors.items()}
-    module = module_with(case.pair, tensors, "float64", case.seed)
+    module = case.reference(tensors)
     with exact_arithmetic("float64"):
         return sweeper.capture(module, case.cast(sweeper.inputs, "float64").map(nudge))
 
@@ -760,31 +779,53 @@ def has_problem(part: Mapping[str, Difference]) -> bool:
 def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> dict[str, Stage]:
     """Return the values that both sides have, by PyTorch's names, in the order of its run."""
     shapes = {name: tuple(array.shape) for name, array in reference.values.items()}
-    modules = {name for name, _ in case.module.named_modules(remove_duplicate=False)}
+    modules = dict(case.module.named_modules(remove_duplicate=False))
+    in_torch = {
+        name: stage._replace(batch_first=getattr(modules.get(stage.owner), "batch_first", None))
+        for name, stage in torch_stages(reference.kinds, shapes, modules).items()
+    }
+    in_jax = jax_stages(traced.taps)
     found = match(
-        torch_stages(reference.kinds, shapes, modules),
-        jax_stages(traced.taps),
+        in_torch,
+        in_jax,
         find_owners(case.weight_map),
         case.pair.stages,
         case.channels_last,
+        find_holders(case.weight_map),
     )
     stages = {}
-    for name, shape in shapes.items():
+    for name, stage in in_torch.items():
         if name and name in found and traced.taps[found[name].jax].steered:
-            info = traced.taps[found[name].jax]
-            way = carry(shape, tuple(info.shape), case.channels_last)
+            way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
             if way is not None:
-                stages[name] = Stage(info.name, reference.kinds[name], shape, way, found[name].sure)
+                stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
     return stages
 
 
-def find_owners(weight_map: WeightMap) -> dict[str, str]:
-    """Return the JAX module that holds the weights of each of PyTorch's modules, where it is one."""
-    owners: dict[str, set[str]] = {}
+def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
+    """Return the JAX modules that hold the weights of each of PyTorch's modules."""
+    holders: dict[str, set[str]] = {}
     for entry in weight_map.entries:
         for name in entry.torch:
-            owners.setdefault(name.rpartition(".")[0], set()).update(map(module_of, entry.jax))
-    return {name: paths.pop() for name, paths in owners.items() if len(paths) == 1}
+            holders.setdefault(name.rpartition(".")[0], set()).update(map(module_of, entry.jax))
+    return holders
+
+
+def find_owners(weight_map: WeightMap) -> dict[str, str]:
+    """Return the JAX module that holds all weights of each of PyTorch's modules, itself or in its parts.
+
+    A module of several parts is one only if no other module of PyTorch's has weights there.
+    """
+    holders = find_holders(weight_map)
+    owners = {name: next(iter(paths)) for name, paths in holders.items() if len(paths) == 1}
+    for name, paths in holders.items():
+        if len(paths) == 1:
+            continue
+        whole = os.path.commonpath(paths)
+        outside = [other for other in holders if name and not f"{other}.".startswith(f"{name}.")]
+        if whole and not any(is_part(path, whole) for other in outside for path in holders[other]):
+            owners[name] = whole
+    return owners
 
 
 def module_of(path: str) -> str:

@@ -51,13 +51,12 @@ from parity_tests.harness.pair import (
     as_inputs,
     draw_tensors,
     jax_objective,
-    module_with,
     tensors_of,
     torch_objective,
 )
 from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
-from parity_tests.harness.torch_side import TorchCapture
+from parity_tests.harness.torch_side import TorchCapture, fixed_settings
 from parity_tests.harness.weights import check_complete
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
@@ -182,10 +181,8 @@ def loss(case: Case) -> Iterator[Divergence]:
         return
     for size in case.sizes:
         batch = pair.draw_batch(case.seed, size)
-        with exact_arithmetic("float64"), torch.no_grad():
-            inputs = case.torch_inputs(as_inputs(batch.inputs)).map(torch.from_numpy)
-            results = case.module(*inputs.args, **inputs.kwargs)
-        with exact_arithmetic("float64"):
+        results = case.torch_outputs(as_inputs(batch.inputs))
+        with exact_arithmetic("float64"), fixed_settings(torch.float64, case.module):
             leaves = map_leaves(lambda name, leaf: leaf.clone().requires_grad_() if is_real(leaf) else leaf, results)
             targets = jax.tree.map(lambda leaf: torch.from_numpy(np.asarray(leaf)), batch.targets)
             expected = torch_objective(pair)(leaves, targets)
@@ -279,7 +276,7 @@ def setup_of(case: Case) -> Setup:
     """Return what the checks of training work on: both sides with the reference's initial weights in float64."""
     pair = case.pair
     tensors = draw_tensors(pair, case.seed)
-    module = module_with(pair, tensors, "float64", case.seed)
+    module = case.reference(tensors)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
