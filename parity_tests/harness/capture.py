@@ -19,7 +19,7 @@ import torch
 from jax import numpy as jnp
 
 from parity_tests.harness.adapters import Model, adapt
-from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error
+from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error, shorten
 from parity_tests.harness.pair import (
     LARGE,
     Inputs,
@@ -345,7 +345,13 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     inputs = case.pair.draw_inputs(case.seed, case.sizes[-1])
     call = case.cast(case.jax_inputs(inputs), "float64")
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
-    actual = flat(jax.jit(case.run(False, weight_map))(tensors, jax.tree.map(to_jnp, (call.args, call.kwargs))))
+    model, own = case.model, case.variables(tensors, weight_map)
+
+    def run(leaves: Mapping[str, jax.Array], call: tuple[Any, Any]) -> Any:
+        return model.apply(model.with_leaves(own, leaves), Inputs(*call[0], **call[1]), False)[0]
+
+    program = case.shared.setdefault("outputs by leaves", jax.jit(run))  # one program for all maps
+    actual = flat(program(model.leaves(own), jax.tree.map(to_jnp, (call.args, call.kwargs))))
     expected = flat(case.torch_outputs(inputs))
     errors = [
         relative_error(carried(actual[output.jax], output.carry), expected[name].numpy())
@@ -664,7 +670,7 @@ def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         },
     }
     inexact = sorted(errors.born | {name for name, error in errors.backward.items() if error > STAGE_BOUND.limit})
-    note = f"PyTorch itself is no more exact than float32 in {', '.join(inexact)}: judged by its own error"
+    note = f"PyTorch itself is no more exact than float32 in {shorten(inexact)}: judged by its own error"
     return excuse(comparison, limits)._replace(notes=(*comparison.notes, *([note] if inexact else [])))
 
 
