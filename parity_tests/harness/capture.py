@@ -6,9 +6,10 @@ shows in the stage where it is born, and only there. One compiled program serves
 """
 
 import copy
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,7 +29,18 @@ from parity_tests.harness.pair import (
     probing_tensors,
 )
 from parity_tests.harness.propose import Proposal, propose
-from parity_tests.harness.stages import Carry, carry, carry_stage, is_part, jax_stages, match, torch_stages
+from parity_tests.harness.stages import (
+    IDENTITIES,
+    Carry,
+    carry,
+    carry_stage,
+    find_parts,
+    is_part,
+    jax_stages,
+    kind_of,
+    match,
+    torch_stages,
+)
 from parity_tests.harness.taps import Sweep, Traced, in_float64, make_sweep, trace
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
@@ -44,6 +56,7 @@ LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
+Limits = Mapping[str, Mapping[str, float]]  # by the kind of a value and its name
 
 
 @contextmanager
@@ -97,6 +110,8 @@ class Comparison(NamedTuple):
     order: tuple[str, ...]  # all of PyTorch's values, in the order of its run
     functions: dict[str, Difference]  # values between modules in the local run; they say where, and never whether
     notes: tuple[str, ...]
+    unseen: frozenset[str] = frozenset()  # PyTorch's operations of whose value JAX has none that is known
+    born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
 
     @property
     def mode(self) -> str:
@@ -123,6 +138,8 @@ class Case:
         self.sizes = pair.sizes()
         self.module = module_with(pair, self.tensors, "float64", seed)
         vars(self.module)["keeps_float32"] = self.keeps_float32 = not self.runs_in_float64()
+        if self.keeps_float32:
+            self.notes.append("the reference keeps its float32: it does not run with float64 in its place")
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     # --- The JAX side ---
@@ -304,7 +321,7 @@ def find_map(case: Case) -> Proposal:
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
             return propose(
-                case.module,
+                module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
                 pair.weights,
                 torch_order(case),
@@ -435,13 +452,14 @@ class Sweeper:
 
     def __init__(self, case: Case, size: int, training: bool, dtype: str = "float64", *, verify: bool = True) -> None:
         self.case, self.size, self.training, self.dtype = case, size, training, dtype
+        self.limits: list[Limits] = []  # differences up to these are no fault
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
             self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=verify)
             self.shapes = flat(jax.eval_shape(run, self.tensors, self.call))
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
-            matched = match_stages(case, self.reference, self.traced)
+            matched, self.operations = match_stages(case, self.reference, self.traced)
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
@@ -480,10 +498,10 @@ class Sweeper:
             return self.capture(module, self.case.cast(self.inputs, self.dtype), dtype="float64")
 
     def in_jax(self, values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Return PyTorch's values of the stages under JAX's names and in its layouts."""
+        """Return PyTorch's values of stages and functions under JAX's names and in its layouts."""
         return {
             stage.jax: jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
-            for name, stage in self.stages.items()
+            for name, stage in {**self.stages, **self.functions}.items()
             if name in values
         }
 
@@ -511,7 +529,7 @@ class Sweeper:
                 self.cotangents(),
                 values,
                 gradients,
-                {stage.jax: forward(name) for name, stage in self.stages.items()},
+                {stage.jax: forward(name) for name, stage in {**self.stages, **self.functions}.items()},
                 {stage.jax: backward(name) and stage.jax in gradients for name, stage in self.stages.items()},
             )
 
@@ -532,11 +550,29 @@ class Sweeper:
             differences(take(sweep.gradients, stages), take_expected(reference.gradients, stages)),
             differences(weights, reference.weight_gradients),
         )
-        return side, differences(take(sweep.values, functions), take_expected(reference.values, functions))
+        of_functions = differences(take(sweep.values, functions), take_expected(reference.values, functions))
+        for limits in self.limits:
+            side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
+        return side, of_functions
 
-    def steered(self, forward: bool, backward: bool, without: str = "", given: TorchCapture | None = None) -> Sweep:
-        """Run JAX with PyTorch's values (or those of `given`) at all stages but one, forward or backward or both."""
-        return self.run(lambda name: forward and name != without, lambda name: backward and name != without, given)
+    def steered(
+        self,
+        forward: bool,
+        backward: bool,
+        without: str = "",
+        given: TorchCapture | None = None,
+        functions: Collection[str] = (),
+    ) -> Sweep:
+        """Run JAX with PyTorch's values (or those of `given`) at all stages but one, forward or backward or both.
+
+        The values of these functions are PyTorch's too.
+        """
+        stages = {name for name in self.stages if name != without}
+        return self.run(
+            lambda name: name in functions or (forward and name in stages),
+            lambda name: backward and name in stages,
+            given,
+        )
 
     def named(self, capture: TorchCapture) -> dict[str, np.ndarray]:
         """Return what PyTorch computed under the names of a report."""
@@ -602,10 +638,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
-    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes)
+    unseen = frozenset(sweeper.operations - sweeper.stages.keys() - functions.keys())
+    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen)
     if not any_problem(inherited, local):
         return comparison
-    return drop_false_matches(sweeper, excuse_rounding(sweeper, comparison))
+    return follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
 
 
 def any_problem(*sides: Side) -> bool:
@@ -631,7 +668,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         kind: {name: min(NUDGE_FACTOR * error, WIDEST) for name, error in errors.items()}
         for kind, errors in allowed.items()
     }
-    comparison = excuse(comparison, limits)
+    comparison = take_back(sweeper, comparison, limits)
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -671,26 +708,31 @@ def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     }
     inexact = sorted(errors.born | {name for name, error in errors.backward.items() if error > STAGE_BOUND.limit})
     note = f"PyTorch itself is no more exact than float32 in {shorten(inexact)}: judged by its own error"
-    return excuse(comparison, limits)._replace(notes=(*comparison.notes, *([note] if inexact else [])))
+    comparison = take_back(sweeper, comparison, limits)
+    return comparison._replace(notes=(*comparison.notes, *([note] if inexact else [])))
 
 
-def excuse(comparison: Comparison, limits: Mapping[str, Mapping[str, float]]) -> Comparison:
-    """Take back the problems of differences up to these limits."""
+def take_back(sweeper: Sweeper, comparison: Comparison, limits: Limits) -> Comparison:
+    """Take back the problems of differences up to these limits, in this comparison and in further runs."""
+    sweeper.limits.append(limits)
+    return comparison._replace(
+        inherited=excuse_side(comparison.inherited, limits),
+        local=excuse_side(comparison.local, limits),
+        functions=excuse(comparison.functions, limits["values"]),
+    )
 
-    def side(given: Side) -> Side:
-        return Side(
-            *(
-                {
-                    name: difference._replace(problem="")
-                    if difference.error <= limits[kind].get(name, 0.0)
-                    else difference
-                    for name, difference in part.items()
-                }
-                for kind, part in given._asdict().items()
-            )
-        )
 
-    return comparison._replace(inherited=side(comparison.inherited), local=side(comparison.local))
+def excuse_side(side: Side, limits: Limits) -> Side:
+    """Take back the problems of one run."""
+    return Side(*(excuse(part, limits[kind]) for kind, part in side._asdict().items()))
+
+
+def excuse(part: Mapping[str, Difference], limits: Mapping[str, float]) -> dict[str, Difference]:
+    """Take back the problems of values of one kind."""
+    return {
+        name: difference._replace(problem="") if difference.error <= limits.get(name, 0.0) else difference
+        for name, difference in part.items()
+    }
 
 
 def movement(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
@@ -750,6 +792,28 @@ def drop_false_matches(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     return comparison
 
 
+def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Let the local run go on with PyTorch's value behind each function in which a difference is born.
+
+    The value may be used again later, as in a residual sum, where its difference would look like another one. If
+    PyTorch's value disturbs what comes after, JAX's function is not the one that it was taken for.
+    """
+    for _ in range(UNSWAPPED):
+        wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
+        ends = [*wrong, *([""] if has_problem(comparison.local.outputs) else [])]
+        place = next((place for end in ends if (place := sharpen(comparison, end)) in comparison.functions), None)
+        if place is None:
+            break
+        side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
+        if wrong_places(side) <= wrong_places(comparison.local):
+            comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
+        else:
+            kept = {name: value for name, value in comparison.functions.items() if name != place}
+            del sweeper.functions[place]
+            comparison = comparison._replace(functions=kept, unseen=comparison.unseen | {place})
+    return comparison
+
+
 def errors_of(side: Side) -> dict[str, float]:
     """Return how far the stages and outputs are apart."""
     values = {name: difference.error for name, difference in side.values.items()}
@@ -765,16 +829,26 @@ def wrong_places(side: Side) -> set[str]:
 def sharpen(comparison: Comparison, name: str) -> str:
     """Return the first function in front of a wrong stage whose value is wrong, or the stage if there is none.
 
-    Only functions after the last stage that agrees are asked: what they compute starts from PyTorch's own values.
+    Only functions after the last value of PyTorch's own are asked: what they compute starts from there.
     """
-    order = list(comparison.order)
-    end = order.index(name)
-    stages = [order.index(other) for other in comparison.stages if other in order and order.index(other) < end]
-    start = max(stages, default=-1)
-    for function in order[start + 1 : end + 1]:
-        if function in comparison.functions and comparison.functions[function].problem:
-            return function
-    return name
+    before = behind_last_given(comparison, name)
+    wrong = [other for other in before if other in comparison.functions and comparison.functions[other].problem]
+    return wrong[0] if wrong else name
+
+
+def behind_last_given(comparison: Comparison, name: str) -> list[str]:
+    """Return PyTorch's values before a stage, or before the output, which is "", from its last given value on."""
+    before = list(itertools.takewhile(lambda other: other != name, comparison.order))
+    given = [n for n, other in enumerate(before) if other in comparison.stages or other in comparison.born]
+    return before[max(given, default=-1) + 1 :]
+
+
+def gap_before(comparison: Comparison, place: str) -> list[str]:
+    """Return the operations in which a difference may be born as well: JAX has no value that tells."""
+    gap: list[str] = []
+    for name in behind_last_given(comparison, place):
+        gap = [] if name in comparison.functions else [*gap, *({name} & comparison.unseen)]
+    return gap
 
 
 def has_problem(part: Mapping[str, Difference]) -> bool:
@@ -782,8 +856,8 @@ def has_problem(part: Mapping[str, Difference]) -> bool:
     return any(difference.problem for difference in part.values())
 
 
-def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> dict[str, Stage]:
-    """Return the values that both sides have, by PyTorch's names, in the order of its run."""
+def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], set[str]]:
+    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations."""
     shapes = {name: tuple(array.shape) for name, array in reference.values.items()}
     modules = dict(case.module.named_modules(remove_duplicate=False))
     in_torch = {
@@ -805,7 +879,7 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> dict[st
             way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
             if way is not None:
                 stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
-    return stages
+    return stages, {stage.name for stage in find_parts(in_torch.values()) if kind_of(stage) not in IDENTITIES}
 
 
 def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:

@@ -26,8 +26,8 @@ from parity_tests.harness.capture import (
     align_outputs,
     carried,
     exact_arithmetic,
+    gap_before,
     has_problem,
-    sharpen,
     to_jnp,
 )
 from parity_tests.harness.compare import (
@@ -156,18 +156,24 @@ def outputs(case: Case) -> Iterator[Divergence]:
 
 def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the outputs is born, with what is wrong there."""
-    born = [name for name, difference in comparison.local.values.items() if difference.problem]
-    for name in born:
-        place = sharpen(comparison, name)
-        values = comparison.local.values if place == name else comparison.functions
-        yield f"output of {place}", values[place].problem
+    wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
+    wrong |= {name: comparison.functions[name] for name in comparison.born}
+    for name in comparison.order:
+        if name in wrong:
+            yield f"output of {name}", f"{wrong[name].problem}{or_before(comparison, name)}"
     of_model = {name: difference for name, difference in comparison.local.outputs.items() if difference.problem}
     for name, difference in of_model.items():
-        yield describe_output(name), difference.problem
-    if not born and not of_model:
+        yield describe_output(name), f"{difference.problem}{or_before(comparison, '')}"
+    if not wrong and not of_model:
         for name, difference in comparison.inherited.outputs.items():
             if difference.problem:
                 yield f"{describe_output(name)}, end to end", f"{difference.problem}; no single stage shows it"
+
+
+def or_before(comparison: Comparison, place: str) -> str:
+    """Return what a message adds where the difference may be born before the place."""
+    gap = gap_before(comparison, place)
+    return f"; or in {shorten(gap)} before it, of which JAX has no value to compare" if gap else ""
 
 
 def describe_output(name: str) -> str:

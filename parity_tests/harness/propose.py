@@ -470,9 +470,7 @@ class Values(NamedTuple):
 Fits = dict[tuple[int, int], tuple[Option, ...]]  # the ways to carry a unit to a place, by their numbers; where it fits
 
 
-def match(
-    units: Sequence[Unit], places: Sequence[Place], values: Values, ordered: bool
-) -> list[Match]:
+def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordered: bool) -> list[Match]:
     """Match units with places; each is in one match at most."""
     units, places = with_titles(units, places)
     fits: Fits = {}

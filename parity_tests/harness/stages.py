@@ -9,7 +9,7 @@ How a value is laid out in each framework, and carried between the two, stands a
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 from typing import Any, NamedTuple
@@ -302,10 +302,11 @@ def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) ->
         if stage.kind not in ("RNN", "LSTM", "GRU") or stage.place != "[0]" or not inside:
             continue
         others = {path for owner, found in holders.items() if owner != stage.owner for path in found}
-        after = takewhile(lambda other: other.label or other.owner not in others, order[inside[-1] + 1 :])
+        after = order[inside[-1] + 1 :]
+        end = next((n for n, other in enumerate(after) if not other.label and other.owner in others), len(after))
         around = [
             other
-            for other in after
+            for other in after[:end]
             if other.kind in ("RNN", "Bidirectional") or any(is_part(path, other.owner) for path in paths)
             if not other.label and not other.steps
         ]

@@ -150,7 +150,7 @@ def widen() -> Iterator[None]:
         return np.dtype("float64") if found == np.float32 else found
 
     def finfo_of_float32(dtype: Any) -> Any:
-        return finfo(np.float32 if np.dtype(dtype) == np.float64 else dtype)
+        return finfo(np.float32 if jnp.result_type(dtype) == np.float64 else dtype)
 
     dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
     jnp.finfo = finfo_of_float32  # type: ignore[misc, assignment]

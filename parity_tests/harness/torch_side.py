@@ -547,7 +547,7 @@ class Widened(TorchFunctionMode):
     def finfo(self, dtype: torch.dtype | None = None) -> torch.finfo:
         """Return the constants of a dtype as a module gets them, those of float32 for float64."""
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if (dtype or torch.get_default_dtype()) is not torch.float64 or caller.partition(".")[0] == "torch":
+        if (dtype or torch.get_default_dtype()) is not torch.float64 or caller.startswith("torch._"):
             return FINFO() if dtype is None else FINFO(dtype)
         self.changed.add("finfo")
         return FINFO(torch.float32)

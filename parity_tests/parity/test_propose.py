@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import haiku as hk
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from jax import numpy as jnp
 from torch import nn
 
 from jax_cnn.model import SimpleCNN as JaxSimpleCNN
+from parity_tests.harness import Pair
 from parity_tests.harness import weights as rules
+from parity_tests.harness.capture import Case
 from parity_tests.harness.propose import Judge, Proposal, propose
 from parity_tests.harness.weights import CannotCarry, WeightMap, declare, linear
 from parity_tests.parity.test_weights import (
@@ -815,6 +818,33 @@ def test_values_that_the_port_carried_itself_are_evidence() -> None:
     assert is_right(port, proposal.map)
     fresh = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items()}
     assert len(propose_for(port, leaves=fresh).ambiguous) == 1
+
+
+class EquinoxNeighbours(eqx.Module):
+    """The sum of both in Equinox."""
+
+    one: eqx.nn.Linear
+    other: eqx.nn.Linear
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [3]."""
+        return self.one(x) + self.other(x)
+
+
+def test_values_of_a_pair_whose_port_was_filled_before_are_evidence() -> None:
+    module = Neighbours(symmetric=True)
+    one, other = (
+        eqx.tree_at(lambda new: (new.weight, new.bias), eqx.nn.Linear(4, 3, key=KEY), tuple(map(jnp.asarray, values)))
+        for values in (
+            [leaf.detach().numpy() for leaf in layer.parameters()] for layer in (module.gates, module.values)
+        )
+    )
+    proposal = Case(Pair(module, EquinoxNeighbours(one, other), draw(2, 4))).proposal
+    assert proposal.ambiguous == ()
+    assert {(row.torch, row.jax, row.evidence) for row in proposal.rows if "weight" in row.torch} == {
+        ("gates.weight", "one/weight", "values"),
+        ("values.weight", "other/weight", "values"),
+    }
 
 
 def test_values_decide_the_layout_of_a_square_layer() -> None:

@@ -459,7 +459,9 @@ def test_float32_inside_the_reference_hides_no_fault(insists: bool, factor: floa
 
     load = lambda state: unflatten_dict(state, sep=".")  # noqa: E731  # one use
     pair = harness.Pair(lambda: ChecksFloat32(insists), port, draw(2, 3), load)
-    result = harness.examine(pair, names=("outputs", "gradients") if insists else ("outputs", "gradients", "trajectory"))
+    result = harness.examine(
+        pair, names=("outputs", "gradients") if insists else ("outputs", "gradients", "trajectory")
+    )
     own = any("judged by its own error" in note for note in result.notes)
     if insists:  # it does not run otherwise, and is judged by its own error
         assert (not result.divergences, own) == (True, True)
