@@ -153,12 +153,12 @@ def widen() -> Iterator[None]:
         return finfo(np.float32 if jnp.result_type(dtype) == np.float64 else dtype)
 
     dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
-    jnp.finfo = finfo_of_float32  # type: ignore[misc, assignment]
+    jnp.finfo = finfo_of_float32  # type: ignore[assignment]
     try:
         with widened(True):
             yield
     finally:
-        dtypes.check_and_canonicalize_user_dtype, jnp.finfo = canonical, finfo  # type: ignore[misc]
+        dtypes.check_and_canonicalize_user_dtype, jnp.finfo = canonical, finfo
 
 
 def scope(path: str) -> AbstractContextManager[Any]:

@@ -687,6 +687,8 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
 class Rotary(nn.Module):
     """A layer times a row of a rotary table."""
 
+    cos: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(8, 8)
