@@ -15,7 +15,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from parity_tests.harness.capture import exact_arithmetic, find_owners, to_jnp
+from parity_tests.harness.capture import exact_arithmetic, find_holders, to_jnp
 from parity_tests.harness.pair import Inputs, Pair
 from parity_tests.harness.taps import Modules, Plan, TapInfo, Traced, arrays_of, tap_p, trace
 from parity_tests.planting import Find, Plant, case_of, find_tied, paths_of, with_model
@@ -114,10 +114,10 @@ def parameters_of(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def path_of(pair: Pair, layer: str) -> str:
     """Return the path of the JAX module that holds the weights of a layer."""
-    owners = find_owners(case_of(pair).weight_map)
-    if layer not in owners:
+    paths = find_holders(case_of(pair).weight_map).get(layer, set())
+    if len(paths) != 1:
         raise LookupError(f"{pair.title()} has no one module in JAX that holds the weights of {layer}")
-    return owners[layer]
+    return next(iter(paths))
 
 
 def change_output(find: Find, change: Callable[[Array], Array], *, gradient: bool = False) -> Plant:

@@ -713,10 +713,23 @@ def equinox_leaves(variables: Any) -> list[tuple[str, bool, Any]]:
 def equinox_with_leaves(variables: Any, leaves: Mapping[str, Any]) -> Any:
     """Return the tree with these leaves in their places.
 
+    A batch norm that gets its statistics has seen a batch before: its next one is not the first, which it would take
+    in the place of the mean of all.
+
     Raises:
         Refused: the tree has no leaf of such a path.
     """
-    return put_back(variables, [(name, leaf) for name, _, leaf in equinox_leaves(variables)], leaves)
+    import equinox as eqx
+
+    whole = put_back(variables, [(name, leaf) for name, _, leaf in equinox_leaves(variables)], leaves)
+    if model_of(whole) is whole or not any("ema_state_index" in path for path in leaves):
+        return whole
+    model, state = whole
+    is_norm = functools.partial(is_instance, eqx.nn.BatchNorm)
+    for norm in filter(is_norm, jax.tree.leaves(model, is_leaf=is_norm)):
+        if getattr(norm, "ema_first_time_index", None) is not None:
+            state = state.set(norm.ema_first_time_index, jnp.array(False))
+    return model, state
 
 
 # Each class of Equinox modules -> the class of the same name that holds a path and taps.
@@ -884,15 +897,15 @@ def watch_haiku(modules: Modules) -> Iterator[None]:
 
 @contextlib.contextmanager
 def haiku_without_dropout() -> Iterator[None]:
-    """Let `hk.dropout` return its input."""
+    """Let `hk.dropout` return its input, also where a model imported the function itself."""
     import haiku as hk
 
-    original = hk.dropout
-    hk.dropout = lambda rng, rate, x, broadcast_dims=(): x
+    original = hk.dropout.__code__
+    hk.dropout.__code__ = (lambda rng, rate, x, broadcast_dims=(): x).__code__
     try:
         yield
     finally:
-        hk.dropout = original
+        hk.dropout.__code__ = original
 
 
 WATCHERS = {"flax.linen": watch_linen, "flax.nnx": watch_nnx, "equinox": watch_equinox, "haiku": watch_haiku}

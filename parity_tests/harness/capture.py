@@ -6,8 +6,10 @@ shows in the stage where it is born, and only there. One compiled program serves
 """
 
 import copy
+import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ import torch
 from jax import numpy as jnp
 
 from parity_tests.harness.adapters import Model, adapt
-from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error
+from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error, shorten
 from parity_tests.harness.pair import (
     LARGE,
     Inputs,
@@ -27,9 +29,20 @@ from parity_tests.harness.pair import (
     probing_tensors,
 )
 from parity_tests.harness.propose import Proposal, propose
-from parity_tests.harness.stages import Carry, carry, jax_stages, match, torch_stages
+from parity_tests.harness.stages import (
+    IDENTITIES,
+    Carry,
+    carry,
+    carry_stage,
+    find_parts,
+    is_part,
+    jax_stages,
+    kind_of,
+    match,
+    torch_stages,
+)
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, reference_error
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
@@ -43,6 +56,7 @@ LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
+Limits = Mapping[str, Mapping[str, float]]  # by the kind of a value and its name
 
 
 @contextmanager
@@ -96,6 +110,8 @@ class Comparison(NamedTuple):
     order: tuple[str, ...]  # all of PyTorch's values, in the order of its run
     functions: dict[str, Difference]  # values between modules in the local run; they say where, and never whether
     notes: tuple[str, ...]
+    unseen: frozenset[str] = frozenset()  # PyTorch's operations of whose value JAX has none that is known
+    born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
 
     @property
     def mode(self) -> str:
@@ -119,8 +135,11 @@ class Case:
         model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
         self.model: Model = model._replace(apply=in_float64(model.apply))
         self.tensors = probing_tensors(pair, seed)
-        self.module = module_with(pair, self.tensors, "float64", seed)
         self.sizes = pair.sizes()
+        self.module = module_with(pair, self.tensors, "float64", seed)
+        vars(self.module)["keeps_float32"] = self.keeps_float32 = not self.runs_in_float64()
+        if self.keeps_float32:
+            self.notes.append("the reference keeps its float32: it does not run with float64 in its place")
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     # --- The JAX side ---
@@ -231,6 +250,27 @@ class Case:
 
     # --- The PyTorch side ---
 
+    def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
+        """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
+        module = module_with(self.pair, tensors, dtype, self.seed)
+        vars(module)["keeps_float32"] = self.keeps_float32  # `fixed_settings` reads it
+        return module
+
+    def runs_in_float64(self) -> bool:
+        """Return whether the reference runs where float32 is float64; one that checks its dtypes does not."""
+        inputs = self.pair.draw_inputs(self.seed, self.sizes[-1])
+        try:
+            self.torch_outputs(inputs)
+        except Exception:
+            return False
+        return True
+
+    def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None) -> Any:
+        """Return what the reference, or a copy of it, returns in evaluation mode and float64, without gradients."""
+        given, module = self.torch_inputs(inputs).map(torch.from_numpy), module or self.module
+        with exact_arithmetic("float64"), fixed_settings(torch.float64, module), torch.no_grad():
+            return module(*given.args, **given.kwargs)
+
     def torch_inputs(self, inputs: Inputs, dtype: str = "float64") -> Inputs:
         """Return the inputs of the module, with the keyword arguments that only PyTorch takes."""
         cast = self.cast(inputs, dtype)
@@ -300,7 +340,7 @@ def find_map(case: Case) -> Proposal:
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
             return propose(
-                case.module,
+                module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
                 pair.weights,
                 torch_order(case),
@@ -317,9 +357,7 @@ def torch_order(case: Case) -> list[tuple[str, str]]:
     module = copy.deepcopy(case.module)
     for name, child in module.named_modules():
         child.register_forward_pre_hook(lambda child, _, name=name: order.append((name, type(child).__name__)))
-    inputs = case.torch_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])).map(torch.from_numpy)
-    with torch.no_grad():
-        module(*inputs.args, **inputs.kwargs)
+    case.torch_outputs(case.pair.draw_inputs(case.seed, case.sizes[-1]), module)
     return order
 
 
@@ -343,10 +381,14 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     inputs = case.pair.draw_inputs(case.seed, case.sizes[-1])
     call = case.cast(case.jax_inputs(inputs), "float64")
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
-    actual = flat(compiled(case.run(False, weight_map))(tensors, jax.tree.map(to_jnp, (call.args, call.kwargs))))
-    given = case.torch_inputs(inputs).map(torch.from_numpy)
-    with torch.no_grad():
-        expected = flat(case.module(*given.args, **given.kwargs))
+    model, own = case.model, case.variables(tensors, weight_map)
+
+    def run(leaves: Mapping[str, jax.Array], call: tuple[Any, Any]) -> Any:
+        return model.apply(model.with_leaves(own, leaves), Inputs(*call[0], **call[1]), False)[0]
+
+    program = case.shared.setdefault("outputs by leaves", compiled(run))  # one program for all maps
+    actual = flat(program(model.leaves(own), jax.tree.map(to_jnp, (call.args, call.kwargs))))
+    expected = flat(case.torch_outputs(inputs))
     errors = [
         relative_error(carried(actual[output.jax], output.carry), expected[name].numpy())
         for name, output in align_outputs(expected, actual, case.channels_last).items()
@@ -433,13 +475,14 @@ class Sweeper:
         self, case: Case, size: int, training: bool, dtype: str = "float64", *, verify: bool = True, inside: bool = True
     ) -> None:
         self.case, self.size, self.training, self.dtype = case, size, training, dtype
+        self.limits: list[Limits] = []  # differences up to these are no fault
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
             self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=False)
             self.shapes = flat(self.traced.outputs)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
-            matched = match_stages(case, self.reference, self.traced) if inside else {}
+            matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, set())
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
@@ -451,7 +494,7 @@ class Sweeper:
         case, dtype = self.case, self.dtype
         self.seed = seed
         self.inputs = case.pair.draw_inputs(seed, self.size)
-        self.module = module_with(case.pair, tensors, dtype, case.seed)
+        self.module = case.reference(tensors, dtype)
         with exact_arithmetic(dtype):
             self.reference = self.capture(self.module, self.inputs, verify)
             call = case.cast(case.jax_inputs(self.inputs), dtype)
@@ -475,15 +518,15 @@ class Sweeper:
 
     def in_float64(self, tensors: Mapping[str, np.ndarray]) -> TorchCapture:
         """Run PyTorch on the inputs of this run, in float64."""
-        module = module_with(self.case.pair, tensors, "float64", self.case.seed)
+        module = self.case.reference(tensors)
         with exact_arithmetic("float64"):
             return self.capture(module, self.case.cast(self.inputs, self.dtype), dtype="float64")
 
     def in_jax(self, values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Return PyTorch's values of the stages under JAX's names and in its layouts."""
+        """Return PyTorch's values of stages and functions under JAX's names and in its layouts."""
         return {
             stage.jax: jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
-            for name, stage in self.stages.items()
+            for name, stage in {**self.stages, **self.functions}.items()
             if name in values
         }
 
@@ -511,7 +554,7 @@ class Sweeper:
                 self.cotangents(),
                 values,
                 gradients,
-                {stage.jax: forward(name) for name, stage in self.stages.items()},
+                {stage.jax: forward(name) for name, stage in {**self.stages, **self.functions}.items()},
                 {stage.jax: backward(name) and stage.jax in gradients for name, stage in self.stages.items()},
             )
 
@@ -532,11 +575,29 @@ class Sweeper:
             differences(take(sweep.gradients, stages), take_expected(reference.gradients, stages)),
             differences(weights, reference.weight_gradients),
         )
-        return side, differences(take(sweep.values, functions), take_expected(reference.values, functions))
+        of_functions = differences(take(sweep.values, functions), take_expected(reference.values, functions))
+        for limits in self.limits:
+            side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
+        return side, of_functions
 
-    def steered(self, forward: bool, backward: bool, without: str = "", given: TorchCapture | None = None) -> Sweep:
-        """Run JAX with PyTorch's values (or those of `given`) at all stages but one, forward or backward or both."""
-        return self.run(lambda name: forward and name != without, lambda name: backward and name != without, given)
+    def steered(
+        self,
+        forward: bool,
+        backward: bool,
+        without: str = "",
+        given: TorchCapture | None = None,
+        functions: Collection[str] = (),
+    ) -> Sweep:
+        """Run JAX with PyTorch's values (or those of `given`) at all stages but one, forward or backward or both.
+
+        The values of these functions are PyTorch's too.
+        """
+        stages = {name for name in self.stages if name != without}
+        return self.run(
+            lambda name: name in functions or (forward and name in stages),
+            lambda name: backward and name in stages,
+            given,
+        )
 
     def named(self, capture: TorchCapture) -> dict[str, np.ndarray]:
         """Return what PyTorch computed under the names of a report."""
@@ -611,10 +672,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
-    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes)
+    unseen = frozenset(sweeper.operations - sweeper.stages.keys() - functions.keys())
+    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen)
     if not any_problem(inherited, local):
         return comparison
-    return drop_false_matches(sweeper, excuse_rounding(sweeper, comparison))
+    return follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
 
 
 def any_problem(*sides: Side) -> bool:
@@ -640,7 +702,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         kind: {name: min(NUDGE_FACTOR * error, WIDEST) for name, error in errors.items()}
         for kind, errors in allowed.items()
     }
-    comparison = excuse(comparison, limits)
+    comparison = take_back(sweeper, comparison, limits)
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -679,27 +741,32 @@ def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         },
     }
     inexact = sorted(errors.born | {name for name, error in errors.backward.items() if error > STAGE_BOUND.limit})
-    note = f"PyTorch itself is no more exact than float32 in {', '.join(inexact)}: judged by its own error"
-    return excuse(comparison, limits)._replace(notes=(*comparison.notes, *([note] if inexact else [])))
+    note = f"PyTorch itself is no more exact than float32 in {shorten(inexact)}: judged by its own error"
+    comparison = take_back(sweeper, comparison, limits)
+    return comparison._replace(notes=(*comparison.notes, *([note] if inexact else [])))
 
 
-def excuse(comparison: Comparison, limits: Mapping[str, Mapping[str, float]]) -> Comparison:
-    """Take back the problems of differences up to these limits."""
+def take_back(sweeper: Sweeper, comparison: Comparison, limits: Limits) -> Comparison:
+    """Take back the problems of differences up to these limits, in this comparison and in further runs."""
+    sweeper.limits.append(limits)
+    return comparison._replace(
+        inherited=excuse_side(comparison.inherited, limits),
+        local=excuse_side(comparison.local, limits),
+        functions=excuse(comparison.functions, limits["values"]),
+    )
 
-    def side(given: Side) -> Side:
-        return Side(
-            *(
-                {
-                    name: difference._replace(problem="")
-                    if difference.error <= limits[kind].get(name, 0.0)
-                    else difference
-                    for name, difference in part.items()
-                }
-                for kind, part in given._asdict().items()
-            )
-        )
 
-    return comparison._replace(inherited=side(comparison.inherited), local=side(comparison.local))
+def excuse_side(side: Side, limits: Limits) -> Side:
+    """Take back the problems of one run."""
+    return Side(*(excuse(part, limits[kind]) for kind, part in side._asdict().items()))
+
+
+def excuse(part: Mapping[str, Difference], limits: Mapping[str, float]) -> dict[str, Difference]:
+    """Take back the problems of values of one kind."""
+    return {
+        name: difference._replace(problem="") if difference.error <= limits.get(name, 0.0) else difference
+        for name, difference in part.items()
+    }
 
 
 def movement(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
@@ -722,7 +789,7 @@ def move_reference(sweeper: Sweeper) -> TorchCapture:
 
     case = sweeper.case
     tensors = {name: nudge(array.astype(np.float64)) for name, array in case.tensors.items()}
-    module = module_with(case.pair, tensors, "float64", case.seed)
+    module = case.reference(tensors)
     with exact_arithmetic("float64"):
         return sweeper.capture(module, case.cast(sweeper.inputs, "float64").map(nudge))
 
@@ -759,6 +826,28 @@ def drop_false_matches(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     return comparison
 
 
+def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Let the local run go on with PyTorch's value behind each function in which a difference is born.
+
+    The value may be used again later, as in a residual sum, where its difference would look like another one. If
+    PyTorch's value disturbs what comes after, JAX's function is not the one that it was taken for.
+    """
+    for _ in range(UNSWAPPED):
+        wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
+        ends = [*wrong, *([""] if has_problem(comparison.local.outputs) else [])]
+        place = next((place for end in ends if (place := sharpen(comparison, end)) in comparison.functions), None)
+        if place is None:
+            break
+        side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
+        if wrong_places(side) <= wrong_places(comparison.local):
+            comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
+        else:
+            kept = {name: value for name, value in comparison.functions.items() if name != place}
+            del sweeper.functions[place]
+            comparison = comparison._replace(functions=kept, unseen=comparison.unseen | {place})
+    return comparison
+
+
 def errors_of(side: Side) -> dict[str, float]:
     """Return how far the stages and outputs are apart."""
     values = {name: difference.error for name, difference in side.values.items()}
@@ -774,16 +863,26 @@ def wrong_places(side: Side) -> set[str]:
 def sharpen(comparison: Comparison, name: str) -> str:
     """Return the first function in front of a wrong stage whose value is wrong, or the stage if there is none.
 
-    Only functions after the last stage that agrees are asked: what they compute starts from PyTorch's own values.
+    Only functions after the last value of PyTorch's own are asked: what they compute starts from there.
     """
-    order = list(comparison.order)
-    end = order.index(name)
-    stages = [order.index(other) for other in comparison.stages if other in order and order.index(other) < end]
-    start = max(stages, default=-1)
-    for function in order[start + 1 : end + 1]:
-        if function in comparison.functions and comparison.functions[function].problem:
-            return function
-    return name
+    before = behind_last_given(comparison, name)
+    wrong = [other for other in before if other in comparison.functions and comparison.functions[other].problem]
+    return wrong[0] if wrong else name
+
+
+def behind_last_given(comparison: Comparison, name: str) -> list[str]:
+    """Return PyTorch's values before a stage, or before the output, which is "", from its last given value on."""
+    before = list(itertools.takewhile(lambda other: other != name, comparison.order))
+    given = [n for n, other in enumerate(before) if other in comparison.stages or other in comparison.born]
+    return before[max(given, default=-1) + 1 :]
+
+
+def gap_before(comparison: Comparison, place: str) -> list[str]:
+    """Return the operations in which a difference may be born as well: JAX has no value that tells."""
+    gap: list[str] = []
+    for name in behind_last_given(comparison, place):
+        gap = [] if name in comparison.functions else [*gap, *({name} & comparison.unseen)]
+    return gap
 
 
 def has_problem(part: Mapping[str, Difference]) -> bool:
@@ -791,34 +890,56 @@ def has_problem(part: Mapping[str, Difference]) -> bool:
     return any(difference.problem for difference in part.values())
 
 
-def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> dict[str, Stage]:
-    """Return the values that both sides have, by PyTorch's names, in the order of its run."""
+def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], set[str]]:
+    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations."""
     shapes = {name: tuple(array.shape) for name, array in reference.values.items()}
-    modules = {name for name, _ in case.module.named_modules(remove_duplicate=False)}
+    modules = dict(case.module.named_modules(remove_duplicate=False))
+    in_torch = {
+        name: stage._replace(batch_first=getattr(modules.get(stage.owner), "batch_first", None))
+        for name, stage in torch_stages(reference.kinds, shapes, modules).items()
+    }
+    in_jax = jax_stages(traced.taps)
     found = match(
-        torch_stages(reference.kinds, shapes, modules),
-        jax_stages(traced.taps),
+        in_torch,
+        in_jax,
         find_owners(case.weight_map),
         case.pair.stages,
         case.channels_last,
+        find_holders(case.weight_map),
     )
     stages = {}
-    for name, shape in shapes.items():
+    for name, stage in in_torch.items():
         if name and name in found and traced.taps[found[name].jax].steered:
-            info = traced.taps[found[name].jax]
-            way = carry(shape, tuple(info.shape), case.channels_last)
+            way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
             if way is not None:
-                stages[name] = Stage(info.name, reference.kinds[name], shape, way, found[name].sure)
-    return stages
+                stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
+    return stages, {stage.name for stage in find_parts(in_torch.values()) if kind_of(stage) not in IDENTITIES}
+
+
+def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
+    """Return the JAX modules that hold the weights of each of PyTorch's modules."""
+    holders: dict[str, set[str]] = {}
+    for entry in weight_map.entries:
+        for name in entry.torch:
+            holders.setdefault(name.rpartition(".")[0], set()).update(map(module_of, entry.jax))
+    return holders
 
 
 def find_owners(weight_map: WeightMap) -> dict[str, str]:
-    """Return the JAX module that holds the weights of each of PyTorch's modules, where it is one."""
-    owners: dict[str, set[str]] = {}
-    for entry in weight_map.entries:
-        for name in entry.torch:
-            owners.setdefault(name.rpartition(".")[0], set()).update(map(module_of, entry.jax))
-    return {name: paths.pop() for name, paths in owners.items() if len(paths) == 1}
+    """Return the JAX module that holds all weights of each of PyTorch's modules, itself or in its parts.
+
+    A module of several parts is one only if no other module of PyTorch's has weights there.
+    """
+    holders = find_holders(weight_map)
+    owners = {name: next(iter(paths)) for name, paths in holders.items() if len(paths) == 1}
+    for name, paths in holders.items():
+        if len(paths) == 1:
+            continue
+        whole = os.path.commonpath(paths)
+        outside = [other for other in holders if name and not f"{other}.".startswith(f"{name}.")]
+        if whole and not any(is_part(path, whole) for other in outside for path in holders[other]):
+            owners[name] = whole
+    return owners
 
 
 def module_of(path: str) -> str:

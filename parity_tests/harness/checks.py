@@ -28,8 +28,8 @@ from parity_tests.harness.capture import (
     align_outputs,
     carried,
     exact_arithmetic,
+    gap_before,
     has_problem,
-    sharpen,
     to_jnp,
 )
 from parity_tests.harness.compare import (
@@ -53,14 +53,13 @@ from parity_tests.harness.pair import (
     as_inputs,
     draw_tensors,
     jax_objective,
-    module_with,
     tensors_of,
     torch_objective,
 )
 from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
 from parity_tests.harness.taps import compiled
-from parity_tests.harness.torch_side import TorchCapture
+from parity_tests.harness.torch_side import TorchCapture, fixed_settings
 from parity_tests.harness.weights import check_complete
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
@@ -70,6 +69,7 @@ FEW_SEEDS, FEW_STEPS = 6, 3  # for a large network
 INITIALISATION_SAMPLE = 2_000  # values of a tensor and seed: 40,000 in all show a difference of 2 % in distribution
 FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions are the same
 FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
+LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 PRECISION_SEEDS = 2
 DRIFT_POINTS = 40  # steps at which weights are compared, evenly spaced on a logarithmic axis
 
@@ -159,18 +159,24 @@ def outputs(case: Case) -> Iterator[Divergence]:
 
 def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the outputs is born, with what is wrong there."""
-    born = [name for name, difference in comparison.local.values.items() if difference.problem]
-    for name in born:
-        place = sharpen(comparison, name)
-        values = comparison.local.values if place == name else comparison.functions
-        yield f"output of {place}", values[place].problem
+    wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
+    wrong |= {name: comparison.functions[name] for name in comparison.born}
+    for name in comparison.order:
+        if name in wrong:
+            yield f"output of {name}", f"{wrong[name].problem}{or_before(comparison, name)}"
     of_model = {name: difference for name, difference in comparison.local.outputs.items() if difference.problem}
     for name, difference in of_model.items():
-        yield describe_output(name), difference.problem
-    if not born and not of_model:
+        yield describe_output(name), f"{difference.problem}{or_before(comparison, '')}"
+    if not wrong and not of_model:
         for name, difference in comparison.inherited.outputs.items():
             if difference.problem:
                 yield f"{describe_output(name)}, end to end", f"{difference.problem}; no single stage shows it"
+
+
+def or_before(comparison: Comparison, place: str) -> str:
+    """Return what a message adds where the difference may be born before the place."""
+    gap = gap_before(comparison, place)
+    return f"; or in {shorten(gap)} before it, of which JAX has no value to compare" if gap else ""
 
 
 def describe_output(name: str) -> str:
@@ -185,10 +191,8 @@ def loss(case: Case) -> Iterator[Divergence]:
         return
     for size in case.sizes:
         batch = pair.draw_batch(case.seed, size)
-        with exact_arithmetic("float64"), torch.no_grad():
-            inputs = case.torch_inputs(as_inputs(batch.inputs)).map(torch.from_numpy)
-            results = case.module(*inputs.args, **inputs.kwargs)
-        with exact_arithmetic("float64"):
+        results = case.torch_outputs(as_inputs(batch.inputs))
+        with exact_arithmetic("float64"), fixed_settings(torch.float64, case.module):
             leaves = map_leaves(lambda name, leaf: leaf.clone().requires_grad_() if is_real(leaf) else leaf, results)
             targets = jax.tree.map(lambda leaf: torch.from_numpy(np.asarray(leaf)), batch.targets)
             expected = torch_objective(pair)(leaves, targets)
@@ -282,7 +286,7 @@ def setup_of(case: Case) -> Setup:
     """Return what the checks of training work on: both sides with the reference's initial weights in float64."""
     pair = case.pair
     tensors = draw_tensors(pair, case.seed)
-    module = module_with(pair, tensors, "float64", case.seed)
+    module = case.reference(tensors)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
@@ -335,14 +339,33 @@ def tables(case: Case) -> Iterator[Divergence]:
     """Compare the tables and buffers that both sides build themselves, before any weight is carried over."""
     own = case.own_variables
     if own is not None:
-        module = case.pair.new_module(case.seed)
-        trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        buffers = {name: t.detach().numpy() for name, t in tensors_of(module).items() if name not in trained}
+        buffers = buffers_of(case.pair.new_module(case.seed))
         if buffers:
             paths = {p for entry in case.weight_map.entries if set(entry.torch) <= buffers.keys() for p in entry.jax}
             undrawn = case.model.variables is None and bool(paths & case.model.trainable(own))  # these are zeros
             made = case.draw_variables(case.seed) if undrawn and case.can_draw else own
-            yield from compare_tables(case.weight_map, buffers, to_numpy_leaves(case, made))
+            exact = {} if isinstance(case.pair.torch_module, nn.Module) else exact_buffers(case, buffers)
+            yield from compare_tables(case.weight_map, buffers, to_numpy_leaves(case, made), exact)
+
+
+def buffers_of(module: nn.Module) -> dict[str, np.ndarray]:
+    """Return the persistent float buffers of a module by name."""
+    trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: tensor.detach().numpy() for name, tensor in tensors_of(module).items() if name not in trained}
+
+
+def exact_buffers(case: Case, buffers: Arrays) -> dict[str, np.ndarray]:
+    """Return the buffers of a module made in float64, but for those that are others there, such as random ones."""
+    try:
+        with fixed_settings(torch.float64, case.module):
+            exact = buffers_of(case.pair.new_module(case.seed))
+    except Exception:  # it is made in float32 alone
+        return {}
+    return {
+        name: array
+        for name, array in exact.items()
+        if name in buffers and relative_error(buffers[name], array) < LARGEST_OF_TABLES
+    }
 
 
 def to_numpy_leaves(case: Case, variables: Any) -> dict[str, np.ndarray]:

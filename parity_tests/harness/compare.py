@@ -117,7 +117,8 @@ def compare(
     """Yield every difference, in the order of `expected`.
 
     Whatever the bound, these count as differences: a missing or an extra key, another shape or dtype (nothing is
-    broadcast or cast), a NaN or an infinity on either side or on both, and a comparison of nothing.
+    broadcast or cast), a NaN on either side or on both, an infinity that the other side does not have at the same
+    place, and a comparison of nothing.
 
     Args:
         check: the name of the check that compares.
@@ -146,6 +147,7 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
         return f"JAX's dtype is {actual.dtype}, PyTorch's {expected.dtype}"
     if actual.size == 0:
         return "it is empty on both sides"
+    actual, expected = without_equal_infinities(actual, expected)
     for side, array in (("JAX", actual), ("PyTorch", expected)):
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             index = first_index(~np.isfinite(array))
@@ -160,6 +162,16 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
         f"(JAX {actual[index]:.9g}, PyTorch {expected[index]:.9g}; "
         f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source})"
     )
+
+
+def without_equal_infinities(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both arrays with 0 where they have the same infinity, as masked logits do, unless nothing else is left."""
+    if not np.issubdtype(expected.dtype, np.inexact):
+        return actual, expected
+    equal = np.isinf(expected) & (actual == expected)
+    if not equal.any() or equal.all():
+        return actual, expected
+    return np.where(equal, 0, actual), np.where(equal, 0, expected)
 
 
 def first_index(mask: np.ndarray) -> tuple[int, ...]:
@@ -183,8 +195,11 @@ def slices(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
 
 
 def largest(array: np.ndarray) -> float:
-    """Return the largest absolute value; 0 for an empty array."""
-    return max((float(np.abs(array[part]).max(initial=0)) for part in slices(array)), default=0.0)
+    """Return the largest finite absolute value; 0 for an array without any."""
+    return max(
+        (float(np.abs(array[part]).max(initial=0, where=np.isfinite(array[part]))) for part in slices(array)),
+        default=0.0,
+    )
 
 
 def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -198,6 +213,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, floor: float = 0.0)
     """Return the largest error in units of the largest expected value; infinity if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
+    actual, expected = without_equal_infinities(actual, expected)
     return largest_error(actual, expected) / (max(largest(expected), floor) or 1.0)
 
 
@@ -350,7 +366,8 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         worst = max((item for item, _ in items), key=lambda item: item.error).problem
         rest = "nothing else differs: look at the learning rate, eps and what else makes the step of the moments"
         cause = [*counts, text, *sides, rest if not text and not counts and tensors.keys() == {"weights"} else ""]
-        tensors_named = f"{part} {shorten([name for names in by_note.values() for name in names])}".strip()
+        names = [name for names in by_note.values() for name in names]
+        tensors_named = f"{part} {shorten(names) if any(names) else ''}".strip()
         yield Divergence(check, label.format(tensors_named), worst, "; ".join(filter(None, cause)))
 
 

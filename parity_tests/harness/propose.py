@@ -110,6 +110,7 @@ class Unit(NamedTuple):
         inside: its name inside of that module.
         tied: all its tensors are carried elsewhere too.
         title: the words of its name, to be compared with those of places.
+        flatten: what a flatten before it may have had: channels, rows, columns.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Unit(NamedTuple):
     inside: str
     tied: bool = False
     title: tuple[str, ...] = ()
+    flatten: Shape | None = None
 
 
 class Place(NamedTuple):
@@ -191,14 +193,17 @@ def propose(
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     side, given = torch_side(module), declare(declared or {}, module, leaves)
     scopes = declared_modules(declared or {}, side)
-    units = list_units(side, torch_order, scopes, given)
+    flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
+    units = [
+        unit._replace(flatten=flattens.get(unit.layers[0].name))
+        for unit in list_units(side, torch_order, scopes, given)
+    ]
     places = list_places(shapes, jax_order, scopes, given, units)
     units = stack_units(units, places)
     values = Values.read(module, leaves)
-    flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
-    matches = match(units, places, values, flattens, bool(jax_order))
+    matches = match(units, places, values, bool(jax_order))
     rest = left_over(side, shapes, matches, given, scopes)
-    matches = settle_layouts([*matches, *match(*rest, values, flattens, ordered=False)], given)
+    matches = settle_layouts([*matches, *match(*rest, values, ordered=False)], given)
     choices = open_choices([*units, *rest[0]], [*places, *rest[1]], matches)
     matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge)
     result = assemble(given, matches, side)
@@ -353,13 +358,13 @@ def carry(unit: Unit, rule: Rule, leaves: Mapping[str, Shape], paths: tuple[str,
     return tuple(stacked(entries) if stack else entries[0] for entries in zip(*found, strict=True))
 
 
-def options(unit: Unit, place: Place, flatten: Shape | None = None) -> tuple[Option, ...]:
+def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     """Return the ways to carry a unit to a place, the usual one first; none if it does not fit."""
     shape = next(iter(unit.layers[0].tensors.values()))
     size = math.prod(shape) * len(unit.layers)
     if unit.make not in (lstm, gru, attention) and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
         return ()
-    rules = [unit.make(place.path), *other_rules(unit, place, shape, flatten)]
+    rules = [unit.make(place.path), *other_rules(unit, place, shape)]
     found: list[Option] = []
     for rule in rules:
         entries = carry(unit, rule, place.leaves, (place.path,))
@@ -371,13 +376,13 @@ def options(unit: Unit, place: Place, flatten: Shape | None = None) -> tuple[Opt
     return tuple(found)
 
 
-def other_rules(unit: Unit, place: Place, shape: Shape, flatten: Shape | None) -> list[Rule]:
+def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
     """Return the rules that may hold instead of the usual one, because neither shape nor name of a leaf tells."""
     known = place.kind in LAYERS_WITH_A_LAYOUT  # a layer of a library
     square = len(shape) == 2 and shape[0] == shape[1]
     rules: list[Rule] = []
-    if unit.make is linear and flatten:
-        rules.append(linear(place.path, flatten=flatten))
+    if unit.make is linear and unit.flatten:
+        rules.append(linear(place.path, flatten=unit.flatten))
     if unit.make in (linear, conv1d) and square and not known:
         rules += [unit.make(place.path, transposed=turned) for turned in (True, False)]
     if unit.make is same and any(len(size) == 2 and size[0] == size[1] for size in unit.layers[0].tensors.values()):
@@ -403,21 +408,24 @@ def equal(some: Sequence[Entry], others: Sequence[Entry], unit: Unit) -> bool:
 
 
 def flatten_sizes(units: Sequence[Unit]) -> dict[str, Shape]:
-    """Return the size that a flatten before a linear layer may have had (channels, rows, columns), by its name."""
+    """Return the size that a flatten before a linear layer may have had (channels, rows, columns), by its name.
+
+    Several layers may follow one flatten, such as the heads for a policy and a value: they have inputs of one size.
+    """
     sizes: dict[str, Shape] = {}
-    channels, rank = 0, 0
+    channels, rank, inputs = 0, 0, 0
     for unit in units:
         shape = next(iter(unit.layers[0].tensors.values()))
         if unit.make in (conv, conv_transpose):
-            channels, rank = shape[1 if unit.make is conv_transpose else 0], len(shape) - 2
-        elif unit.make in (linear, conv1d):
+            channels, rank, inputs = shape[1 if unit.make is conv_transpose else 0], len(shape) - 2, 0
+        elif unit.make in (linear, conv1d) and shape[-1] == (inputs or shape[-1]):
+            inputs = shape[-1]
             if unit.make is linear and channels > 1 and shape[-1] % channels == 0 and shape[-1] > channels:
                 places = shape[-1] // channels
                 side = round(places ** (1 / rank))
                 # How the places are split among rows and columns makes no difference to the order of the values.
                 size = (side,) * rank if side**rank == places else (places,)
                 sizes[unit.layers[0].name] = (channels, *size)
-            channels = 0
     return sizes
 
 
@@ -462,15 +470,13 @@ class Values(NamedTuple):
 Fits = dict[tuple[int, int], tuple[Option, ...]]  # the ways to carry a unit to a place, by their numbers; where it fits
 
 
-def match(
-    units: Sequence[Unit], places: Sequence[Place], values: Values, flattens: Mapping[str, Shape], ordered: bool
-) -> list[Match]:
+def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordered: bool) -> list[Match]:
     """Match units with places; each is in one match at most."""
     units, places = with_titles(units, places)
     fits: Fits = {}
     for number, unit in enumerate(units):
         for other, place in enumerate(places):
-            if unit.scope == place.scope and (found := options(unit, place, flattens.get(unit.layers[0].name))):
+            if unit.scope == place.scope and (found := options(unit, place)):
                 fits[number, other] = found
     agreeing = {pair: tuple(option for option in found if values.agree(option)) for pair, found in fits.items()}
     fits |= {pair: found for pair, found in agreeing.items() if found}
@@ -616,7 +622,10 @@ def align(
 
 
 def splits(unit: Unit, places: Sequence[Place]) -> tuple[Option, ...]:
-    """Return the ways to split a linear layer into several of one module, such as queries, keys and values."""
+    """Return the ways to split a linear layer into several of one module, such as queries, keys and values.
+
+    Their names tell which is which, or the outputs have to: the order in which they are called says little.
+    """
     if unit.make not in (linear, conv1d) or len({(parent(place.path), place.scope) for place in places}) > 1:
         return ()
     if places[0].scope != unit.scope:
@@ -625,10 +634,16 @@ def splits(unit: Unit, places: Sequence[Place]) -> tuple[Option, ...]:
     total = sum(math.prod(shape) for layer in unit.layers for shape in layer.tensors.values())
     if sum(map(math.prod, leaves.values())) != total:
         return ()
-    paths = tuple(place.path for place in places)
+    roles = ["".join(place.title[-1:]) for place in places]
+    named = len({*roles}) == len(roles) and {*roles} <= {*"qkv"}
+    ordered = sorted(places, key=lambda place: "qkv".index(place.title[-1])) if named else places
     heads = {shape[-2] for shape in leaves.values() if len(shape) - ("{" in unit.name) == 3}
-    rules = [qkv(*paths), *(qkv(*paths, heads=number) for number in heads if number > 1)]
-    return tuple(Option(rule, entries) for rule in rules if (entries := carry(unit, rule, leaves, paths)))
+    rules = [
+        qkv(*(place.path for place in order), heads=number)
+        for order in ([ordered] if named else itertools.permutations(places))
+        for number in (None, *(number for number in heads if number > 1))
+    ]
+    return tuple(Option(rule, entries) for rule in rules if (entries := carry(unit, rule, leaves, rule.to)))
 
 
 def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
@@ -767,14 +782,16 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
     layouts: dict[Any, list[int]] = {}
     for number, one in enumerate(matches):
         if len(one.options) > 1:
-            labels = tuple(option.rule.how for option in one.options)
-            layouts.setdefault((labels, one.options[0].entries[0].jax[0].rpartition("/")[2]), []).append(number)
-    for (labels, _), numbers in layouts.items():
+            places_of = [place.path for place in one.places]
+            labels = tuple((option.rule.how, *map(places_of.index, option.rule.to)) for option in one.options)
+            behind_flatten = number if one.units[0].flatten else None  # each is asked for alone
+            leaf = one.options[0].entries[0].jax[0].rpartition("/")[2]
+            layouts.setdefault((labels, leaf, behind_flatten), []).append(number)
+    for numbers in layouts.values():
         first = matches[numbers[0]]
         front = first.units[0].name + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
-        paths = [place.path for place in first.places]
-        answers = tuple(((0,), option) for option in range(len(labels)))
-        words_for = tuple(f"{front}: {code(paths, label)}" for label in labels)
+        answers = tuple(((0,), option) for option in range(len(first.options)))
+        words_for = tuple(f"{front}: {code(option.rule.to, option.rule.how)}" for option in first.options)
         choices.append(Choice(tuple((n,) for n in numbers), answers, words_for))
     return choices
 
@@ -954,7 +971,7 @@ def write_python(declared: Mapping[str, str | Rule], matches: Sequence[Match]) -
             name = name.partition(CELL)[0]
             lines[name] = ((*lines.get(name, ((), ""))[0], one.places[0].path), option.rule.how)
             continue
-        lines[name] = (tuple(place.path for place in one.places), "" if usual else option.rule.how)
+        lines[name] = (option.rule.to, "" if usual else option.rule.how)
     text = [
         f"    {key!r}: {value!r}," if isinstance(value, str) else f"    {key!r}: {code(value.to, value.how)},"
         for key, value in declared.items()

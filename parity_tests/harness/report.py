@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from parity_tests.harness.capture import STAGE_BOUND, Case, Comparison, Difference, has_problem, sharpen
+from parity_tests.harness.capture import STAGE_BOUND, Case, Comparison, Difference, has_problem
 
 if TYPE_CHECKING:  # a test that compares draws nothing, and `checks` imports this file
     from matplotlib.axes import Axes
@@ -209,27 +209,25 @@ FLOAT32_ERRORS = ("jax_float32_error", "torch_float32_error")  # from float64, i
 
 def stage_rows(comparison: Comparison) -> list[StageRow]:
     """Return a row for each of PyTorch's values, in the order of its run."""
-    births = {name: sharpen(comparison, name) for name, value in comparison.local.values.items() if value.problem}
     rows = []
     for name in filter(None, comparison.order):  # without the last one, which is the network's output
         if name in comparison.stages:
-            rows.append(stage_row(comparison, name, births.get(name, "")))
+            rows.append(stage_row(comparison, name))
         elif name in comparison.functions:
-            rows.append(function_row(comparison, name, name in births.values()))
+            rows.append(function_row(comparison, name, name in comparison.born))
         else:
             rows.append(StageRow(name))
     return rows
 
 
-def stage_row(comparison: Comparison, name: str, birth: str) -> StageRow:
-    """Return the row of one stage; `birth` is the place where a difference of its value is born, if it has one."""
+def stage_row(comparison: Comparison, name: str) -> StageRow:
+    """Return the row of one stage."""
     stage, local, inherited = comparison.stages[name], comparison.local, comparison.inherited
     differences = [part.get(name) for part in (local.values, inherited.values, local.gradients, inherited.gradients)]
     value, late_value, gradient, late_gradient = (part is not None and part.problem for part in differences)
     verdict = SAME
     if value or late_value:
-        born = BORN if birth == name else f"differs: born in {birth}"
-        verdict = ALONE if not has_problem(inherited.outputs) else born if value else INHERITED
+        verdict = ALONE if not has_problem(inherited.outputs) else BORN if value else INHERITED
     elif gradient or late_gradient:
         born = GRADIENT_BORN if gradient else GRADIENT_INHERITED
         verdict = born if has_problem(inherited.weights) else GRADIENT_ALONE

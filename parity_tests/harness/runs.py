@@ -275,7 +275,7 @@ class TorchRun:
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        with exact_arithmetic(self.dtype), fixed_settings(getattr(torch, self.dtype)), WithoutDropout():
+        with exact_arithmetic(self.dtype), fixed_settings(getattr(torch, self.dtype), self.module), WithoutDropout():
             yield
 
 

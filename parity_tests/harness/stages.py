@@ -33,6 +33,8 @@ class Stage(NamedTuple):
         label: the function, or "" for a module.
         call: the number of the call, from 1.
         place: the place in the nest that was returned: "", "[0]", ".hidden".
+        steps: whether the steps of a scan are its first axis.
+        batch_first: of a recurrent module of PyTorch's.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Stage(NamedTuple):
     label: str
     call: int
     place: str
+    steps: bool = False
+    batch_first: bool | None = None
 
 
 class Match(NamedTuple):
@@ -79,7 +83,7 @@ def torch_stages(kinds: Mapping[str, str], shapes: Mapping[str, Shape], modules:
 
 
 def jax_stages(taps: Mapping[str, Any]) -> dict[str, Stage]:
-    """Return the stages of a JAX trace, in order, from its taps (`name`, `shape` and `kind` are read)."""
+    """Return the stages of a JAX trace, in order, from its taps (`name`, `shape`, `kind` and `steps` are read)."""
     stages = {}
     for name, tap in taps.items():
         if tap.kind == FUNCTION:
@@ -87,7 +91,8 @@ def jax_stages(taps: Mapping[str, Any]) -> dict[str, Stage]:
         else:
             scope, slash, last = name.rpartition("/")
             owner = scope + slash + re.split(r"[#\[.]", last)[0]
-            stages[name] = parse_module(name, tap.kind, tuple(tap.shape), owner)
+            stage = parse_module(name, tap.kind, tuple(tap.shape), owner)
+            stages[name] = stage._replace(steps=tap.steps is not None)
     return stages
 
 
@@ -158,7 +163,7 @@ class Matcher:
     def fit(self, torch: Stage, jax: Stage) -> bool:
         """Return whether two stages without partners may be the same value."""
         free = torch.name not in self.matches and jax.name not in self.back
-        return free and bool(candidates(torch.shape, jax.shape, self.channels_last))
+        return free and carry_stage(torch, jax, self.channels_last) is not None
 
     def add(self, torch: Stage, jax: Stage, how: str, sure: bool = False) -> bool:
         """Match two stages, if they may be."""
@@ -194,6 +199,7 @@ def match(
     owners: Mapping[str, str],
     declared: Mapping[str, str] | None = None,
     channels_last: bool = True,
+    holders: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Match]:
     """Return the JAX stage for each PyTorch stage that has one.
 
@@ -203,6 +209,7 @@ def match(
         owners: PyTorch module -> path of the JAX module that holds the same weights.
         declared: PyTorch stage or pattern -> JAX stage or pattern: `layer{i}.{j}` -> `stages_{i}/blocks_{j}`.
         channels_last: images have their channels last in JAX.
+        holders: PyTorch module -> paths of all JAX modules that hold its weights.
 
     Raises:
         Refused: a declared stage does not exist, or has another number of values.
@@ -211,6 +218,7 @@ def match(
     match_declared(matcher, declared or {})
     match_outputs(matcher)
     match_owners(matcher, owners)
+    match_recurrent(matcher, holders or {})
     match_names(matcher)
     bare = Bare(matcher, owners)
     bare.match_between()
@@ -280,6 +288,48 @@ def match_owners(matcher: Matcher, owners: Mapping[str, str]) -> None:
         if calls.keys() == other_calls.keys():
             for number, stages in calls.items():
                 matcher.add_nests(stages, other_calls[number], "weights", sure=True)
+
+
+def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) -> None:
+    """Match the sequence that a recurrent module returns: with a module around the cells, or with what a cell returns.
+
+    JAX's libraries have cells, which a scan calls for each step, and some have a module around them.
+    """
+    order = list(matcher.jax.values())
+    for stage in matcher.torch.values():
+        paths = holders.get(stage.owner, ())
+        inside = [n for n, other in enumerate(order) if any(is_part(other.owner, path) for path in paths)]
+        if stage.kind not in ("RNN", "LSTM", "GRU") or stage.place != "[0]" or not inside:
+            continue
+        others = {path for owner, found in holders.items() if owner != stage.owner for path in found}
+        after = order[inside[-1] + 1 :]
+        end = next((n for n, other in enumerate(after) if not other.label and other.owner in others), len(after))
+        around = [
+            other
+            for other in after[:end]
+            if other.kind in ("RNN", "Bidirectional") or any(is_part(path, other.owner) for path in paths)
+            if not other.label and not other.steps
+        ]
+        path = order[inside[-1]].owner
+        cells = [other for other in order if other.steps and is_part(path, other.owner)]
+        cells = [other for other in cells if other.place == output_place(other, matcher.jax)]
+        for other in [*around, *cells]:
+            if matcher.add(stage, other, "weights", sure=True):
+                break
+
+
+def is_part(path: str, other: str) -> bool:
+    """Return whether a JAX module is another one or a part of it; all are parts of the model, which does not count."""
+    return bool(other) and f"{path}/".startswith(f"{other}/")
+
+
+def output_place(cell: Stage, stages: Collection[str]) -> str:
+    """Return where a cell has its output in what it returns: Flax's have it behind the state, others in front."""
+    if cell.kind in ("Dense", "DenseGeneral", "Linear", FUNCTION):
+        return "no cell"
+    if f"{cell.owner}[0]" not in stages or re.search("(GRU|Simple|MGU)Cell", cell.kind):
+        return "[1]" if f"{cell.owner}[1]" in stages else ""
+    return "[0]"
 
 
 def match_names(matcher: Matcher) -> None:
@@ -576,3 +626,14 @@ def can_reshape(one: Shape, other: Shape) -> bool:
 def carry(torch_shape: Sequence[int], jax_shape: Sequence[int], channels_last: bool = True) -> Carry | None:
     """Return the likeliest way to carry a value, or None if there is none."""
     return next(iter(candidates(torch_shape, jax_shape, channels_last)), None)
+
+
+def carry_stage(torch: Stage, jax: Stage, channels_last: bool) -> Carry | None:
+    """Return the likeliest way to carry a stage, or None if there is none: the steps of a scan may be first in JAX."""
+    if jax.steps and len(jax.shape) > 2 and torch.shape == (jax.shape[1], jax.shape[0], *jax.shape[2:]):
+        swapped = Carry("steps first", (1, 0, *range(2, len(jax.shape))), torch.shape, jax.shape)
+        if torch.shape != jax.shape or torch.batch_first:
+            return swapped
+        if torch.batch_first is None:
+            return None  # either axis may be the batch
+    return carry(torch.shape, jax.shape, channels_last)

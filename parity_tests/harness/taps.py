@@ -149,19 +149,27 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def widen() -> Iterator[None]:
-    """Let every function of JAX that is asked for float32 give float64."""
-    canonical = dtypes.check_and_canonicalize_user_dtype
+    """Let every function of JAX that is asked for float32 give float64.
+
+    The constants of float64 itself become those of float32: a model whose eps is that of its dtype is used, and ported,
+    with the one of float32.
+    """
+    canonical, finfo = dtypes.check_and_canonicalize_user_dtype, jnp.finfo
 
     def canonical_or_wider(dtype: Any, fun_name: Any = None) -> Any:
         found = canonical(dtype, fun_name)
         return np.dtype("float64") if found == np.float32 else found
 
+    def finfo_of_float32(dtype: Any) -> Any:
+        return finfo(np.float32 if jnp.result_type(dtype) == np.float64 else dtype)
+
     dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
+    jnp.finfo = finfo_of_float32  # type: ignore[assignment]
     try:
         with widened(True):
             yield
     finally:
-        dtypes.check_and_canonicalize_user_dtype = canonical
+        dtypes.check_and_canonicalize_user_dtype, jnp.finfo = canonical, finfo
 
 
 def scope(path: str) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ part that flows through this module.
 """
 
 import copy
+import sys
 import weakref
 import zlib
 from collections import Counter
@@ -495,6 +496,9 @@ class WithoutDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, at rate 0 if it drops."""
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.backward:
+            with self:
+                return run_backward(*args, **kwargs)
         if (place := RATES.get(getattr(func, "__name__", ""))) is not None:
             index, name = place
             if len(args) > index:
@@ -504,21 +508,83 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128, "torch.FloatTensor": "torch.DoubleTensor"}
+
+
+class Widened(TorchFunctionMode):
+    """Computes in float64 wherever a module asks for float32, as `taps.widen` does in JAX.
+
+    The constants of float64 itself become those of float32: a module whose eps is that of its dtype is used, and
+    ported, with the one of float32.
+
+    Attributes:
+        changed: the functions that were asked for float32, or for a constant of the dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function with float64 in the place of float32."""
+        label, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if label == "view":  # reads the bits in another dtype
+            return func(*args, **kwargs)
+        new_args = tuple(wider(value) for value in args)
+        new_kwargs = {name: wider(value) for name, value in kwargs.items()}
+        given = zip((*args, *kwargs.values()), (*new_args, *new_kwargs.values()), strict=True)
+        changed = any(before is not after for before, after in given)
+        if func is torch.Tensor.float:
+            func, changed = torch.Tensor.double, True
+        if label == "rms_norm" and (*args[3:], kwargs.get("eps"))[0] is None and args[0].dtype is torch.float64:
+            new_args, new_kwargs["eps"], changed = new_args[:3], FINFO(torch.float32).eps, True
+        if changed:
+            self.changed.add(label)
+        outputs = func(*new_args, **new_kwargs)
+        if label in ("tensor", "as_tensor", "asarray"):  # may take the dtype of an array
+            return cast(outputs, torch.float64)
+        return outputs
+
+    def finfo(self, dtype: torch.dtype | None = None) -> torch.finfo:
+        """Return the constants of a dtype as a module gets them, those of float32 for float64."""
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if (dtype or torch.get_default_dtype()) is not torch.float64 or caller.startswith("torch._"):
+            return FINFO() if dtype is None else FINFO(dtype)
+        self.changed.add("finfo")
+        return FINFO(torch.float32)
+
+
+FINFO = torch.finfo
+
+
+def wider(value: Any) -> Any:
+    """Return float64 for float32, and anything else as it is."""
+    return WIDER.get(value, value) if isinstance(value, torch.dtype | str) else value
+
+
 @contextmanager
-def fixed_settings(dtype: torch.dtype) -> Iterator[None]:
+def fixed_settings(dtype: torch.dtype, module: nn.Module | None = None) -> Iterator[Widened]:
     """Set what the results depend on beside the module, and restore it afterwards.
 
     PyTorch computes attention by another formula ("fast path") when no gradient is asked for. New tensors in a forward
-    method take the default dtype. Random numbers are the same in each run.
+    method take the default dtype. Random numbers are the same in each run. In float64, float32 becomes float64 too,
+    unless the module says that it does not run so.
     """
     default, fast = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
+    widened = Widened()
     try:
         torch.set_default_dtype(dtype)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.enable_grad())
+            if dtype is torch.float64 and not getattr(module, "keeps_float32", False):
+                torch.finfo = widened.finfo  # type: ignore[misc, assignment]
+                stack.enter_context(widened)
             torch.manual_seed(0)
-            yield
+            yield widened
     finally:
+        torch.finfo = FINFO  # type: ignore[misc]
         torch.set_default_dtype(default)
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -532,7 +598,7 @@ def run(
         Refused: it does not run.
     """
     with ExitStack() as stack:
-        stack.enter_context(fixed_settings(dtype))
+        widened = stack.enter_context(fixed_settings(dtype, model))
         if training:
             stack.enter_context(WithoutDropout())
         random_state = torch.get_rng_state()
@@ -550,18 +616,35 @@ def run(
             if loss is not None and loss.requires_grad:
                 if watch:
                     watch.begin_backward()
-                # `loss.backward()` would leave `WithoutDropout`, which torch.utils.checkpoint needs: it computes the
-                # forward again during the backward pass.
-                engine = torch.autograd.Variable._execution_engine
-                engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+                run_backward(loss)
         except Refused:
             raise
         except Exception as error:
             raise Refused(f"the reference does not run on these inputs in {dtype}: {describe(error)}") from error
     gradients = {name: to_numpy(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     buffers = {name: to_numpy(buffer).copy() for name, buffer in model.named_buffers()}
-    notes = ("the reference draws random numbers",) if drew else ()
-    return Run(arrays, None if loss is None else float(loss.detach()), gradients, buffers, notes)
+    notes = ["the reference draws random numbers"] if drew else []
+    if widened.changed:
+        notes.append(f"PyTorch's float32 ({shorten(sorted(widened.changed))}) is float64 in the float64 run")
+    return Run(arrays, None if loss is None else float(loss.detach()), gradients, buffers, tuple(notes))
+
+
+def run_backward(
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Run the backward pass from a tensor.
+
+    `Tensor.backward` would leave the modes of this file. But torch.utils.checkpoint, which computes the forward again
+    during the backward pass, needs them.
+    """
+    start = torch.ones_like(tensor) if gradient is None else gradient
+    keep = create_graph if retain_graph is None else retain_graph
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward((tensor,), (start,), keep, create_graph, tuple(inputs or ()), True, accumulate_grad=True)
 
 
 def to_input(leaf: Any, dtype: torch.dtype) -> Any:
@@ -758,7 +841,8 @@ def backward_errors(
     for name in names:
         if (call := watch.kept_calls.get(name.split("[")[0])) is None:
             continue
-        error = gradient_error(*call)
+        with fixed_settings(torch.float64, model):
+            error = gradient_error(*call)
         if error is not None and 1e-9 < error < 1e-5:
             errors[name] = error
     return errors

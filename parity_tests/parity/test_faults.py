@@ -94,7 +94,10 @@ ONE = np.ones(1)
         ({"w": np.array([1, np.nan])}, {"w": np.ones(2)}, "JAX has nan at [1]"),
         ({"w": np.ones(2)}, {"w": np.array([1, np.inf])}, "PyTorch has inf at [1]"),
         ({"w": np.array([np.nan])}, {"w": np.array([np.nan])}, "nan"),
-        ({"w": np.array([np.inf])}, {"w": np.array([np.inf])}, "inf"),
+        ({"w": np.array([np.inf])}, {"w": np.array([np.inf])}, "inf"),  # nothing else is compared
+        ({"w": np.array([1, np.inf])}, {"w": np.array([1, -np.inf])}, "JAX has inf at [1]"),
+        ({"w": np.array([1, -np.inf])}, {"w": np.array([-np.inf, 1])}, "JAX has -inf at [1]"),
+        ({"w": np.array([-np.inf, 3e9])}, {"w": np.array([-np.inf, 1])}, "error 3.0e+09"),
     ],
 )
 def test_a_comparison_fails_whatever_the_bound(
@@ -115,3 +118,5 @@ def test_equal_bits_pass_the_exact_bound_and_one_ulp_does_not() -> None:
     one = {"w": np.ones(3, np.float32)}
     assert not list(compare("test", one, one, EXACT))
     assert list(compare("test", {"w": np.nextafter(one["w"], np.float32(2))}, one, EXACT))
+    masked = {"w": np.array([-np.inf, 1.0, np.inf])}
+    assert not list(compare("test", masked, masked, EXACT))

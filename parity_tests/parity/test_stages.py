@@ -33,6 +33,7 @@ class Tap(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str
+    steps: int | None = None
 
 
 def stages_of_torch(module: nn.Module, *arrays: np.ndarray) -> dict[str, Stage]:

@@ -469,6 +469,7 @@ def test_casts_to_float32_inside_a_model_are_casts_to_float64_in_a_float64_run()
     before = str(jax.make_jaxpr(normalise)(x))
     assert "f32" in before
     assert "f32" not in str(jax.make_jaxpr(in_float64(normalise))(x))
+    assert in_float64(lambda: jnp.finfo(x.dtype).eps)() == np.finfo(np.float32).eps
     assert str(jax.make_jaxpr(normalise)(x)) == before
     with jax.enable_x64(False):
         assert in_float64(normalise)(x).dtype == jnp.float32

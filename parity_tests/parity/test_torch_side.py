@@ -5,14 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flax.traverse_util import unflatten_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from parity_tests import harness
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat, gradient_error, reference_error
 
@@ -402,8 +405,75 @@ def test_flat_names_the_parts_of_nests_of_any_framework() -> None:
     assert list(flat(np.ones(2))) == [""]
 
 
+class AsksForFloat32(nn.Module):
+    """Asks for float32 in all ways, and for the eps of its dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return roots of a softmax, with a table."""
+        table = torch.arange(4, dtype=torch.float32).div(7) + torch.tensor(np.ones(4, np.float32) / 3).type_as(x)
+        y = F.softmax(x.float(), -1, dtype=torch.float32) + F.rms_norm(x.to(torch.float32), (4,))
+        return y.type(torch.float32) + table.to("cpu", torch.float32) * (1 + torch.finfo(x.dtype).eps)
+
+
+def test_float32_inside_the_reference_is_float64_in_a_float64_run() -> None:
+    x, finfo = draw(2, 4), torch.finfo
+    capture = capture_torch(AsksForFloat32(), Inputs(x), wave, training=False)
+    exponentials, eps = np.exp(x), np.finfo(np.float32).eps
+    table = np.arange(4) / 7 + np.float32(1) / np.float32(3)
+    expected = exponentials / exponentials.sum(-1, keepdims=True) + table * (1 + eps)
+    expected += x / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps)
+    np.testing.assert_allclose(capture.outputs, expected, rtol=1e-14)
+    assert capture.notes == (
+        "PyTorch's float32 (arange, finfo, float, rms_norm, softmax, to and 1 more) is float64 in the float64 run",
+    )
+    assert torch.finfo is finfo
+    single = capture_torch(AsksForFloat32(), Inputs(x), wave, training=False, dtype="float32")
+    assert single.outputs.dtype == np.float32
+    assert not single.notes
+
+
+class ChecksFloat32(nn.Module):
+    """A softmax in float32 behind a checkpoint; it may insist on float32."""
+
+    def __init__(self, insists: bool) -> None:
+        super().__init__()
+        self.fc, self.insists = nn.Linear(3, 4), insists
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the softmax of a linear layer."""
+
+        def normalise(logits: torch.Tensor) -> torch.Tensor:
+            chances = torch.softmax(logits.float(), -1)
+            assert chances.dtype is torch.float32 or not self.insists
+            return chances.type_as(logits)
+
+        chances: torch.Tensor = checkpoint(normalise, self.fc(x), use_reentrant=False)
+        return chances
+
+
+@pytest.mark.parametrize("insists", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-9])
+def test_float32_inside_the_reference_hides_no_fault(insists: bool, factor: float) -> None:
+    def port(variables: Any, x: jax.Array) -> jax.Array:
+        return factor * jax.nn.softmax(x @ variables["fc"]["weight"].T + variables["fc"]["bias"])
+
+    load = lambda state: unflatten_dict(state, sep=".")  # noqa: E731  # one use
+    pair = harness.Pair(lambda: ChecksFloat32(insists), port, draw(2, 3), load)
+    result = harness.examine(
+        pair, names=("outputs", "gradients") if insists else ("outputs", "gradients", "trajectory")
+    )
+    own = any("judged by its own error" in note for note in result.notes)
+    if insists:  # it does not run otherwise, and is judged by its own error
+        assert (not result.divergences, own) == (True, True)
+    else:
+        found = {divergence.check for divergence in result.divergences}
+        assert (found, own) == (set() if factor == 1 else {"outputs"}, False), result.divergences
+
+
 class KeepsFloat32(nn.Module):
     """A softmax in float32, and an activation whose gradient PyTorch computes with a float32 factor."""
+
+    keeps_float32 = True  # as the harness says of a module that insists on float32
 
     def __init__(self) -> None:
         super().__init__()

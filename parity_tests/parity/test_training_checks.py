@@ -12,12 +12,15 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen
 from jax import numpy as jnp
 from torch import nn
 
 from parity_tests.harness import checks, training
 from parity_tests.harness.adapters import adapt
+from parity_tests.harness.capture import Case
 from parity_tests.harness.compare import Divergence
+from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
 from parity_tests.harness.weights import Entry, WeightMap
@@ -679,6 +682,40 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
         found = messages(checks.compare_tables(weight_map, buffers, port | {name: table}, exact))
         assert found.startswith(f"tables: {name}: ")
         assert "\n" not in found
+
+
+class Rotary(nn.Module):
+    """A layer times a row of a rotary table."""
+
+    cos: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        frequencies = 10_000.0 ** -(torch.arange(8, dtype=torch.float32) / 8)
+        self.register_buffer("cos", torch.cos(torch.arange(500)[:, None] * frequencies))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product [batch, 8]."""
+        return self.fc(x) * self.cos[-1]
+
+
+class RotaryPort(linen.Module):
+    """The same, with a table that is exacter than PyTorch's."""
+
+    base: float = 10_000.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the product [batch, 8]."""
+        cos = self.variable("tables", "cos", lambda: rotary(np.float64, self.base).astype(np.float32))
+        return linen.Dense(8, name="fc")(x) * cos.value[-1]
+
+
+@pytest.mark.parametrize("base", [10_000.0, 10_010.0])
+def test_a_table_may_be_exacter_than_pytorchs(base: float) -> None:
+    found = messages(checks.tables(Case(Pair(Rotary, RotaryPort(base), np.ones((2, 8), np.float32)))))
+    assert found.startswith("tables: cos: ") if base != 10_000 else not found
 
 
 # --- Schedules ---

@@ -10,14 +10,19 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import linen
+from flax.traverse_util import unflatten_dict
 from jax import lax
+from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from rich.console import Console
 from torch import nn
+from torch.nn import functional
 
 from jax_cnn.config import UserError
 from parity_tests.command import ReportConfig, load_pair
 from parity_tests.harness import Pair, Result, examine
+from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.support import ROOT, assert_slip, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
@@ -162,3 +167,74 @@ def test_a_pair_that_cannot_be_made_is_refused_with_the_reason(
         load_pair(ReportConfig(pair=pair), Console())
     assert reason in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+class LongWay(nn.Module):
+    """A network that uses the value of a function twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the outputs [batch, 3] of inputs [batch, 6]."""
+        x = functional.gelu(self.first(x))
+        return self.head(x + self.second(x))
+
+
+class LongWayPort(linen.Module):
+    """The same in Linen, with faults."""
+
+    approximate: bool = False
+    shift: float = 0.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute the outputs [batch, 3] of inputs [batch, 6]."""
+        x = linen.gelu(linen.Dense(6, name="first")(x), self.approximate)
+        return linen.Dense(3, name="head")(x + linen.Dense(6, name="second")(x)) + self.shift
+
+
+def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_too() -> None:
+    for shift, places in ((0.0, ["gelu"]), (0.1, ["gelu", "the network"])):
+        pair = Pair(LongWay, LongWayPort(True, shift), np.ones((4, 6), np.float32), batch_sizes=(4,))
+        result = examine(pair, names=("outputs",))
+        assert [found.where for found in result.divergences] == [f"output of {place}" for place in places]
+        rows = {row.stage: row.verdict for row in stage_rows(result.comparisons[0])}
+        assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
+
+
+class Strided(nn.Module):
+    """A pool and a convolution with a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the outputs [batch, 4] of images."""
+        x = functional.max_pool2d(torch.relu(self.conv1(x)), 3, 2, 1)
+        return torch.relu(self.conv2(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("faulty", ["pool", "conv"])
+def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> None:
+    def conv(layer: Any, x: jax.Array, stride: int, padding: Any) -> jax.Array:
+        layout = ("NHWC", "HWIO", "NHWC")
+        kernel = layer["weight"].transpose(2, 3, 1, 0)
+        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout) + layer["bias"]
+
+    def apply(tree: Any, x: jax.Array) -> jax.Array:
+        around = ((1, 1), (1, 1))
+        x = jax.nn.relu(conv(tree["conv1"], x, 1, around))
+        padding = "SAME" if faulty == "pool" else ((0, 0), *around, (0, 0))
+        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+        x = jax.nn.relu(conv(tree["conv2"], x, 2, "SAME" if faulty == "conv" else around))
+        return x.mean((1, 2))
+
+    images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
+    pair = Pair(Strided, apply, images, lambda state: unflatten_dict(state, sep="."), batch_sizes=(4,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    gap = "; or in conv2 before it, of which JAX has no value to compare"
+    assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of relu#2")
+    assert (gap in found.problem) == (faulty == "conv")

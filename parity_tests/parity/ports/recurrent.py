@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 import torch
 from flax import linen
 from jax import lax
@@ -90,3 +91,39 @@ def gates_exchanged(sound: bool) -> Pair:
         return {"params": {"rnn": cell, "head": {"kernel": state["head.weight"].T, "bias": state["head.bias"]}}}
 
     return Pair(Recurrent(nn.LSTM), Net(), values(2, 5, FEATURES), None if sound else load)
+
+
+@port("P7-scan", ("outputs", "output of rnn"))
+def gates_exchanged_in_a_scan(sound: bool) -> Pair:
+    """The same in a cell that the port itself calls for each step (equinox#1003)."""
+
+    class Net(eqx.Module):
+        rnn: eqx.nn.LSTMCell
+        head: eqx.nn.Linear
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            def step(state: tuple[jax.Array, jax.Array], frame: jax.Array) -> tuple[Any, jax.Array]:
+                hidden, cell = self.rnn(frame, state)
+                return (hidden, cell), hidden
+
+            start = jnp.zeros(HIDDEN, x.dtype), jnp.zeros(HIDDEN, x.dtype)
+            return jax.vmap(self.head)(lax.scan(step, start, x)[1])
+
+    keys = jax.random.split(jax.random.key(0))
+    net = Net(eqx.nn.LSTMCell(FEATURES, HIDDEN, key=keys[0]), eqx.nn.Linear(HIDDEN, 3, key=keys[1]))
+
+    def load(state: dict[str, Any]) -> Net:
+        """Take the gates in another order."""
+        order = np.r_[: 2 * HIDDEN, 3 * HIDDEN : 4 * HIDDEN, 2 * HIDDEN : 3 * HIDDEN]
+        bias = state["rnn.bias_ih_l0"] + state["rnn.bias_hh_l0"]
+        return eqx.tree_at(
+            lambda net: (net.rnn.weight_ih, net.rnn.weight_hh, net.rnn.bias, net.head.weight, net.head.bias),
+            net,
+            (
+                *(leaf[order] for leaf in (state["rnn.weight_ih_l0"], state["rnn.weight_hh_l0"], bias)),
+                state["head.weight"],
+                state["head.bias"],
+            ),
+        )
+
+    return Pair(Recurrent(nn.LSTM), net, values(2, 5, FEATURES), None if sound else load)
