@@ -17,7 +17,7 @@ from torch import nn
 
 from jax_cnn.config import UserError
 from parity_tests.command import ReportConfig, load_pair
-from parity_tests.harness import Pair, Result, examine
+from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.support import ROOT, assert_slip, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
@@ -38,6 +38,11 @@ def test_the_readmes_example_works_as_it_stands(tmp_path: Path) -> None:
 
 def test_two_pairs_at_once_are_refused(tmp_path: Path) -> None:
     assert_slip(run_command("parity_report", "one:pair", "--pair=other:pair", cwd=tmp_path), "one:pair", "other:pair")
+
+
+def test_keyword_arguments_keep_their_order() -> None:
+    example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
+    assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
 
 
 def module() -> nn.Module:
