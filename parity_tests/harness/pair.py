@@ -37,8 +37,12 @@ class Inputs:
 
     def map(self, function: Callable[[Any], Any]) -> "Inputs":
         """Return the inputs with a function applied to each array; what is no array stays."""
-        args, kwargs = jax.tree.map(lambda leaf: function(leaf) if is_array(leaf) else leaf, (self.args, self.kwargs))
-        return Inputs(*args, **kwargs)
+
+        def apply(nest: Any) -> Any:
+            return jax.tree.map(lambda leaf: function(leaf) if is_array(leaf) else leaf, nest)
+
+        # JAX sorts the names of a dictionary, and a port may take the arguments by their order.
+        return Inputs(*apply(self.args), **{name: apply(nest) for name, nest in self.kwargs.items()})
 
     def arrays(self) -> list[Any]:
         """Return all arrays, in order."""

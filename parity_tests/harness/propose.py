@@ -56,6 +56,8 @@ SYNONYMS = {
     **dict.fromkeys(("dense", "linear", "logits", "head", "classifier"), "fc"),
     **dict.fromkeys(("downsample", "shortcut", "proj"), "down"),
     **dict.fromkeys(("h", "layer", "layers", "blocks", "stage", "stages"), "block"),
+    **dict.fromkeys(("att", "attention"), "attn"),
+    **dict.fromkeys(("feed", "ff", "ffn"), "mlp"),
     **dict.fromkeys(("query", "wq"), "q"),
     **dict.fromkeys(("key", "wk"), "k"),
     **dict.fromkeys(("value", "wv"), "v"),
@@ -203,6 +205,7 @@ def propose(
     values = Values.read(module, leaves)
     matches = match(units, places, values, bool(jax_order))
     rest = left_over(side, shapes, matches, given, scopes)
+    rest = stack_units(*rest), rest[1]
     matches = settle_layouts([*matches, *match(*rest, values, ordered=False)], given)
     choices = open_choices([*units, *rest[0]], [*places, *rest[1]], matches)
     matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge)
@@ -328,18 +331,19 @@ def stack_units(units: list[Unit], places: Sequence[Place]) -> list[Unit]:
             lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
     result = list(units)
     for front, families in lists.items():
-        stacks, apart = [], 0
-        for back, family in families.items():
-            if len({tuple(unit.layers[0].tensors.items()) for unit in family}) == 1:
+        stacks: dict[str, Unit] = {}  # by the name of the first layer
+        members: set[str] = set()
+        apart, longest = 0, max(map(len, families.values()))
+        for back, family in families.items():  # what only some of the layers have stands apart
+            if len(family) == longest and len({tuple(unit.layers[0].tensors.items()) for unit in family}) == 1:
                 layers = tuple(unit.layers[0] for unit in family)
                 inside = f"{family[0].inside.removesuffix(back)}{{i}}{back}"
-                stacks.append(family[0]._replace(name=f"{front}{{i}}{back}", layers=layers, inside=inside))
+                stacks[family[0].name] = family[0]._replace(name=f"{front}{{i}}{back}", layers=layers, inside=inside)
+                members |= {unit.name for unit in family}
                 apart += sum(bool(options(family[0], place)) for place in places) >= len(family)
-        fitting = sum(any(options(unit, place) for place in places) for unit in stacks)
+        fitting = sum(any(options(unit, place) for place in places) for unit in stacks.values())
         if fitting > apart and fitting * 2 > len(stacks):
-            firsts = {unit.layers[0].name: unit for unit in stacks}
-            names = {layer.name for unit in stacks for layer in unit.layers}
-            result = [firsts.get(unit.name, unit) for unit in result if unit.name in firsts or unit.name not in names]
+            result = [stacks.get(unit.name, unit) for unit in result if unit.name in stacks or unit.name not in members]
     return result
 
 

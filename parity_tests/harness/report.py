@@ -105,7 +105,7 @@ def describe_modes(case: Case) -> str:
     dropouts = [
         child
         for child in case.module.modules()
-        if isinstance(child, nn.modules.dropout._DropoutNd) or isinstance(getattr(child, "dropout", None), float)
+        if isinstance(child, nn.modules.dropout._DropoutNd) or isinstance(vars(child).get("dropout"), float)
     ]
     count = f"{len(dropouts)} module{'s' if len(dropouts) > 1 else ''}"
     return f"{modes}; dropout always at rate 0 (in {count})" if dropouts else modes

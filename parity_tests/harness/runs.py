@@ -157,6 +157,12 @@ def tensors_of(module: nn.Module) -> Arrays:
     return {name: tensor.detach().numpy() for name, tensor in named_tensors(module)}
 
 
+def under_every_name(module: nn.Module, weights: Mapping[str, np.ndarray]) -> Arrays:
+    """Return tensors that are given under one of their names under all names that they have."""
+    given = {id(tensor): weights[name] for name, tensor in named_tensors(module) if name in weights}
+    return {name: given[id(tensor)] for name, tensor in named_tensors(module) if id(tensor) in given}
+
+
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """Return floating-point values in this dtype, and others as they are."""
     return array.astype(dtype, copy=False) if np.issubdtype(array.dtype, np.floating) else array
@@ -174,7 +180,7 @@ class TorchRun:
         self.setup, self.dtype, self.training = setup, dtype, training
         self.module = fresh_copy(setup.module, training, getattr(torch, dtype))
         self.load(weights)
-        self.start = {**tensors_of(setup.module), **weights}
+        self.start = {**tensors_of(setup.module), **under_every_name(setup.module, weights)}
         self.parameters = dict(self.module.named_parameters())
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if name in setup.held[0]:
@@ -387,7 +393,7 @@ class JaxRun:
             leaves = {
                 path: jnp.array(cast(np.asarray(leaf), dtype)) for path, leaf in given.items() if path not in mapped
             }
-            leaves |= self._carry({**tensors_of(setup.module), **weights})
+            leaves |= self._carry({**tensors_of(setup.module), **under_every_name(setup.module, weights)})
             self.params = [leaves.pop(name) for name in self.names]
             self.rest = leaves
             self.opt_state = own_memory(self.programs.init(self.params), self.params, exact)

@@ -814,7 +814,7 @@ def second_differences(
         scale = float(np.abs(value).max(initial=0.0))
         if not 0 < scale < np.inf:
             continue
-        difference = np.abs(up[name].astype(np.float64) - 2.0 * value + down[name]).max()
+        difference = np.abs((up[name].astype(np.float64) - value) + (down[name].astype(np.float64) - value)).max()
         # The rounding of three runs is in the difference, once of them twice.
         error = max(float(difference) / 2 / scale, UNIT if name in born else 0.0)
         if error > NOISE:

@@ -533,12 +533,47 @@ def gpt2_in_a_scan() -> Port:
     return linen_port(GPT2(), ScannedGPT2(), IDS)
 
 
+class Mixing(nn.Module):
+    """A block with parameters of its own; the first one begins with a norm."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        if first:
+            self.before = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 6, bias=False)
+        self.mix_key, self.mix_value = (nn.Parameter(torch.rand(1, 1, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, time, 8] from the same."""
+        x = self.before(x) if hasattr(self, "before") else x
+        return x + self.fc(x * self.mix_key) @ self.fc.weight * self.mix_value
+
+
+def mixing_in_a_stack() -> Port:
+    def run(leaves: Mapping[str, Any]) -> Any:
+        tree = nest(leaves)
+        x = (inputs - inputs.mean(-1, keepdims=True)) / np.sqrt(inputs.var(-1, keepdims=True) + 1e-5)
+        x = x * tree["norm"]["weight"] + tree["norm"]["bias"]
+        for number in range(3):
+            block = jax.tree.map(lambda leaf, number=number: leaf[number], tree["blocks"])
+            x = x + (x * block["mix_k"] @ block["fc"]["weight"].T) @ block["fc"]["weight"] * block["mix_v"]
+        return x
+
+    inputs = draw(2, 5, 8)
+    shapes = {"fc/weight": (3, 6, 8), "mix_k": (3, 8), "mix_v": (3, 8)}
+    leaves = {f"blocks/{path}": shape(*size) for path, size in shapes.items()}
+    leaves |= {"norm/weight": shape(8), "norm/bias": shape(8)}
+    module = nn.Sequential(OrderedDict(h=nn.Sequential(*(Mixing(number == 0) for number in range(3)))))
+    return Port(randomise(module), (inputs,), Side(leaves, run), [])
+
+
 SURE: dict[str, Callable[[], Port]] = {
     function.__name__: function
     for function in (
         resnet18,
         resnet18_shortcut_first,
         gpt2_in_functions,
+        mixing_in_a_stack,
         bert,
         lstm_in_flax,
         gru_in_flax,

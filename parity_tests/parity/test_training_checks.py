@@ -476,6 +476,14 @@ def tied(variables: Tree, tokens: Any) -> Any:
     return params["embed"][tokens].mean(1) @ params.get("head", params["embed"].T)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_tied_tensor_starts_from_the_same_values_under_all_its_names(constant: bool) -> None:
+    setup = build(Tied(), tied, {}, entries=[Entry(("embed.weight",), ("params/embed",), lambda table: (table,), "")])
+    if constant:
+        nn.init.zeros_(setup.module.get_parameter("embed.weight"))
+    assert not messages(training.optimizer(setup, 0, []))
+
+
 @pytest.mark.parametrize("leaves", [1, 2])
 def test_two_leaves_for_one_tied_tensor_train_otherwise(leaves: int) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from jax_cnn.config import UserError
 from parity_tests.command import ReportConfig, load_pair
-from parity_tests.harness import Pair, Result, examine
+from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.support import ROOT, assert_slip, run_command
 
@@ -43,6 +43,11 @@ def test_the_readmes_example_works_as_it_stands(tmp_path: Path) -> None:
 
 def test_two_pairs_at_once_are_refused(tmp_path: Path) -> None:
     assert_slip(run_command("parity_report", "one:pair", "--pair=other:pair", cwd=tmp_path), "one:pair", "other:pair")
+
+
+def test_keyword_arguments_keep_their_order() -> None:
+    example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
+    assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
 
 
 def module() -> nn.Module:
@@ -102,6 +107,95 @@ def test_stride_average_pool_dropout_and_batch_normalisation_are_compared() -> N
 def test_a_wrong_eps_in_the_normalisation_is_found_there() -> None:
     divergences = examine(port(apply_with_another_eps), names=STAGE_CHECKS).divergences
     assert ("outputs", "output of norm") in [(divergence.check, divergence.where) for divergence in divergences]
+
+
+class Configured(nn.Sequential):
+    """Three convolutions of a library that lets nobody ask a module for its settings."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 2, 1))
+
+    @property
+    def dropout(self) -> float:
+        """Refuse."""
+        raise RuntimeError("ask the configuration")
+
+
+class Turning(linen.Module):
+    """The same, with images that it turns itself: inside, 6 channels of 6 x 6 could be laid out in any way."""
+
+    factor: float = 1.0
+
+    @linen.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Compute [batch, 2, row, column] from [batch, 3, row, column], which has to be JAX's."""
+        assert isinstance(images, jax.Array)
+        x = linen.Conv(6, (3, 3), name="0")(images.transpose(0, 2, 3, 1))
+        x = linen.Conv(6, (3, 3), name="1")(x * self.factor)
+        return linen.Conv(2, (1, 1), name="2")(x).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("factor", "places"), [(1.0, []), (1.01, ["output of 1"])])
+def test_a_port_may_turn_its_images_itself(factor: float, places: list[str]) -> None:
+    pair = Pair(Configured, Turning(factor), np.ones((8, 3, 6, 6), np.float32), jax_inputs="same")
+    result = examine(pair, names=("parameters", "outputs"))
+    assert [divergence.where for divergence in result.divergences] == places
+    assert "1" in result.comparisons[0].stages
+    assert not [note for note in result.notes if "not the same value" in note]
+
+
+class Masking(nn.Module):
+    """Hides what is negative, with the smallest number that there is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores."""
+        return x.masked_fill(x < 0, torch.finfo(x.dtype).min)
+
+
+class Masked(nn.Module):
+    """A softmax of masked values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mask, self.out = nn.Linear(4, 4), Masking(), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, 2] from [batch, 4]."""
+        x = self.inner(x)
+        return self.out(self.mask(x).softmax(-1) + x)
+
+
+class FlaxMasking(linen.Module):
+    """The same with the smallest float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return scores."""
+        return jnp.where(x < 0, jnp.finfo(jnp.float32).min, x)
+
+
+class FlaxMasked(linen.Module):
+    """The same, with a small fault in its first layer."""
+
+    factor: float = 1.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [batch, 2]."""
+        x = linen.Dense(4, name="inner")(x * self.factor)
+        return linen.Dense(2, name="out")(linen.softmax(FlaxMasking(name="mask")(x)) + x)
+
+
+def test_the_constant_of_a_mask_hides_no_fault_and_is_none() -> None:
+    pair = Pair(Masked, FlaxMasked(1 + 1e-6), np.ones((8, 4), np.float32))
+    result = examine(pair, names=("parameters", "outputs"))
+    assert [divergence.where for divergence in result.divergences] == ["output of inner"]
+    assert "mask" in result.comparisons[0].stages
+
+
+def test_a_less_exact_formula_is_no_difference() -> None:
+    inputs = 1e3 + np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    fast = linen.LayerNorm(epsilon=1e-5, use_fast_variance=True)  # the mean square minus the square of the mean
+    assert not examine(Pair(lambda: nn.LayerNorm(16), fast, inputs), names=STAGE_CHECKS).divergences
 
 
 class Twice(nn.Module):
