@@ -221,9 +221,9 @@ class Case:
         }
         return self.model.with_leaves(own, {**kept, **leaves})
 
-    def run(self, training: bool, weight_map: WeightMap | None = None) -> Callable[[Any, Any], Any]:
+    def run(self, training: bool) -> Callable[[Any, Any], Any]:
         """Return the JAX side as a function of PyTorch's tensors and (positional, keyword) inputs."""
-        known = weight_map or self.weight_map  # found now: while JAX traces, nothing can be compared
+        known = self.weight_map  # found now: while JAX traces, nothing can be compared
 
         def run(tensors: Mapping[str, jax.Array], call: tuple[Any, Any]) -> Any:
             args, kwargs = call
