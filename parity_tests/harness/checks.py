@@ -22,6 +22,7 @@ from torch import nn
 
 from parity_tests.harness import training
 from parity_tests.harness.capture import (
+    LARGEST_OF_TABLES,
     Case,
     Comparison,
     Sweeper,
@@ -69,7 +70,6 @@ FEW_SEEDS, FEW_STEPS = 6, 3  # for a large network
 INITIALISATION_SAMPLE = 2_000  # values of a tensor and seed: 40,000 in all show a difference of 2 % in distribution
 FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions are the same
 FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
-LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 PRECISION_SEEDS = 2
 DRIFT_POINTS = 40  # steps at which weights are compared, evenly spaced on a logarithmic axis
 

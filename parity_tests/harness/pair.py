@@ -277,7 +277,11 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
 
 def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
     """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
-    module = copy.deepcopy(pair.new_module(seed)).cpu().to(getattr(torch, dtype)).eval()
+    return load_tensors(copy.deepcopy(pair.new_module(seed)).cpu().to(getattr(torch, dtype)).eval(), tensors)
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
+    """Return the module, with these tensors in it."""
     own = tensors_of(module)
     with torch.no_grad():
         for name, array in tensors.items():
