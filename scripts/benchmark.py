@@ -11,7 +11,7 @@ from experiments.speed.workers import WorkerFailed
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
-from jax_cnn.run.display import ProgressBar
+from jax_cnn.run.display import ProgressBar, show_table
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit(1)
     files = benchmark.draw(result, config.out_dir)
     for table in tables(result):
-        console.print(table)
+        show_table(console, table)
     progress.say(sentence(result))
     progress.say(f"Results are in {config.out_dir}: {', '.join(files)}")
 

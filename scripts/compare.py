@@ -1,5 +1,7 @@
 """Train both frameworks from the same weights on the same batches, or take finished runs, and write a page about it."""
 
+import os
+
 from rich.console import Console
 
 from experiments.comparison import report
@@ -15,6 +17,7 @@ def main() -> None:
     config = command_line.parse(CompareConfig(), __doc__)
     report.check_named(config)
     check_out_dir(config.out_dir)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU, and PyTorch gets none
 
     from experiments.comparison import page  # only now: an error in the command line should not wait for matplotlib
 

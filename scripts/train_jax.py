@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jax_cnn.config import JaxTrainConfig
+from jax_cnn.config import JaxTrainConfig, UserError
 from jax_cnn.data import Say, load_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.loop import Trainer, fit, follow
+from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import TorchDict, load_weights
 
@@ -24,12 +25,16 @@ def main() -> None:
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "jax", print)
+    warn_of_two_cudas(config.device, print)
 
     import jax  # only now: an error should not wait for JAX to load
 
     from jax_cnn.compiler import keep_compiled_programs
-    from jax_cnn.devices import join_processes, pick_devices
+    from jax_cnn.devices import fix_settings, join_processes, pick_devices
 
+    if jax.config.jax_disable_jit:
+        raise UserError("JAX_DISABLE_JIT is set, but training compiles its program before it runs: unset the variable")
+    fix_settings()
     keep_compiled_programs()
     join_processes(config)
     devices = pick_devices(config)

@@ -10,6 +10,7 @@ from jax_cnn.data import Say, epoch_order, prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.loop import Trainer, fit
+from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import TorchDict, load_weights
 
@@ -22,6 +23,7 @@ def main() -> None:
     initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "torch", print)
+    warn_of_two_cudas(config.device, print)
 
     console = Console()
     fit(config, make_trainer(config, initial, console.print), console, checkpoint)

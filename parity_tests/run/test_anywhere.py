@@ -1,7 +1,7 @@
 """Training, resuming and predicting work under bad conditions, all at once.
 
 The checkout cannot be written, and its path has spaces and letters beyond ASCII. The user has no home, LANG is C, there
-is no terminal, and one core.
+is no terminal, and one core. JAX's variables forbid what training does, and name a platform that is not there.
 """
 
 import os
@@ -54,6 +54,10 @@ def launch(checkout: Path, desk: Path) -> Launch:
         "PATH": os.defpath,
         "LANG": "C",
         "LC_ALL": "C",
+        "JAX_PLATFORMS": "abacus",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_TRANSFER_GUARD": "disallow",
         "PYTHONPATH": str(checkout),
         "TMPDIR": str(desk / "tmp"),
     }
