@@ -122,7 +122,7 @@ class TrainConfig(FolderConfig, SeedConfig, LimitConfig):
     precision: Precision = "float32"
     """Dtype of weights, activations and gradients. bfloat16 (JAX only) keeps weights and Adam's moments in float32."""
     init_weights: Path | None = None
-    """Start from this safetensors file (PyTorch's names and layouts) instead of random weights."""
+    """Start from these weights instead of random ones: a run's folder, a safetensors file, or a .pth of PyTorch's."""
     resume: bool = False
     """Continue from the newest checkpoint in --out-dir, exactly where the run stopped."""
     checkpoint_seconds: float = 30.0

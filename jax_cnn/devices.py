@@ -118,7 +118,7 @@ def find_devices(kind: Device) -> list[jax.Device]:
     """
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    allowed = jax.config.jax_platforms
+    allowed = jax.config.jax_platforms  # type: ignore[attr-defined]  # declared at run time
     try:
         seen = jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where the plugin for CUDA is not installed

@@ -14,6 +14,7 @@ from jax_cnn.run.loop import Trainer, fit, follow
 from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import TorchDict, load_weights
+from torch_ref.weights import read_tensors
 
 if TYPE_CHECKING:
     import jax
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 def main() -> None:
     """Read the command line, get the data, and train."""
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
-    initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
+    initial = (
+        load_weights(config.init_weights, config.weights_dtype, config.network, read_tensors, print)
+        if config.init_weights
+        else None
+    )
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "jax", print)
     warn_of_two_cudas(config.device, print)
@@ -32,7 +37,7 @@ def main() -> None:
     from jax_cnn.compiler import keep_compiled_programs
     from jax_cnn.devices import fix_settings, join_processes, pick_devices
 
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # declared at run time
         raise UserError("JAX_DISABLE_JIT is set, but training compiles its program before it runs: unset the variable")
     fix_settings()
     keep_compiled_programs()

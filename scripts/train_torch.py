@@ -13,6 +13,7 @@ from jax_cnn.run.loop import Trainer, fit
 from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import TorchDict, load_weights
+from torch_ref.weights import read_tensors
 
 
 def main() -> None:
@@ -20,7 +21,11 @@ def main() -> None:
     config = command_line.parse(TrainConfig(out_dir=Path("runs/torch")), __doc__)
     if config.precision == "bfloat16":
         raise UserError("--precision bfloat16 needs train_jax.py; use that, or --precision float32 or float64")
-    initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
+    initial = (
+        load_weights(config.init_weights, config.weights_dtype, config.network, read_tensors, print)
+        if config.init_weights
+        else None
+    )
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "torch", print)
     warn_of_two_cudas(config.device, print)

@@ -69,6 +69,6 @@ def warn_of_two_cudas(device: Device, say: Callable[[str], None]) -> None:
         versions = cuda_versions(package.name for package in distributions())
         if len(versions) > 1:
             say(
-                f"warning: packages of CUDA {' and '.join(versions)} are installed, whose libraries overwrite each other: "
-                "a framework may load the wrong ones; make a new environment with '.[cuda]' or '.[cuda12]' (README)"
+                f"warning: packages of CUDA {' and '.join(versions)} are installed, whose libraries overwrite each "
+                "other: a framework may load the wrong ones; install '.[cuda]' or '.[cuda12]' in a new environment"
             )

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from jax_cnn.config import JaxTrainConfig, Network, TrainConfig, UserError
+from jax_cnn.config import Device, JaxTrainConfig, Network, TrainConfig, UserError
 from jax_cnn.devices import SETTINGS, fix_settings, pick_devices
 from jax_cnn.files import write_json
 from jax_cnn.model import init_params
@@ -42,7 +42,9 @@ def test_the_extras_bring_jax_the_cuda_that_the_installed_torch_has() -> None:
     fitting = {}
     for name, lines in extras.items():
         requirements = {line.name: line for line in map(Requirement, lines)}
-        cudas = [extra.removeprefix("cuda") for extra in getattr(requirements.get("jax"), "extras", ()) if "cuda" in extra]
+        cudas = [
+            extra.removeprefix("cuda") for extra in getattr(requirements.get("jax"), "extras", ()) if "cuda" in extra
+        ]
         if cudas and ("torch" not in requirements or version("torch") in requirements["torch"].specifier):
             fitting[name] = cudas
     assert fitting, "no extra takes the installed torch"
@@ -57,8 +59,9 @@ def test_two_versions_of_cuda_are_one_line_when_a_gpu_is_asked_for(monkeypatch: 
     names = ["torch", "nvidia-cudnn-cu13", "nvidia-cublas", "jax-cuda12-plugin", "nvidia_nccl_cu12"]
     monkeypatch.setattr(provenance, "distributions", lambda: [SimpleNamespace(name=name) for name in names])
     said: list[str] = []
-    for device in ("cpu", "gpu"):
-        warn_of_two_cudas(device, said.append)  # type: ignore[arg-type]
+    devices: tuple[Device, ...] = ("cpu", "gpu")
+    for device in devices:
+        warn_of_two_cudas(device, said.append)
     (line,) = said
     assert "CUDA 12 and 13" in line
     assert "'.[cuda]'" in line
@@ -105,7 +108,9 @@ for kind in ("auto", "gpu", "cpu", "gpu"):
 
 def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cpu() -> None:
     env = os.environ | {"JAX_PLATFORMS": "abacus"}
-    done = subprocess.run([sys.executable, "-c", PLATFORMS], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PLATFORMS], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     auto, gpu, cpu, second = done.stdout.splitlines()
     assert auto == gpu
     assert auto.startswith("JAX cannot start abacus: ")
@@ -156,7 +161,8 @@ def test_a_mistyped_flag_gets_a_proposal() -> None:
 class Guesser:
     """A trainer that learns nothing."""
 
-    framework, packages, device_name, train_size, compile_seconds = "jax", (), "cpu", 64, 0.0
+    framework, device_name, train_size, compile_seconds = "jax", "cpu", 64, 0.0
+    packages: tuple[str, ...] = ()
 
     def __init__(self, accuracy: float) -> None:
         self._accuracy = accuracy
