@@ -117,6 +117,8 @@ class TrainConfig(FolderConfig, SeedConfig, LimitConfig):
     batch_size: int = 64
     """Images in a training step. The last batch of an epoch may be smaller."""
     adam: AdamConfig = field(default_factory=AdamConfig)
+    any_data: bool = False
+    """Train on files of the same format with other contents: own labels, MNIST, KMNIST. Their SHA-256 is recorded."""
     device: Device = "auto"
     """Device to train on. auto takes an accelerator if the framework sees one."""
     precision: Precision = "float32"

@@ -114,8 +114,10 @@ def find_devices(kind: Device) -> list[jax.Device]:
     """Return all devices of a kind, over all processes. If a CPU is asked for, JAX starts nothing else.
 
     Raises:
-        UserError: JAX sees none, or cannot start what the variable JAX_PLATFORMS names.
+        UserError: JAX sees none, or cannot start what the variable JAX_PLATFORMS names, or may compile nothing.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # declared at run time
+        raise UserError("JAX_DISABLE_JIT is set, and this command needs compiled programs: unset the variable")
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     allowed = jax.config.jax_platforms  # type: ignore[attr-defined]  # declared at run time

@@ -254,13 +254,13 @@ def load_product_pair(config: ReportConfig, console: Console) -> "Pair":
             f"--pair {config.name} needs {error.name}: pip install 'jax-cnn-parity[train]', or give your own pair as "
             "module:name"
         ) from None
-    prepare_fashion_mnist(config.data_dir, console.print)
+    root = prepare_fashion_mnist(config.data_dir, console.print)
     makers = {
         "simple_cnn": product.simple_cnn,
         "feed_forward": product.feed_forward,
         "softmax_regression": product.softmax_regression,
     }
-    return makers[config.name](config.data_dir, product.REPORT_IMAGES, config.dialect)
+    return makers[config.name](root, product.REPORT_IMAGES, config.dialect)
 
 
 def plant(pair: "Pair", name: str) -> "Pair":

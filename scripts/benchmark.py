@@ -1,6 +1,7 @@
 """Measure how fast JAX and PyTorch train SimpleCNN on the CPU: the same steps on both sides, in turns, in one run."""
 
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -19,7 +20,7 @@ def main() -> None:
     config = apply_quick(command_line.parse(BenchmarkConfig(), __doc__))
     check_out_dir(config.out_dir)
     console = Console()
-    prepare_fashion_mnist(config.data_dir, console.print)
+    config = replace(config, data_dir=prepare_fashion_mnist(config.data_dir, console.print))
     progress = ProgressBar(console)
     try:
         with progress:

@@ -20,9 +20,12 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU, and PyTorch gets none
 
     from experiments.comparison import page  # only now: an error in the command line should not wait for matplotlib
+    from jax_cnn.devices import find_devices, fix_settings
 
+    fix_settings()
+    find_devices(config.device)  # if JAX cannot start, say so before everything is trained
     console = Console()
-    prepare_fashion_mnist(config.data_dir, console.print)
+    prepare_fashion_mnist(config.data_dir, console.print, any_data=config.any_data)
     with ProgressBar(console) as progress:
         result = report.measure(config, progress)
         file = page.write(result, config.out_dir, progress.say)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jax_cnn.config import JaxTrainConfig, UserError
+from jax_cnn.config import JaxTrainConfig
 from jax_cnn.data import Say, load_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
@@ -37,8 +37,6 @@ def main() -> None:
     from jax_cnn.compiler import keep_compiled_programs
     from jax_cnn.devices import fix_settings, join_processes, pick_devices
 
-    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # declared at run time
-        raise UserError("JAX_DISABLE_JIT is set, but training compiles its program before it runs: unset the variable")
     fix_settings()
     keep_compiled_programs()
     join_processes(config)
@@ -58,7 +56,7 @@ def make_trainer(
     """Get the data, and compile for the devices."""
     from jax_cnn.trainer import JaxTrainer
 
-    data = load_fashion_mnist(config.data_dir, say)
+    data = load_fashion_mnist(config.data_dir, say, any_data=config.any_data)
     say(f"jax: compiling for {devices[0].platform}")
     return JaxTrainer(config, data, devices, initial, config.dialect)
 

@@ -1,5 +1,6 @@
 """Train SimpleCNN, or a network without convolution, on FashionMNIST with PyTorch."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def make_trainer(config: TrainConfig, initial: TorchDict | None, say: Say) -> Tr
         device = pick_device(config.device)
     except ValueError as error:
         raise UserError(f"--device {config.device}: {error}") from None
-    prepare_fashion_mnist(config.data_dir, say)
-    return TorchTrainer(config, epoch_order=partial(epoch_order, config.seed), device=device, initial=initial)
+    root = prepare_fashion_mnist(config.data_dir, say, any_data=config.any_data)
+    return TorchTrainer(
+        replace(config, data_dir=root), epoch_order=partial(epoch_order, config.seed), device=device, initial=initial
+    )
 
 
 if __name__ == "__main__":

@@ -56,9 +56,15 @@ class ProgressBar:
         self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def epoch_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with one row for each epoch of metrics.jsonl."""
+def epoch_table(rows: Sequence[Mapping[str, Any]], data: Mapping[str, str] | None = None) -> Table:
+    """Return a table with one row for each epoch of metrics.jsonl.
+
+    Below it is the SHA-256 of each file, by name, that is not as FashionMNIST was published.
+    """
     table = Table()
+    if data:
+        lines = (f"{name}: {digest}" for name, digest in data.items())
+        table.caption = "\n".join(["not FashionMNIST as published, but (SHA-256)", *lines])
     for heading in ("epoch", "train loss", "test loss", "test accuracy", "train s", "test s", "images/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

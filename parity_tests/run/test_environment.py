@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import distributions, requires, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_cnn.config import Device, JaxTrainConfig, Network, TrainConfig, UserError
-from jax_cnn.devices import SETTINGS, fix_settings, pick_devices
+from jax_cnn.devices import SETTINGS, find_devices, fix_settings, pick_devices
 from jax_cnn.files import write_json
 from jax_cnn.model import init_params
-from jax_cnn.run import command_line, provenance
+from jax_cnn.run import command_line, loop, provenance, resume
 from jax_cnn.run.display import epoch_table, show_table
 from jax_cnn.run.loop import chance, fit
 from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
+from jax_cnn.run.resume import find_checkpoint
 from parity_tests.run.training import zero_weights
 from parity_tests.support import ROOT
 
@@ -119,6 +122,11 @@ def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cp
     assert second.endswith("JAX has started with cpu alone in this process: restart it (in a notebook, the kernel)")
 
 
+def test_a_variable_that_lets_nothing_compile_is_one_line() -> None:
+    with jax.disable_jit(), pytest.raises(UserError, match=r"^JAX_DISABLE_JIT is set, .* unset the variable$"):
+        find_devices("cpu")
+
+
 def test_a_second_command_in_one_process_is_told_what_jax_reads_only_once() -> None:
     jax.devices()
     with pytest.raises(UserError, match=r"--devices 64: JAX sees .* restart it \(in a notebook, the kernel\)"):
@@ -195,6 +203,22 @@ def test_a_run_that_ends_no_better_than_chance_says_so(tmp_path: Path, accuracy:
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("no better than chance: try another --learning-rate than 0.001" in output) == warned
     assert 0.1 < chance(10_000) < 0.11 < chance(100) < 0.2
+
+
+def test_data_of_one_s_own_are_in_the_record_and_the_table_and_resuming_takes_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"t10k-labels-idx1-ubyte": "ab" * 32}
+    monkeypatch.setattr(loop, "other_files", lambda data_dir: own)
+    config = TrainConfig(epochs=1, out_dir=tmp_path, model="linear", any_data=True)
+    console = Console(file=io.StringIO(), width=60)
+    fit(config, Guesser(0.2), console)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["data"] == own
+    assert f"t10k-labels-idx1-ubyte: {'ab' * 32}" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    for data in (own, own | {"t10k-labels-idx1-ubyte": "cd" * 32}):
+        monkeypatch.setattr(resume, "other_files", lambda data_dir, data=data: data)
+        with nullcontext() if data == own else pytest.raises(UserError, match="--resume: .* was trained on other data"):
+            find_checkpoint(replace(config, resume=True), "jax", pytest.fail)
 
 
 def test_a_narrow_terminal_and_a_fixed_width_cut_no_figure() -> None:

@@ -141,7 +141,7 @@ BAD = {
     "another network": (safetensors.numpy.save(zero_weights(CNN)), "of --model cnn, not of --model linear"),
     "other shapes": (
         saved({f"{name}{number}": torch.zeros(number) for name in "cab" for number in (2, 1)}),
-        "(a PyTorch file with a1 (1,), a2 (2,), b1 (1,), b2 (2,) and 2 more; --model linear has fc.weight (10, 784), fc.bias",
+        "(a PyTorch file with a1 (1,), a2 (2,), b1 (1,), b2 (2,) and 2 more; --model linear has fc.weight (10, 784),",
     ),
 }
 
