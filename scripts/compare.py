@@ -1,7 +1,5 @@
 """Train both frameworks from the same weights on the same batches, or take finished runs, and write a page about it."""
 
-import os
-
 from rich.console import Console
 
 from experiments.comparison import report
@@ -17,13 +15,9 @@ def main() -> None:
     config = command_line.parse(CompareConfig(), __doc__)
     report.check_named(config)
     check_out_dir(config.out_dir)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU, and PyTorch gets none
 
     from experiments.comparison import page  # only now: an error in the command line should not wait for matplotlib
-    from jax_cnn.devices import find_devices, fix_settings
 
-    fix_settings()
-    find_devices(config.device)  # if JAX cannot start, say so before everything is trained
     console = Console()
     prepare_fashion_mnist(config.data_dir, console.print, any_data=config.any_data)
     with ProgressBar(console) as progress:

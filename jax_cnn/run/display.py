@@ -89,5 +89,5 @@ def show_table(console: Console, table: Table) -> None:
 
     widths = [table.width, *range((table.width or console.width) + 1, 1_000)]
     own = count_cuts(1_000)  # an ellipsis in a cell's own text
-    table.width = next(width for width in widths if count_cuts(width) <= own)
+    table.width = next((width for width in widths if count_cuts(width) <= own), 1_000)
     console.print(table, crop=False)

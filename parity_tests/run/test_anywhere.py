@@ -1,7 +1,8 @@
 """Training, resuming and predicting work under bad conditions, all at once.
 
-The checkout and the data cannot be written, and their paths have spaces and letters beyond ASCII. The data lie flat, not
-as torchvision keeps them. The user has no home, LANG is C, there is no terminal, and one core. JAX's variables forbid what training does, and name a platform that is not there.
+The checkout and the data cannot be written, and their paths have spaces and letters beyond ASCII. The data do not lie
+as torchvision keeps them. The user has no home, LANG is C, there is no terminal, and one core. JAX's variables forbid
+what training does, and name a platform that is not there.
 """
 
 import os
