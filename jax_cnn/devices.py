@@ -125,7 +125,9 @@ def find_devices(kind: Device) -> list[jax.Device]:
         seen = jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where the plugin for CUDA is not installed
         reason = str(error).partition("\n")[0] or "it is not installed"
-        raise UserError(f"JAX cannot start {allowed or 'its devices'}: {reason}; unset JAX_PLATFORMS, or use --device cpu") from None
+        raise UserError(
+            f"JAX cannot start {allowed or 'its devices'}: {reason}; unset JAX_PLATFORMS, or use --device cpu"
+        ) from None
     if kind == "auto":
         return seen
     try:

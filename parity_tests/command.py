@@ -19,7 +19,7 @@ from jax_cnn.config import Dialect, FolderConfig, SeedConfig, UserError, check_l
 from jax_cnn.files import check_out_dir, write_json, writing
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar, show_table
-from jax_cnn.run.provenance import provenance
+from jax_cnn.run.provenance import provenance, warn_of_two_cudas
 
 if TYPE_CHECKING:  # the harness loads both frameworks, and a wrong flag should not wait for them
     from parity_tests.harness.checks import Result
@@ -81,6 +81,7 @@ def main() -> None:
         check_out_dir(config.out_dir)
     from jax_cnn.devices import find_devices, fix_settings  # only now: an error should not wait for JAX to load
 
+    warn_of_two_cudas("auto", console.print)
     fix_settings()
     find_devices("auto")  # which reports on one line that JAX cannot start
     pair = load_pair(config, console)

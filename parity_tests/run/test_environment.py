@@ -217,7 +217,9 @@ def test_data_of_one_s_own_are_in_the_record_and_the_table_and_resuming_takes_no
     assert f"t10k-labels-idx1-ubyte: {'ab' * 32}" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     for data in (own, own | {"t10k-labels-idx1-ubyte": "cd" * 32}):
         monkeypatch.setattr(resume, "other_files", lambda data_dir, data=data: data)
-        with nullcontext() if data == own else pytest.raises(UserError, match=r"^--resume: .* was trained on other data"):
+        with (
+            nullcontext() if data == own else pytest.raises(UserError, match=r"^--resume: .* was trained on other data")
+        ):
             find_checkpoint(replace(config, resume=True), "jax", pytest.fail)
 
 

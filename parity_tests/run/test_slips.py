@@ -1,5 +1,6 @@
 """A user's slip with a command: one plain line that says what is wrong and what to do, and nothing changes."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -125,7 +126,7 @@ def without_frameworks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     folder = tmp_path_factory.mktemp("without_frameworks")
     for name in ("jax", "flax", "torch", "torchvision"):
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')", encoding="utf-8")
-    return ENVIRONMENT | {"PYTHONPATH": str(folder)}
+    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), ENVIRONMENT.get("PYTHONPATH"))))}
 
 
 @pytest.mark.parametrize(("command", "words"), SLIPS.items(), ids=SLIPS)
