@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.files import write_atomically
-from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of, recognise
+from jax_cnn.torch_layout import MOMENTS, TorchDict, check_shapes, layout_of, recognise
 
 FORMAT = "1"
-MOMENTS = ("first_moment", "second_moment")
 MAX_BYTES = 2**28  # larger files are refused; the largest network (--hidden 8192) in float64 takes 156 MB
 
 

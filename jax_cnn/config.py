@@ -117,12 +117,14 @@ class TrainConfig(FolderConfig, SeedConfig, LimitConfig):
     batch_size: int = 64
     """Images in a training step. The last batch of an epoch may be smaller."""
     adam: AdamConfig = field(default_factory=AdamConfig)
+    any_data: bool = False
+    """Train on files of the same format with other contents: own labels, MNIST, KMNIST. Their SHA-256 is recorded."""
     device: Device = "auto"
     """Device to train on. auto takes an accelerator if the framework sees one."""
     precision: Precision = "float32"
     """Dtype of weights, activations and gradients. bfloat16 (JAX only) keeps weights and Adam's moments in float32."""
     init_weights: Path | None = None
-    """Start from this safetensors file (PyTorch's names and layouts) instead of random weights."""
+    """Start from these weights instead of random ones: a run's folder, a safetensors file, or a .pth of PyTorch's."""
     resume: bool = False
     """Continue from the newest checkpoint in --out-dir, exactly where the run stopped."""
     checkpoint_seconds: float = 30.0

@@ -1,14 +1,17 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747) as NumPy arrays, and the order of its images.
 
-The four files lie unpacked in `data_dir/FashionMNIST/raw`, as torchvision keeps them. A missing or damaged file is
-fetched from the first of `SOURCES` that has it. Every load compares the bytes with the SHA-256 of the published files,
-so nobody trains on damaged data.
+The four files lie in one of `PLACES` below the data folder, unpacked or as .gz, and are read where they lie. A missing
+or damaged file is fetched from the first of `SOURCES` that has it. Every load compares the bytes with the SHA-256 of
+the published files, so nobody trains on damaged data, or on other data without knowing it.
 """
 
+import atexit
 import gzip
 import hashlib
+import itertools
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +41,12 @@ SIZES = {  # in bytes; the header has four for a magic number and four for the l
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+PLACES = (
+    "FashionMNIST/raw",
+    "raw",
+    ".",
+    "FashionMNIST",
+)  # in the data folder; torchvision keeps its files in the first
 MISSING = "missing"
 
 Say = Callable[[str], None]  # shows one line of text to the user
@@ -56,6 +65,17 @@ class UnusableFile(Exception):
     """A file is not the published one. The message says how, in a few words."""
 
 
+class OtherContents(UnusableFile):
+    """A file has the format of the published one, and other contents: somebody's own labels, MNIST, or a wrong bit."""
+
+
+class Found(NamedTuple):
+    """A file that is good to use: where it lies, and its unpacked contents."""
+
+    path: Path
+    content: bytes
+
+
 def print_to_stderr(line: str) -> None:
     """Print one line to stderr."""
     print(line, file=sys.stderr)
@@ -64,28 +84,53 @@ def print_to_stderr(line: str) -> None:
 # Loading
 
 
-def load_fashion_mnist(data_dir: Path, say: Say = print_to_stderr, sources: Sequence[Source] = SOURCES) -> FashionMNIST:
+def load_fashion_mnist(
+    data_dir: Path, say: Say = print_to_stderr, sources: Sequence[Source] = SOURCES, any_data: bool = False
+) -> FashionMNIST:
     """Read the data set, after fetching what is missing or damaged.
 
     Args:
-        data_dir: the data folder, torchvision's `root`.
-        say: shows a message about fetching to the user.
+        data_dir: the data folder.
+        say: shows a message to the user.
         sources: where to fetch from, in order of preference, after the data folder itself.
+        any_data: take files of the same format with other contents.
 
     Raises:
-        UserError: no source has a file that is needed, or the data folder cannot be written to.
+        UserError: no source has a file that is needed and the data folder lacks, or that folder cannot be written to;
+            or a file has other contents than the published one.
     """
-    contents = read_or_fetch(data_dir, say, sources)
-    return FashionMNIST(*(decode_idx(contents[name]) for name in FILES))
+    found = read_or_fetch(data_dir, say, sources, any_data)
+    return FashionMNIST(*(decode_idx(found[name].content) for name in FILES))
 
 
-def prepare_fashion_mnist(data_dir: Path, say: Say, sources: Sequence[Source] = SOURCES) -> Path:
-    """Put what is missing or damaged into the data folder, and return the folder that holds the four files.
+def prepare_fashion_mnist(
+    data_dir: Path, say: Say, sources: Sequence[Source] = SOURCES, any_data: bool = False
+) -> Path:
+    """Return a folder that torchvision reads the data set from, its `root`.
 
-    Arguments and errors are those of `load_fashion_mnist`.
+    It is the data folder, if the files lie there as torchvision keeps them. Otherwise it is a temporary folder with
+    links to them, which is removed when the process ends. Arguments and errors are those of `load_fashion_mnist`.
     """
-    read_or_fetch(data_dir, say, sources)
-    return raw_folder(data_dir)
+    found = read_or_fetch(data_dir, say, sources, any_data)
+    if all(file.path == raw_folder(data_dir) / name for name, file in found.items()):
+        return data_dir
+    root = Path(tempfile.mkdtemp(prefix=".fashion_mnist-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    raw_folder(root).mkdir(parents=True)
+    for name, file in found.items():
+        link = raw_folder(root) / name
+        if file.path.suffix == ".gz":
+            link.write_bytes(file.content)
+        else:
+            link.symlink_to(file.path.absolute())
+    return root
+
+
+def other_files(data_dir: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in the data folder that has other contents than the published one, by name."""
+    found, _ = find_files(data_dir, FILES, any_data=True)
+    digests = {name: hashlib.sha256(file.content).hexdigest() for name, file in found.items()}
+    return {name: digest for name, digest in digests.items() if digest != FILES[name]}
 
 
 def raw_folder(data_dir: Path) -> Path:
@@ -135,22 +180,22 @@ def split_batches(
 # Reading, verifying and fetching the files
 
 
-def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source]) -> dict[str, bytes]:
-    """Return the published contents of the four files by name, after putting what is missing into the data folder."""
+def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source], any_data: bool) -> dict[str, Found]:
+    """Return the four files by name, after putting what is missing into the data folder."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: the data folder is a file; give the folder of the data, or a new one")
-    raw = raw_folder(data_dir)
-    contents, problems = read_files(raw, FILES)
+    found, problems = find_files(data_dir, FILES, any_data)
     if not problems:
-        return contents
+        return found
+    raw = raw_folder(data_dir)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with take_lock(data_dir / ".fashion_mnist.lock", say):
             # Another process may have fetched the files while this one waited for the lock.
-            repaired, problems = read_files(raw, problems)
+            repaired, problems = find_files(data_dir, problems, any_data)
             if problems:
                 repaired |= fetch(problems, raw, data_dir / ".fashion_mnist.partial", say, sources)
-            return contents | repaired
+            return found | repaired
     except OSError as error:
         raise UserError(
             f"Fashion-MNIST is not in {raw} ({list_problems(problems)}) and cannot be put there ({error}): "
@@ -158,21 +203,49 @@ def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source]) -> dict[s
         ) from error
 
 
-def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources: Sequence[Source]) -> dict[str, bytes]:
-    """Fetch each file from the first source that has it, write it to the folder `raw`, and return the contents.
+def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[dict[str, Found], dict[str, str]]:
+    """Return the good files below the data folder by name, and what is wrong with the others by name.
+
+    Raises:
+        UserError: a file has other contents than the published one, and `any_data` is false or it cannot be used.
+    """
+    found: dict[str, Found] = {}
+    problems: dict[str, str] = {}
+    for name in names:
+        reasons = []
+        for path in (data_dir / place / f"{name}{suffix}" for place in PLACES for suffix in ("", ".gz")):
+            try:
+                found[name] = Found(path, read_verified(path, name, any_data))
+                break
+            except OtherContents as error:
+                raise UserError(
+                    f"{path} is {error}: move it away to get the published file, or add --any-data to train_jax.py, "
+                    "train_torch.py or compare.py to train on it"
+                ) from None
+            except UnusableFile as error:
+                reasons.append(str(error))
+        else:
+            problems[name] = next((reason for reason in reasons if reason != MISSING), MISSING)
+    return found, problems
+
+
+def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources: Sequence[Source]) -> dict[str, Found]:
+    """Fetch each file from the first source that has it, write it to the folder `raw`, and return the files by name.
+
+    A damaged file in `raw` is moved aside.
 
     Args:
         problems: the files to fetch, each with what is wrong with it.
-        raw: the folder to write to. It is also the first source: a person may have put .gz files there.
+        raw: the folder to write to.
         workdir: a folder that the sources may use; it is empty for each of them and removed afterwards.
         say: shows a message to the user.
         sources: where to fetch from, in order of preference.
     """
     say(f"Fashion-MNIST: fetching what {raw} lacks, which can take minutes ({list_problems(problems)})")
-    contents: dict[str, bytes] = {}
+    files: dict[str, Found] = {}
     remaining = problems
     failures: list[str] = []
-    for source in (Source(f"the data folder {raw}", lambda names, workdir: raw), *sources):
+    for source in sources:
         if not remaining:
             break
         with temporary_folder(workdir):
@@ -183,15 +256,25 @@ def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources:
                 continue
             fetched, remaining = read_files(folder, remaining, suffixes=(".gz", ""))
         for name, content in fetched.items():
+            set_aside(raw / name, say)
             write_atomically(raw / name, content)
+            files[name] = Found(raw / name, content)
         if fetched:
             say(f"Fashion-MNIST: {', '.join(fetched)} taken from {source.name}")
         if remaining:
             failures.append(f"{source.name}: {list_problems(remaining)}")
-        contents |= fetched
     if remaining:
         raise UserError(describe_failure(raw, {name: problems[name] for name in remaining}, failures))
-    return contents
+    return files
+
+
+def set_aside(path: Path, say: Say) -> None:
+    """Rename a file that is there to `<name>.damaged`, `<name>.damaged-2`, …, and say so."""
+    if path.exists() or path.is_symlink():
+        names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged-{n}" for n in itertools.count(2)))
+        aside = next(free for name in names if not (free := path.with_name(name)).exists())
+        path.rename(aside)
+        say(f"Fashion-MNIST: the damaged file is now {aside}")
 
 
 def read_files(
@@ -216,11 +299,11 @@ def read_files(
     return contents, problems
 
 
-def read_verified(path: Path, name: str) -> bytes:
+def read_verified(path: Path, name: str, any_data: bool = False) -> bytes:
     """Return the unpacked contents of a file.
 
     Raises:
-        UnusableFile: they are not those that were published under this name.
+        UnusableFile: they are not those that were published under this name; with `any_data`, not of their format.
     """
     size = SIZES[name]
     try:
@@ -236,8 +319,16 @@ def read_verified(path: Path, name: str) -> bytes:
         length = "more" if len(content) > size else f"{len(content)}"
         raise UnusableFile(f"damaged ({length} bytes, not {size})")
     digest = hashlib.sha256(content).hexdigest()
-    if digest != FILES[name]:
-        raise UnusableFile(f"damaged (its SHA-256 begins with {digest[:12]}, not {FILES[name][:12]})")
+    if digest == FILES[name]:
+        return content
+    shape = (size - 8,) if "labels" in name else ((size - 16) // (28 * 28), 28, 28)
+    header = b"\0\0\x08" + bytes([len(shape)]) + np.array(shape, ">u4").tobytes()
+    if not content.startswith(header):
+        raise UnusableFile("damaged (the header is not that of such a file)")
+    if not any_data:
+        raise OtherContents(f"not the published file (its SHA-256 begins with {digest[:12]}, not {FILES[name][:12]})")
+    if "labels" in name and (highest := max(content[len(header) :])) >= len(CLASS_NAMES):
+        raise OtherContents(f"not usable with --any-data (it has the label {highest}, and the classes are 0 to 9)")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The devices and processes of a run, and the share of a batch that each of them gets.
+"""JAX's settings, the devices and processes of a run, and the share of a batch that each of them gets.
 
 Training is data-parallel: every device holds the whole state and an equal share of each batch. Several processes meet
 through JAX's own runtime, `jax.distributed`.
@@ -19,8 +19,25 @@ from jax_cnn.config import CLUSTER, Device, JaxTrainConfig, UserError
 AXIS = "devices"  # the mesh's only axis
 JOIN_TIMEOUT = 30  # seconds to wait for the other processes
 
+# JAX reads variables such as JAX_DEFAULT_PRNG_IMPL. These settings would change what a seed draws, or refuse what the
+# programs do on purpose, so they are the same for everybody.
+SETTINGS: dict[str, str | int | bool] = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_transfer_guard": "allow",
+}
+
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh knows only the number of its devices
 Share = tuple[slice, ...]
+
+
+def fix_settings() -> None:
+    """Give JAX the settings that the programs are written for, whatever the user's variables say."""
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
 
 
 def join_processes(config: JaxTrainConfig) -> None:
@@ -71,17 +88,18 @@ def pick_devices(config: JaxTrainConfig) -> list[jax.Device]:
     Raises:
         UserError: JAX sees no such device, or too few of them, or a batch cannot be shared among them.
     """
-    processes = config.num_processes or 1
+    processes, advice = config.num_processes or 1, "ask for fewer"
     if config.devices and config.device in ("auto", "cpu"):
         if config.devices % processes:
             raise UserError(f"--devices {config.devices} cannot be shared among {processes} processes")
-        jax.config.update("jax_num_cpu_devices", config.devices // processes)
+        try:
+            jax.config.update("jax_num_cpu_devices", config.devices // processes)
+        except RuntimeError:
+            advice = "JAX has started in this process and keeps their number: restart it (in a notebook, the kernel)"
     available = find_devices(config.device)
     count = config.devices or (len(available) if jax.process_count() > 1 else 1)
     if count > len(available):
-        raise UserError(
-            f"--devices {count}: JAX sees {len(available)} of kind {available[0].platform} here; ask for fewer"
-        )
+        raise UserError(f"--devices {count}: JAX sees {len(available)} of kind {available[0].platform} here; {advice}")
     if config.batch_size % count:
         raise UserError(
             f"--batch-size {config.batch_size} cannot be shared among {count} devices; "
@@ -93,21 +111,34 @@ def pick_devices(config: JaxTrainConfig) -> list[jax.Device]:
 
 
 def find_devices(kind: Device) -> list[jax.Device]:
-    """Return all devices of a kind, over all processes.
+    """Return all devices of a kind, over all processes. If a CPU is asked for, JAX starts nothing else.
 
     Raises:
-        UserError: JAX sees none.
+        UserError: JAX sees none, or cannot start what the variable JAX_PLATFORMS names, or may compile nothing.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # declared at run time
+        raise UserError("JAX_DISABLE_JIT is set, and this command needs compiled programs: unset the variable")
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    allowed = jax.config.jax_platforms  # type: ignore[attr-defined]  # declared at run time
+    try:
+        seen = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where the plugin for CUDA is not installed
+        reason = str(error).partition("\n")[0] or "it is not installed"
+        raise UserError(
+            f"JAX cannot start {allowed or 'its devices'}: {reason}; unset JAX_PLATFORMS, or use --device cpu"
+        ) from None
     if kind == "auto":
-        return jax.devices()
+        return seen
     try:
         return jax.devices(kind)
     except RuntimeError:
-        seen = ", ".join(sorted({device.platform for device in jax.devices()}))
-        raise UserError(
-            f"--device {kind}: JAX sees no {kind} here (it sees: {seen}); "
-            f"use --device auto, or install JAX for it (README, Other hardware)"
-        ) from None
+        advice = "use --device auto, or install JAX for it (README, Other hardware)"
+        if allowed and allowed == os.environ.get("JAX_PLATFORMS"):
+            advice = f"unset JAX_PLATFORMS, which is {allowed}"
+        elif allowed:
+            advice = f"JAX has started with {allowed} alone in this process: restart it (in a notebook, the kernel)"
+        raise UserError(f"--device {kind}: JAX sees no {kind} here (it sees: {seen[0].platform}); {advice}") from None
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:

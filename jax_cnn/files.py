@@ -33,12 +33,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write indented JSON atomically. Paths, dtypes and other values that JSON lacks are written as text.
 
+    Where the locale is not UTF-8, Python keeps the bytes of a file name that it cannot decode as lone surrogates, which
+    no file in UTF-8 can hold. They are written as the characters that they are in UTF-8, or as �.
+
     Raises:
         OSError: as `write_atomically`.
         ValueError: a number is NaN or infinite.
     """
-    text = json.dumps(content, indent=1, default=str, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    text = json.dumps(content, indent=1, default=str, allow_nan=False, ensure_ascii=False)
+    readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    write_atomically(path, f"{readable}\n".encode())
 
 
 def flush_folder(folder: Path) -> None:

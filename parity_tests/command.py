@@ -18,8 +18,8 @@ from rich.console import Console
 from jax_cnn.config import Dialect, FolderConfig, SeedConfig, UserError, check_limits
 from jax_cnn.files import check_out_dir, write_json, writing
 from jax_cnn.run import command_line
-from jax_cnn.run.display import ProgressBar
-from jax_cnn.run.provenance import provenance
+from jax_cnn.run.display import ProgressBar, show_table
+from jax_cnn.run.provenance import provenance, warn_of_two_cudas
 
 if TYPE_CHECKING:  # the harness loads both frameworks, and a wrong flag should not wait for them
     from parity_tests.harness.checks import Result
@@ -79,6 +79,11 @@ def main() -> None:
         return
     if not config.propose:
         check_out_dir(config.out_dir)
+    from jax_cnn.devices import find_devices, fix_settings  # only now: an error should not wait for JAX to load
+
+    warn_of_two_cudas("auto", console.print)
+    fix_settings()
+    find_devices("auto")  # which reports on one line that JAX cannot start
     pair = load_pair(config, console)
     if config.fault != "none":
         pair = plant(pair, config.fault)
@@ -114,7 +119,7 @@ def show(config: ReportConfig, result: "Result", console: Console) -> None:
     if result.header:
         console.print(report.show_header(result.header))
     if result.comparisons:
-        console.print(report.tree(result, config.all))
+        show_table(console, report.tree(result, config.all))
     console.print(report.sentences(result), highlight=False, soft_wrap=True, markup=False)
     curves = dict(result.drift)
     steps = curves.pop("steps", [])
@@ -250,13 +255,13 @@ def load_product_pair(config: ReportConfig, console: Console) -> "Pair":
             f"--pair {config.name} needs {error.name}: pip install 'jax-cnn-parity[train]', or give your own pair as "
             "module:name"
         ) from None
-    prepare_fashion_mnist(config.data_dir, console.print)
+    root = prepare_fashion_mnist(config.data_dir, console.print)
     makers = {
         "simple_cnn": product.simple_cnn,
         "feed_forward": product.feed_forward,
         "softmax_regression": product.softmax_regression,
     }
-    return makers[config.name](config.data_dir, product.REPORT_IMAGES, config.dialect)
+    return makers[config.name](root, product.REPORT_IMAGES, config.dialect)
 
 
 def plant(pair: "Pair", name: str) -> "Pair":

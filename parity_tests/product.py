@@ -102,7 +102,7 @@ def torch_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> 
 
 def jax_pipeline(data_dir: Path, limit: int | None, seed: int, epoch: int) -> Iterator[Batch]:
     """Yield the batches that jax_cnn trains on, scaled by the same function."""
-    data = load_fashion_mnist(data_dir)
+    data = load_fashion_mnist(data_dir, any_data=True)  # what torch_pipeline reads, too
     pixels, labels = data.train_images[:limit], data.train_labels[:limit]
     full, rest = split_batches(epoch_order(seed, epoch, len(pixels)), BATCH_SIZE)
     scale = jax.jit(partial(to_images, dtype=jnp.dtype(jnp.float32)))

@@ -1,6 +1,7 @@
 """Measure how fast JAX and PyTorch train SimpleCNN on the CPU: the same steps on both sides, in turns, in one run."""
 
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -11,7 +12,7 @@ from experiments.speed.workers import WorkerFailed
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
-from jax_cnn.run.display import ProgressBar
+from jax_cnn.run.display import ProgressBar, show_table
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     config = apply_quick(command_line.parse(BenchmarkConfig(), __doc__))
     check_out_dir(config.out_dir)
     console = Console()
-    prepare_fashion_mnist(config.data_dir, console.print)
+    config = replace(config, data_dir=prepare_fashion_mnist(config.data_dir, console.print))
     progress = ProgressBar(console)
     try:
         with progress:
@@ -29,7 +30,7 @@ def main() -> None:
         sys.exit(1)
     files = benchmark.draw(result, config.out_dir)
     for table in tables(result):
-        console.print(table)
+        show_table(console, table)
     progress.say(sentence(result))
     progress.say(f"Results are in {config.out_dir}: {', '.join(files)}")
 

@@ -8,6 +8,7 @@ from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar
+from jax_cnn.run.provenance import warn_of_two_cudas
 
 
 def main() -> None:
@@ -19,7 +20,8 @@ def main() -> None:
     from experiments.comparison import page  # only now: an error in the command line should not wait for matplotlib
 
     console = Console()
-    prepare_fashion_mnist(config.data_dir, console.print)
+    warn_of_two_cudas(config.device, console.print)
+    prepare_fashion_mnist(config.data_dir, console.print, any_data=config.any_data)
     with ProgressBar(console) as progress:
         result = report.measure(config, progress)
         file = page.write(result, config.out_dir, progress.say)

@@ -12,6 +12,7 @@ from rich.table import Table
 from jax_cnn.config import TRAIN_SIZE, TpuPrecision, UserError
 from jax_cnn.files import check_out_dir, write_json, writing
 from jax_cnn.run import command_line
+from jax_cnn.run.display import show_table
 from jax_cnn.run.provenance import provenance
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main() -> None:
         for topology, chips in sizes.items():
             console.print(f"compiling for {topology} in {precision}", highlight=False)
             compilations.append(tpu.compile_training(topology, chips * config.batch_per_chip, precision))
-    console.print(compilation_table(compilations))
+    show_table(console, compilation_table(compilations))
     result = provenance(PACKAGES) | {"compilations": [asdict(compilation) for compilation in compilations]}
     with writing(config.out_dir):
         write_json(config.out_dir / RESULTS, result)

@@ -17,13 +17,14 @@ from jaxtyping import Float
 
 from experiments.answers import compute_logits, softmax
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES
+from jax_cnn.data import CLASS_NAMES, print_to_stderr
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
 from jax_cnn.pictures.read import printable, read_picture
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.torch_layout import load_weights
+from torch_ref.weights import read_tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PredictConfig:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE…")] = ()
     """Files with pictures."""
     weights: Path | None = None
-    """The trained network, from either framework; by default runs/jax/weights.safetensors or the same in runs/torch."""
+    """The trained network: a run's folder, a weights file, or PyTorch's .pth; by default runs/jax or runs/torch."""
     framework: Literal["jax", "torch"] = "jax"
     """The framework that computes; both give the same answer."""
     invert: Invert = "auto"
@@ -48,7 +49,7 @@ def main() -> None:
     if not config.images:
         raise UserError("there is no picture to look at: give one or more files (--help lists every flag)")
     weights_file = find_weights(config)
-    weights = load_weights(weights_file, "float32", None)
+    weights = load_weights(weights_file, "float32", None, read_tensors, print_to_stderr)
     prepared = prepare_all(config)
     if prepared:
         os.environ["JAX_PLATFORMS"] = "cpu"  # where `compute_logits` computes: JAX need not start a GPU

@@ -11,8 +11,10 @@ from jax_cnn.data import Say, load_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.loop import Trainer, fit, follow
+from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from jax_cnn.torch_layout import TorchDict, load_weights
+from torch_ref.weights import read_tensors
 
 if TYPE_CHECKING:
     import jax
@@ -21,15 +23,21 @@ if TYPE_CHECKING:
 def main() -> None:
     """Read the command line, get the data, and train."""
     config = command_line.parse(JaxTrainConfig(out_dir=Path("runs/jax")), __doc__)
-    initial = load_weights(config.init_weights, config.weights_dtype, config.network) if config.init_weights else None
+    initial = (
+        load_weights(config.init_weights, config.weights_dtype, config.network, read_tensors, print)
+        if config.init_weights
+        else None
+    )
     check_out_dir(config.out_dir)
     checkpoint = find_checkpoint(config, "jax", print)
+    warn_of_two_cudas(config.device, print)
 
     import jax  # only now: an error should not wait for JAX to load
 
     from jax_cnn.compiler import keep_compiled_programs
-    from jax_cnn.devices import join_processes, pick_devices
+    from jax_cnn.devices import fix_settings, join_processes, pick_devices
 
+    fix_settings()
     keep_compiled_programs()
     join_processes(config)
     devices = pick_devices(config)
@@ -48,7 +56,7 @@ def make_trainer(
     """Get the data, and compile for the devices."""
     from jax_cnn.trainer import JaxTrainer
 
-    data = load_fashion_mnist(config.data_dir, say)
+    data = load_fashion_mnist(config.data_dir, say, any_data=config.any_data)
     say(f"jax: compiling for {devices[0].platform}")
     return JaxTrainer(config, data, devices, initial, config.dialect)
 

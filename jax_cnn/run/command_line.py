@@ -3,11 +3,15 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -40,6 +44,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith(str(Path("jax", "_src", "config.py"))):
+            raise
+        print(f"error: JAX cannot read its variables ({error}): unset or correct it", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.number)
@@ -55,9 +64,13 @@ def run(main: Callable[[], None]) -> NoReturn:
 def parse(default: Config, description: str, args: Sequence[str] | None = None) -> Config:
     """Build a configuration from the command line. A nested configuration adds its flags without a prefix.
 
+    In a cell of a notebook the command line is that of the kernel, and every setting has its default.
+
     Raises:
         UserError: a flag is unknown, lacks its value, or has a value that does not fit.
     """
+    if args is None and Path(sys.argv[0]).stem.endswith("kernel_launcher"):
+        args = ()
 
     def read() -> Config:
         return tyro.cli(
@@ -72,11 +85,28 @@ def parse(default: Config, description: str, args: Sequence[str] | None = None) 
     try:
         # Tyro chooses the colours and characters of its message by looking at stdout.
         with contextlib.redirect_stdout(PlainText()), contextlib.redirect_stderr(message):
-            return read()
+            return expand_home(read())
     except SystemExit as stop:
         if stop.code in (0, None):
             return read()  # --help: this time the text goes to the user, and the process ends
     raise UserError(f"{first_sentence(message.getvalue())} (--help lists every flag)")
+
+
+def expand_home(value: Any) -> Any:
+    """Return a configuration with `~` replaced by the user's home in every path. A shell leaves `--out-dir=~/x` as is.
+
+    A path is kept as it is where the user has no home.
+    """
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):
+            return value.expanduser()
+    if type(value) is tuple:
+        return tuple(expand_home(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        before = {field.name: getattr(value, field.name) for field in fields(value)}
+        after = {name: expand_home(item) for name, item in before.items()}
+        return replace(value, **after) if after != before else value
+    return value
 
 
 class PlainText(io.StringIO):
@@ -86,10 +116,14 @@ class PlainText(io.StringIO):
 
 
 def first_sentence(box: str) -> str:
-    """Return on one line what tyro's framed message says above its first rule."""
+    """Return on one line what tyro's framed message says above its first rule, and the flags that it proposes."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     rule = next((index for index, line in enumerate(lines) if line.startswith("─")), len(lines))
-    return " ".join(lines[:rule]).rstrip(".")
+    sentence = " ".join(lines[:rule]).rstrip(".")
+    flags = [match[0] for line in lines[rule:] if (match := re.match(r"--[a-z][\w-]*", line))]
+    if "Perhaps you meant:" in lines and flags:
+        sentence += f". Perhaps you meant {' or '.join(dict.fromkeys(flags))}"
+    return sentence
 
 
 @contextlib.contextmanager

@@ -56,11 +56,17 @@ class ProgressBar:
         self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def epoch_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with one row for each epoch of metrics.jsonl."""
+def epoch_table(rows: Sequence[Mapping[str, Any]], data: Mapping[str, str] | None = None) -> Table:
+    """Return a table with one row for each epoch of metrics.jsonl.
+
+    Below it is the SHA-256 of each file, by name, that is not as FashionMNIST was published.
+    """
     table = Table()
+    if data:
+        lines = (f"{name}: {digest}" for name, digest in data.items())
+        table.caption = "\n".join(["not FashionMNIST as published, but (SHA-256)", *lines])
     for heading in ("epoch", "train loss", "test loss", "test accuracy", "train s", "test s", "images/s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['epoch']}",
@@ -72,3 +78,16 @@ def epoch_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['images_per_second']:,.0f}",
         )
     return table
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table as wide as its figures need. Where the terminal is narrower its lines wrap, and no digit is cut."""
+
+    def count_cuts(width: int | None) -> int:
+        table.width = width
+        return sum(segment.text.count("…") for segment in console.render(table))
+
+    widths = [table.width, *range((table.width or console.width) + 1, 1_000)]
+    own = count_cuts(1_000)  # an ellipsis in a cell's own text
+    table.width = next((width for width in widths if count_cuts(width) <= own), 1_000)
+    console.print(table, crop=False)

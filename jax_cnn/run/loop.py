@@ -11,9 +11,10 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
-from jax_cnn.config import TrainConfig, UserError
+from jax_cnn.config import TEST_SIZE, TrainConfig, UserError
+from jax_cnn.data import other_files
 from jax_cnn.run.command_line import Interrupted, postponed_interrupts
-from jax_cnn.run.display import ProgressBar, epoch_table
+from jax_cnn.run.display import ProgressBar, epoch_table, show_table
 from jax_cnn.run.folder import FILES, RunFolder
 from jax_cnn.run.provenance import provenance
 from jax_cnn.run.resume import CheckpointWriter, Record, how_to_resume, rounding_changes, run_record
@@ -64,7 +65,10 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
         Interrupted: Ctrl-C or SIGTERM stopped the run; everything that was done is saved.
     """
     bar = ProgressBar(console)
+    data = other_files(config.data_dir) if config.any_data else {}
     origin = {"framework": trainer.framework, "device": trainer.device_name} | provenance(trainer.packages)
+    if data:
+        origin["data"] = data
     with RunFolder(config.out_dir, bar.say, resume=checkpoint is not None) as folder:
         with postponed_interrupts() as signal_received:
             checkpoints = CheckpointWriter(folder.path, config.checkpoint_seconds)
@@ -79,8 +83,18 @@ def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Che
         rows = run.progress.rows
         accuracy = rows[-1]["test_accuracy"]
         folder.write_curves(rows, f"{trainer.framework}: test accuracy {accuracy:.1%} after {len(rows)} epochs")
-    console.print(epoch_table(rows))
+    show_table(console, epoch_table(rows, data))
+    if accuracy < chance(config.limit_test or TEST_SIZE):
+        bar.say(
+            f"a test accuracy of {accuracy:.2%} is no better than chance: try another --learning-rate than "
+            f"{config.adam.learning_rate:g}, or more epochs"
+        )
     bar.say(f"Results are in {folder.path}: {', '.join(FILES)}")
+
+
+def chance(images: int) -> float:
+    """Return the accuracy below which answers on so many images may be guesses: 1 of 10, and two standard errors."""
+    return 0.1 + 2 * math.sqrt(0.1 * 0.9 / images)
 
 
 def follow(config: TrainConfig, trainer: Trainer, checkpoint: Checkpoint | None = None) -> None:

@@ -2,22 +2,30 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+from jax_cnn.config import Device
+
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
-    """Return the command line, the time (UTC, ISO 8601), the machine, and the versions of Python and these packages."""
+    """Return the command line, the time (UTC, ISO 8601), the machine, and the versions of Python and these packages.
+
+    The variables that JAX and XLA read are in it too, if there are any.
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_model(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
+        **({"environment": variables} if variables else {}),
     }
 
 
@@ -42,3 +50,25 @@ def package_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def cuda_versions(names: Iterable[str]) -> list[str]:
+    """Return the major versions of CUDA that packages of these names bring, in order: `nvidia-cudnn-cu13` brings 13."""
+    matches = (re.match(r"nvidia[-_].+[-_]cu(\d+)$|jax[-_]cuda(\d+)[-_]", name) for name in names)
+    return sorted({match[1] or match[2] for match in matches if match})
+
+
+def warn_of_two_cudas(device: Device, say: Callable[[str], None]) -> None:
+    """Say so if a run on a GPU would meet the libraries of two versions of CUDA, which overwrite each other's files.
+
+    Args:
+        device: the device that the user asks for; auto may be a GPU where its driver is loaded.
+        say: shows a line to the user.
+    """
+    if device == "gpu" or (device == "auto" and Path("/proc/driver/nvidia").exists()):
+        versions = cuda_versions(package.name for package in distributions())
+        if len(versions) > 1:
+            say(
+                f"warning: packages of CUDA {' and '.join(versions)} are installed, whose libraries overwrite each "
+                "other: a framework may load the wrong ones; install '.[cuda]' or '.[cuda12]' in a new environment"
+            )

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax_cnn.checkpoint import Checkpoint, Unusable, load_checkpoint, save_checkpoint
 from jax_cnn.config import TrainConfig, UserError
+from jax_cnn.data import other_files
 from jax_cnn.files import writing
 from jax_cnn.run.folder import CHECKPOINTS
 
@@ -110,6 +111,8 @@ def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], No
             f"--resume: {config.out_dir} holds another run: {'; '.join(changed)}; give the same flags as before, or "
             "choose another --out-dir"
         )
+    if config.any_data and checkpoint.run.get("data", {}) != other_files(config.data_dir):
+        raise UserError(f"--resume: the run in {config.out_dir} was trained on other data; give the same --data-dir")
     if checkpoint.progress.epoch > config.epochs:
         raise UserError(
             f"--resume: the run in {config.out_dir} has finished {checkpoint.progress.epoch} epochs, more than "

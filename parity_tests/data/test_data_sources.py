@@ -188,7 +188,9 @@ def test_apt_get_fetches_the_package_and_changes_nothing_else(
     """A broken repository beside the machine's own, a hook of the machine, and a folder with an awkward name."""
     own_sources = Path("/etc/apt/sources.list")
     sources = tmp_path / "sources.list"
-    sources.write_text((own_sources.read_text() if own_sources.exists() else "") + "\n" + BROKEN_REPOSITORY)
+    sources.write_text(
+        (own_sources.read_text(encoding="utf-8") if own_sources.exists() else "") + "\n" + BROKEN_REPOSITORY
+    )
     hook = tmp_path / "the hook ran"
     (tmp_path / "apt.conf").write_text(
         f'Dir::Etc::sourcelist "{sources}";\nAPT::Update::Post-Invoke {{ "touch \'{hook}\'"; }};\n'

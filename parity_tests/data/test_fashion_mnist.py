@@ -1,15 +1,27 @@
 """Loading Fashion-MNIST: the same arrays as torchvision's, from any source, and never from a damaged file."""
 
 import gzip
+import hashlib
+import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, FILES, decode_idx, load_fashion_mnist, prepare_fashion_mnist, read_files
+from jax_cnn.data import (
+    CLASS_NAMES,
+    FILES,
+    decode_idx,
+    load_fashion_mnist,
+    other_files,
+    prepare_fashion_mnist,
+    read_files,
+)
 from jax_cnn.data_sources import Source, SourceFailed
 from parity_tests.data.data_files import COMPLETE, IMAGES, LABELS, listing
 
@@ -20,14 +32,12 @@ UNASKED = Source("unasked", lambda names, workdir: pytest.fail(f"asked for {name
 
 
 def test_the_arrays_equal_those_of_torchvision(data_dir: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
     data = load_fashion_mnist(data_dir, sources=[UNASKED])
     for train, images, labels in (
         (True, data.train_images, data.train_labels),
         (False, data.test_images, data.test_labels),
     ):
-        expected = FashionMNIST(root=data_dir, train=train, download=False)
+        expected = datasets.FashionMNIST(root=data_dir, train=train, download=False)
         assert images.dtype == labels.dtype == np.uint8
         assert images.shape == ((60_000 if train else 10_000), 28, 28)
         np.testing.assert_array_equal(images, expected.data.numpy(), strict=True)
@@ -62,15 +72,21 @@ def test_a_complete_folder_is_only_read(raw: Path) -> None:
     assert (listing(data_dir), [folder.stat().st_mtime_ns for folder in folders]) == before
 
 
-def test_packed_files_in_the_data_folder_are_unpacked_and_stay(raw: Path, good: Path) -> None:
-    (raw / LABELS).unlink()
-    (raw / f"{LABELS}.gz").write_bytes(gzip.compress((good / LABELS).read_bytes()))
-    messages: list[str] = []
-    data = load_fashion_mnist(raw.parents[1], messages.append, sources=[UNASKED])
-    assert messages[-1] == f"Fashion-MNIST: {LABELS} taken from the data folder {raw}"
-    assert (raw / LABELS).read_bytes() == (good / LABELS).read_bytes()
-    assert (raw / LABELS).read_bytes().endswith(data.test_labels.tobytes())
-    assert (raw / f"{LABELS}.gz").exists()
+@pytest.mark.parametrize("place", ["FashionMNIST/raw", "raw", "FashionMNIST", "."])
+def test_files_are_read_where_they_lie_packed_or_not_and_torchvision_reads_them_too(
+    raw: Path, good: Path, tmp_path: Path, place: str
+) -> None:
+    folder = tmp_path / "data of a course" / place
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(raw, folder, copy_function=os.link, dirs_exist_ok=True)
+    (folder / LABELS).unlink()
+    (folder / f"{LABELS}.gz").write_bytes(gzip.compress((good / LABELS).read_bytes()))
+    before = listing(tmp_path)
+    data = load_fashion_mnist(tmp_path / "data of a course", pytest.fail, [UNASKED])
+    assert (good / LABELS).read_bytes().endswith(data.test_labels.tobytes())
+    root = prepare_fashion_mnist(tmp_path / "data of a course", pytest.fail, [UNASKED])
+    assert np.array_equal(datasets.FashionMNIST(root, train=False).targets.numpy(), data.test_labels)
+    assert listing(tmp_path) == before
 
 
 def test_each_missing_file_comes_from_the_first_source_that_has_it(good: Path, tmp_path: Path) -> None:
@@ -84,8 +100,7 @@ def test_each_missing_file_comes_from_the_first_source_that_has_it(good: Path, t
     images = Source("images", lambda names, workdir: tmp_path / "images")
     labels = Source("labels", lambda names, workdir: tmp_path / "labels")
     messages: list[str] = []
-    folder = prepare_fashion_mnist(tmp_path / "data", messages.append, [images, labels, UNASKED])
-    assert folder == tmp_path / "data" / "FashionMNIST" / "raw"
+    assert prepare_fashion_mnist(tmp_path / "data", messages.append, [images, labels, UNASKED]) == tmp_path / "data"
     for kind, message in zip(("images", "labels"), messages[1:], strict=True):
         names = ", ".join(name for name in FILES if kind in name)
         assert message == f"Fashion-MNIST: {names} taken from {kind}"
@@ -103,7 +118,7 @@ def replace(path: Path, content: bytes) -> None:
 
 Damage = Callable[[bytes], bytes]
 DAMAGES: dict[str, Damage] = {
-    "one flipped bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "one flipped bit in the header": lambda content: bytes([content[0] ^ 1]) + content[1:],
     "truncated": lambda content: content[:-1],
     "longer": lambda content: content + b"\0",
     "empty": lambda content: b"",
@@ -112,21 +127,57 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", [IMAGES, LABELS])
-def test_a_damaged_file_is_named_and_replaced(raw: Path, good: Path, shelf: Source, name: str, damage: Damage) -> None:
+def test_a_damaged_file_is_named_moved_aside_and_replaced(
+    raw: Path, good: Path, shelf: Source, name: str, damage: Damage
+) -> None:
     sound = (good / name).read_bytes()
     replace(raw / name, damage(sound))
     before = {other: (raw / other).stat().st_ino for other in FILES if other != name}
     broken = Source("a source of the same damage", lambda names, workdir: raw)
     messages: list[str] = []
     data = load_fashion_mnist(raw.parents[1], messages.append, sources=[broken, shelf, UNASKED])
-    start, end = messages
+    start, aside, end = messages
+    assert aside == f"Fashion-MNIST: the damaged file is now {raw / name}.damaged"
+    assert (raw / f"{name}.damaged").read_bytes() == damage(sound)
     assert f"fetching what {raw} lacks, which can take minutes (damaged" in start
     assert start.endswith(f": {name})")
     assert end == f"Fashion-MNIST: {name} taken from the shelf"
     assert sound.endswith((data.test_images if name == IMAGES else data.test_labels).tobytes())
     assert (raw / name).read_bytes() == sound
     assert {other: (raw / other).stat().st_ino for other in before} == before
-    assert listing(raw.parents[1]) == COMPLETE
+    assert listing(raw.parents[1]) == sorted([*COMPLETE, f"FashionMNIST/raw/{name}.damaged"])
+
+
+def own_labels(good: Path) -> bytes:
+    """Return a file of labels in which two are exchanged."""
+    content = bytearray((good / LABELS).read_bytes())
+    content[8:10] = content[9], content[8]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_with_other_contents_is_refused_and_stays_or_is_taken_knowingly(
+    raw: Path, good: Path, packed: bool
+) -> None:
+    own = own_labels(good)
+    file = raw / (f"{LABELS}.gz" if packed else LABELS)
+    replace(file, gzip.compress(own) if packed else own)
+    if packed:
+        (raw / LABELS).unlink()
+    before = listing(raw), file.read_bytes()
+    with pytest.raises(UserError, match=r"^\S+ is not the published file .* --any-data") as caught:
+        load_fashion_mnist(raw.parents[1], pytest.fail, [UNASKED])
+    assert str(caught.value).isprintable()
+    data = load_fashion_mnist(raw.parents[1], pytest.fail, [UNASKED], any_data=True)
+    assert own.endswith(data.test_labels.tobytes())
+    assert other_files(raw.parents[1]) == {LABELS: hashlib.sha256(own).hexdigest()}
+    assert (listing(raw), file.read_bytes()) == before
+
+
+def test_labels_beyond_the_ten_classes_are_refused(raw: Path, good: Path) -> None:
+    replace(raw / LABELS, own_labels(good)[:-1] + bytes([10]))
+    with pytest.raises(UserError, match=r"it has the label 10, and the classes are 0 to 9"):
+        load_fashion_mnist(raw.parents[1], pytest.fail, [UNASKED], any_data=True)
 
 
 PACKED_DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -169,9 +220,8 @@ def test_without_a_source_the_error_lists_problems_sources_and_what_to_do(raw: P
     assert str(caught.value).splitlines() == [
         f"Fashion-MNIST is not in {raw} ({problems}).",
         "Tried:",
-        f"  1. the data folder {raw}: {problems}",
-        "  2. the well: the well is dry",
-        f"  3. the ditch: missing: {IMAGES}, {LABELS}",
+        "  1. the well: the well is dry",
+        f"  2. the ditch: missing: {IMAGES}, {LABELS}",
         f"To supply the data by hand, put these four files, each as it is or as .gz, in {raw}:",
         f"  {', '.join(FILES)}",
     ]

@@ -102,6 +102,13 @@ def test_every_figure_has_a_title_and_labelled_axes(comparison: Comparison) -> N
         assert {figure.get_supylabel(), *(axes.get_ylabel() for axes in figure.axes)} != {""}, name
 
 
+def test_data_that_are_not_fashion_mnist_are_on_the_page(comparison: Comparison) -> None:
+    content = copy.deepcopy(comparison.report)
+    content["runs"]["jax"]["record"]["data"] = {"t10k-labels-idx1-ubyte": "ab" * 32}
+    assert "ab" * 32 in render(content)
+    assert 'id="data"' not in render(comparison.report)
+
+
 # Finished runs
 
 

@@ -1,7 +1,8 @@
 """Training, resuming and predicting work under bad conditions, all at once.
 
-The checkout cannot be written, and its path has spaces and letters beyond ASCII. The user has no home, LANG is C, there
-is no terminal, and one core.
+The checkout and the data cannot be written, and their paths have spaces and letters beyond ASCII. The data do not lie
+as torchvision keeps them. The user has no home, LANG is C, there is no terminal, and one core. JAX's variables forbid
+what training does, and name a platform that is not there.
 """
 
 import os
@@ -54,6 +55,10 @@ def launch(checkout: Path, desk: Path) -> Launch:
         "PATH": os.defpath,
         "LANG": "C",
         "LC_ALL": "C",
+        "JAX_PLATFORMS": "abacus",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_TRANSFER_GUARD": "disallow",
         "PYTHONPATH": str(checkout),
         "TMPDIR": str(desk / "tmp"),
     }
@@ -101,8 +106,13 @@ def _conditions(checkout: Path) -> None:
     assert "PermissionError" in done.stderr, "the checkout can be written"
 
 
-def test_training_resuming_and_predicting_work(launch: Launch, data_dir: Path, desk: Path, framework: str) -> None:
-    flags = (*SMALL, "--data-dir", data_dir.resolve(), "--out-dir", "Läufe")
+def test_training_resuming_and_predicting_work(launch: Launch, good: Path, desk: Path, framework: str) -> None:
+    data = desk / "Daten zum Üben"
+    data.mkdir()
+    for file in good.iterdir():
+        (data / file.name).symlink_to(file.resolve())
+    data.chmod(0o555)
+    flags = (*SMALL, "--data-dir", data.name, "--out-dir", "Läufe")
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(desk / "schwarzes Bild.png")
     for more in (("--epochs", 1), ("--epochs", 2, "--resume")):
         done = launch(f"train_{framework}", *flags, *more)

@@ -1,18 +1,16 @@
 """A user's slip with a command: one plain line that says what is wrong and what to do, and nothing changes."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-import safetensors.numpy
-import safetensors.torch
 import torch
 from PIL import Image
 
-from jax_cnn.config import CNN, Network
+from jax_cnn.config import Network
 from jax_cnn.run.folder import FILES
 from jax_cnn.torch_layout import save_weights
 from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
@@ -25,7 +23,7 @@ ADVICE = re.compile(r"must (be|name)|--help|\b(add|choose|give|install|leave|put
 SLIPS_OF_TRAINING = {
     "--epochs -1": ("--epochs", "-1", "between 1 and"),
     "--epochs abc": ("--epochs", "abc"),
-    "--epoch 3": ("--epoch",),
+    "--epoch 3": ("--epoch", "Perhaps you meant --epochs"),
     "--batch-size 0": ("--batch-size", "between 1 and"),
     "--limit-train 0": ("--limit-train", "between 1 and 60,000"),
     "--limit-train 70000": ("--limit-train", "between 1 and 60,000"),
@@ -128,7 +126,7 @@ def without_frameworks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     folder = tmp_path_factory.mktemp("without_frameworks")
     for name in ("jax", "flax", "torch", "torchvision"):
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')", encoding="utf-8")
-    return ENVIRONMENT | {"PYTHONPATH": str(folder)}
+    return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), ENVIRONMENT.get("PYTHONPATH"))))}
 
 
 @pytest.mark.parametrize(("command", "words"), SLIPS.items(), ids=SLIPS)
@@ -164,34 +162,5 @@ def test_a_missing_device_is_one_line_and_changes_nothing(folder: Path, framewor
     assert_plain_slip(f"train_{framework}", "--device", device, words=("--device", device), cwd=folder)
 
 
-GOOD = zero_weights(Network("linear"))
-BIAS = GOOD["fc.bias"]
-
-
-def edited(**changes: np.ndarray | None) -> bytes:
-    """Return a safetensors file of good weights with some replaced or added; None leaves one out."""
-    return safetensors.numpy.save({name: array for name, array in (GOOD | changes).items() if array is not None})
-
-
-WEIGHTS_SLIPS = {
-    "no file": (None, "No such file"),
-    "no safetensors": (b"PK\3\4 and so on", "safetensors"),
-    "cut short": (edited()[:-1], "safetensors"),
-    "a tensor too few": (edited(**{"fc.bias": None}), "fc.bias"),
-    "a tensor too many": (edited(**{"fc3.bias": BIAS}), "fc3.bias"),
-    "a tensor transposed": (edited(**{"fc.weight": GOOD["fc.weight"].T.copy()}), "(784, 10)"),
-    "not a number": (edited(**{"fc.bias": BIAS * np.float32("nan")}), "fc.bias"),
-    "beyond float32": (edited(**{"fc.bias": np.full(10, 1e300)}), "fc.bias"),
-    "bfloat16, which NumPy lacks": (safetensors.torch.save({"fc.bias": torch.zeros(10).bfloat16()}), "dtype"),
-    "another network": (safetensors.numpy.save(zero_weights(CNN)), "of --model cnn, not of --model linear"),
-}
-
-
-@pytest.mark.parametrize(("content", "word"), WEIGHTS_SLIPS.values(), ids=WEIGHTS_SLIPS)
-def test_weights_that_do_not_fit_are_one_line_and_change_nothing(
-    folder: Path, framework: str, content: bytes | None, word: str
-) -> None:
-    if content is not None:
-        (folder / "given.safetensors").write_bytes(content)
-    flags = ("--model", "linear", "--init-weights", "given.safetensors")
-    assert_plain_slip(f"train_{framework}", *flags, words=("given.safetensors", word), cwd=folder)
+def test_weights_that_do_not_fit_are_one_line_and_change_nothing(folder: Path, framework: str) -> None:
+    assert_plain_slip(f"train_{framework}", "--init-weights", "weights", words=("weights: it is of",), cwd=folder)

@@ -64,9 +64,12 @@ def compute_stages(
 def _jax_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
     import jax
 
+    from jax_cnn.devices import find_devices, fix_settings
+
+    fix_settings()
     network = recognise(weights)
     # Unlike arrays made on a default device, arrays put on one keep the computation there.
-    params = jax.device_put(to_flax(weights, layout_of(network)), jax.devices("cpu")[0])
+    params = jax.device_put(to_flax(weights, layout_of(network)), find_devices("cpu")[0])
     return lambda pixels: np.asarray(_compiled(network)(params, pixels))
 
 

@@ -14,6 +14,7 @@ from experiments import processes
 from experiments.answers import Framework
 from experiments.processes import ROOT, Finished, Show
 from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig, UserError
+from jax_cnn.data import other_files
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
 from jax_cnn.run.provenance import provenance
 
@@ -42,7 +43,8 @@ def flags(config: TrainConfig) -> list[str]:
         "--limit-train": config.limit_train,
         "--limit-test": config.limit_test,
     }
-    return [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
+    words = [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
+    return [*words, "--any-data"] if config.any_data else words
 
 
 def train(
@@ -144,6 +146,8 @@ def explain_mismatch(
     for name in sorted(defaults.keys() - set(ignored)):
         if recorded[name] != asked[name]:
             return f"its {name.replace('_', ' ')}: {recorded[name]}, not {asked[name]}"
+    if wanted.any_data and record.get("data", {}) != other_files(wanted.data_dir):
+        return "it was trained on other data"
     if len(epochs) != wanted.epochs or not (folder / WEIGHTS).exists():
         return f"it is not finished ({len(epochs)} of {wanted.epochs} epochs)"
     here = provenance(name for name in record["versions"] if name != "python")

@@ -15,6 +15,8 @@ MOST_PICTURES = 200  # in each of the two grids, because the page holds every pi
 class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
     """The settings of a comparison: what to train, which finished runs to take, and how much to show."""
 
+    any_data: bool = False
+    """Train on files of the same format with other contents: own labels, MNIST, KMNIST. The page has their SHA-256."""
     device: Device = "cpu"
     """Device to train on."""
     jax_run: Path | None = None
@@ -61,6 +63,7 @@ class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
             seed=self.seed,
             data_dir=self.data_dir,
             out_dir=self.out_dir / framework,
+            any_data=self.any_data,
             device=self.device,
             init_weights=self.initial_weights,
             limit_train=self.limit_train,

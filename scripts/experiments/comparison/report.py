@@ -15,7 +15,7 @@ from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initia
 from experiments.processes import ROOT, Show
 from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES
+from jax_cnn.data import CLASS_NAMES, prepare_fashion_mnist
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
@@ -147,7 +147,7 @@ def measure_parity(config: CompareConfig, show: Show) -> Json:
     from parity_tests.harness.report import to_json
     from parity_tests.product import REPORT_IMAGES, simple_cnn
 
-    pair = simple_cnn(config.data_dir, REPORT_IMAGES)
+    pair = simple_cnn(prepare_fashion_mnist(config.data_dir, show, any_data=config.any_data), REPORT_IMAGES)
     return describe_parity(to_json(examine(pair, seed=config.seed, steps=config.drift_steps, progress=show)))
 
 

@@ -72,7 +72,7 @@ def describe_images(images: Sequence[int], logits: Mapping[Framework, Logits], l
 
 def measure_networks(config: CompareConfig, runs: Mapping[Framework, Run]) -> Json:
     """Ask both trained networks about the test images, and look inside them."""
-    data = load_fashion_mnist(config.data_dir)
+    data = load_fashion_mnist(config.data_dir, any_data=config.any_data)
     pixels = data.test_images[: config.limit_test]
     labels = data.test_labels[: config.limit_test].astype(np.int64)
     weights = {framework: load_weights(run.folder / WEIGHTS, "float32") for framework, run in runs.items()}

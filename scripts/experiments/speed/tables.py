@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE
-from rich.console import RenderableType
 from rich.table import Table
 
 from experiments.processes import MIB
@@ -21,7 +20,7 @@ COMMAND_ROWS = {
 }
 
 
-def tables(result: Json) -> Iterator[RenderableType]:
+def tables(result: Json) -> Iterator[Table]:
     """Build a table for each section in the result. Results of older versions lack the section of checkpoints."""
     yield contest_table(result["contest"])
     yield start_table(result["contest"])

@@ -152,7 +152,7 @@ def worker_environment(contender: str, scratch: Path) -> dict[str, str]:
 def main() -> None:
     """Build the work, and do rounds until the input ends."""
     # What libraries print goes to stderr: stdout is for the answers alone.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def answer(content: Json) -> None:

@@ -28,6 +28,7 @@ from experiments.studies.statistics import (
     prediction_interval,
 )
 from jax_cnn.config import LIMITS, TRAIN_SIZE, UserError, check_limits
+from jax_cnn.run.display import show_table
 
 MARGIN = 0.5  # percentage points of test accuracy
 FALSE_ALARM = 1e-4  # probability that a value of one more seed lies outside its interval although nothing has changed
@@ -58,7 +59,7 @@ def run_study(study: AccuracyConfig, console: Console) -> bool:
     result, path = conclude(runs), study.results or study.out_dir / "accuracy.json"
     write_results(result, path, "--results" if study.results else "--out-dir")
     for setting in ("short", "full"):
-        console.print(seed_table(result[setting], f"{setting} training"))
+        show_table(console, seed_table(result[setting], f"{setting} training"))
     console.print(f"{sentence(result)}\nWritten to {path}.", highlight=False, soft_wrap=True)
     return bool(result["full"]["equivalence"]["equivalent"])
 
@@ -155,7 +156,7 @@ def seed_table(result: Json, title: str) -> Table:
     """Return one setting's seeds as a table with one seed in each row."""
     table = Table(title=title, caption="Test accuracy in %, test loss, median seconds of training per epoch")
     for heading in ("seed", "JAX %", "torch %", "diff.", "JAX loss", "torch loss", "JAX s", "torch s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for seed in result["seeds"]:
         observed = observations(seed)
         table.add_row(

@@ -27,6 +27,7 @@ from experiments.studies.runs import (
     write_results,
 )
 from jax_cnn.config import CNN, LIMITS, TRAIN_SIZE, Network, check_limits
+from jax_cnn.run.display import show_table
 from jax_cnn.torch_layout import layout_of
 
 SAME_PARAMETERS = 2050  # hidden units: the feed-forward network then has 1,629,760 parameters, SimpleCNN 1,630,090
@@ -91,7 +92,7 @@ def run_study(study: ConvolutionConfig, console: Console) -> None:
     result = conclude(study, runs, pace)
     write_results(result, study.out_dir / "convolution.json", "--out-dir")
     draw(result, study.out_dir / "convolution.png")
-    console.print(accuracy_table(result))
+    show_table(console, accuracy_table(result))
     for sentence in sentences(result):
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"Results are in {study.out_dir}: convolution.json, convolution.png", highlight=False, soft_wrap=True)

@@ -1,0 +1,241 @@
+"""What a person's environment and command line bring: CUDA, JAX's variables, a notebook's kernel, locales and slips."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import distributions, requires, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from jax_cnn.config import Device, JaxTrainConfig, Network, TrainConfig, UserError
+from jax_cnn.devices import SETTINGS, find_devices, fix_settings, pick_devices
+from jax_cnn.files import write_json
+from jax_cnn.model import init_params
+from jax_cnn.run import command_line, loop, provenance, resume
+from jax_cnn.run.display import epoch_table, show_table
+from jax_cnn.run.loop import chance, fit
+from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
+from jax_cnn.run.resume import find_checkpoint
+from parity_tests.run.training import zero_weights
+from parity_tests.support import ROOT
+
+# One CUDA for both frameworks
+
+
+def test_the_extras_bring_jax_the_cuda_that_the_installed_torch_has() -> None:
+    """Their libraries have the same paths, and pip lets one overwrite the other."""
+    of_torch = cuda_versions(Requirement(line).name for line in requires("torch") or ())
+    if not of_torch:
+        pytest.skip("this torch is built without CUDA")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    fitting = {}
+    for name, lines in extras.items():
+        requirements = {line.name: line for line in map(Requirement, lines)}
+        cudas = [
+            extra.removeprefix("cuda") for extra in getattr(requirements.get("jax"), "extras", ()) if "cuda" in extra
+        ]
+        if cudas and ("torch" not in requirements or version("torch") in requirements["torch"].specifier):
+            fitting[name] = cudas
+    assert fitting, "no extra takes the installed torch"
+    assert all(cudas == of_torch for cudas in fitting.values()), f"torch has CUDA {of_torch}, JAX {fitting}"
+
+
+def test_no_two_versions_of_cuda_are_installed_here() -> None:
+    assert len(cuda_versions(package.name for package in distributions())) <= 1
+
+
+def test_two_versions_of_cuda_are_one_line_when_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["torch", "nvidia-cudnn-cu13", "nvidia-cublas", "jax-cuda12-plugin", "nvidia_nccl_cu12"]
+    monkeypatch.setattr(provenance, "distributions", lambda: [SimpleNamespace(name=name) for name in names])
+    said: list[str] = []
+    devices: tuple[Device, ...] = ("cpu", "gpu")
+    for device in devices:
+        warn_of_two_cudas(device, said.append)
+    (line,) = said
+    assert "CUDA 12 and 13" in line
+    assert "'.[cuda]'" in line
+
+
+# JAX's variables
+
+
+@pytest.fixture
+def _settings() -> Iterator[None]:
+    """Restore JAX's settings after a test."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("setting", [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
+def test_a_seed_draws_the_same_weights_whatever_jax_s_variables_say(setting: tuple[str, Any]) -> None:
+    fix_settings()
+
+    def draw() -> np.ndarray:
+        return np.asarray(init_params(jax.random.key(0), network=Network("linear"))["fc"]["kernel"])
+
+    expected = draw()
+    jax.config.update(*setting)
+    assert not np.array_equal(draw(), expected)  # the check can fail
+    fix_settings()
+    assert np.array_equal(draw(), expected)
+
+
+PLATFORMS = """
+import jax
+from jax_cnn.config import UserError
+from jax_cnn.devices import find_devices
+for kind in ("auto", "gpu", "cpu", "gpu"):
+    try:
+        print(find_devices(kind)[0].platform)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cpu() -> None:
+    env = os.environ | {"JAX_PLATFORMS": "abacus"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLATFORMS], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    auto, gpu, cpu, second = done.stdout.splitlines()
+    assert auto == gpu
+    assert auto.startswith("JAX cannot start abacus: ")
+    assert auto.endswith("; unset JAX_PLATFORMS, or use --device cpu")
+    assert cpu == "cpu"
+    assert second.endswith("JAX has started with cpu alone in this process: restart it (in a notebook, the kernel)")
+
+
+def test_a_variable_that_lets_nothing_compile_is_one_line() -> None:
+    with jax.disable_jit(), pytest.raises(UserError, match=r"^JAX_DISABLE_JIT is set, .* unset the variable$"):
+        find_devices("cpu")
+
+
+def test_a_second_command_in_one_process_is_told_what_jax_reads_only_once() -> None:
+    jax.devices()
+    with pytest.raises(UserError, match=r"--devices 64: JAX sees .* restart it \(in a notebook, the kernel\)"):
+        pick_devices(JaxTrainConfig(devices=64))
+
+
+def test_a_variable_that_jax_cannot_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        place = str(Path("site-packages", "jax", "_src", "config.py"))
+        exec(compile("raise ValueError('invalid truth value: JAX_DISABLE_JIT')", place, "exec"))
+
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(main)
+    assert capsys.readouterr().err.startswith("error: JAX cannot read its variables (invalid truth value: JAX_DIS")
+
+
+# The command line
+
+
+def test_main_in_a_cell_does_not_read_the_kernel_s_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/ipykernel_launcher.py", "-f", "/tmp/kernel-1.json"])
+    assert command_line.parse(TrainConfig(epochs=3), "") == TrainConfig(epochs=3)
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = command_line.parse(TrainConfig(), "", ["--out-dir=~/runs", "--init-weights", "~/w.pth", "--seed=3"])
+    home = Path("/home/someone")
+    assert config == TrainConfig(out_dir=home / "runs", init_weights=home / "w.pth", seed=3)
+
+
+def test_a_mistyped_flag_gets_a_proposal() -> None:
+    with pytest.raises(UserError, match=r"Unrecognized options: --epoch, 3\. Perhaps you meant --epochs \("):
+        command_line.parse(TrainConfig(), "", ["--epoch", "3"])
+
+
+# What a run prints and writes
+
+
+class Guesser:
+    """A trainer that learns nothing."""
+
+    framework, device_name, train_size, compile_seconds = "jax", "cpu", 64, 0.0
+    packages: tuple[str, ...] = ()
+
+    def __init__(self, accuracy: float) -> None:
+        self._accuracy = accuracy
+        self._weights = zero_weights(Network("linear"))
+
+    def train_epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, float]]:
+        """Train one batch."""
+        yield 64, 2.3
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return a loss and the accuracy."""
+        return 2.3, self._accuracy
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Return the weights."""
+        return self._weights
+
+    def state(self) -> tuple[Any, ...]:
+        """Return the weights as they are."""
+        return self._weights, self._weights, self._weights, 1
+
+    def restore(self, *state: Any) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.1, True), (0.2, False)])
+def test_a_run_that_ends_no_better_than_chance_says_so(tmp_path: Path, accuracy: float, warned: bool) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    fit(TrainConfig(epochs=1, out_dir=tmp_path), Guesser(accuracy), console)
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("no better than chance: try another --learning-rate than 0.001" in output) == warned
+    assert 0.1 < chance(10_000) < 0.11 < chance(100) < 0.2
+
+
+def test_data_of_one_s_own_are_in_the_record_and_the_table_and_resuming_takes_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"t10k-labels-idx1-ubyte": "ab" * 32}
+    monkeypatch.setattr(loop, "other_files", lambda data_dir: own)
+    config = TrainConfig(epochs=1, out_dir=tmp_path, model="linear", any_data=True)
+    console = Console(file=io.StringIO(), width=60)
+    fit(config, Guesser(0.2), console)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["data"] == own
+    assert f"t10k-labels-idx1-ubyte: {'ab' * 32}" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    for data in (own, own | {"t10k-labels-idx1-ubyte": "cd" * 32}):
+        monkeypatch.setattr(resume, "other_files", lambda data_dir, data=data: data)
+        with (
+            nullcontext() if data == own else pytest.raises(UserError, match=r"^--resume: .* was trained on other data")
+        ):
+            find_checkpoint(replace(config, resume=True), "jax", pytest.fail)
+
+
+def test_a_narrow_terminal_and_a_fixed_width_cut_no_figure() -> None:
+    row = {"epoch": 1, "train_loss": 123456.7, "test_loss": 2, "test_accuracy": 1, "train_seconds": 1e6}
+    row |= {"eval_seconds": 1, "images_per_second": 1234567}
+    fixed = Table("words on the left that may wrap", width=20)
+    fixed.add_column("figure", justify="right", no_wrap=True)
+    fixed.add_row("a name of some length", "1,234,567,890,123")
+    for table, figures in ((epoch_table([row]), ("123456.7000", "1,234,567")), (fixed, ("1,234,567,890,123",))):
+        console = Console(file=io.StringIO(), width=25)
+        show_table(console, table)
+        assert all(figure in console.file.getvalue() for figure in figures)  # type: ignore[attr-defined]
+
+
+def test_a_name_that_the_locale_cannot_decode_is_written_as_utf_8(tmp_path: Path) -> None:
+    name = "Läufe".encode().decode("ascii", "surrogateescape")  # as Python reads it from a command line
+    write_json(tmp_path / "file", {"command": name, "latin": "\udce4"})
+    assert json.loads((tmp_path / "file").read_text(encoding="utf-8")) == {"command": "Läufe", "latin": "�"}
