@@ -9,7 +9,7 @@ does the same, except:
 - It stretches the contrast. The paper does not mention that, but each of the 70,000 images spans 0 to 254 or 255. Of
   photographs with half the contrast, 91 % instead of 84 % are recognised.
 - A picture of 28x28 pixels with black in it is at most inverted: a training image reaches the network as it is.
-- It takes the picture out of a frame (`jax_cnn.pictures.frame`).
+- It takes a picture out of its frame (`jax_cnn.pictures.frame`).
 - It makes colours grey by their lightness. That also gives back the values that matplotlib has drawn in its default
   colours (viridis) or in cividis, inferno, magma or plasma, which grow lighter with the value. It does not for jet.
 

@@ -16,7 +16,7 @@ class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
     """The settings of a comparison: what to train, which finished runs to take, and how much to show."""
 
     layers: bool = False
-    """Only print the layers of both networks, with the shapes of their outputs and their parameters, and train nothing."""
+    """Train nothing: only print the layers of both networks, with the shapes of their outputs and their parameters."""
     device: Device = "cpu"
     """Device to train on."""
     jax_run: Path | None = None
