@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from experiments.comparison import report
+from experiments.comparison import layers, report
 from experiments.comparison.config import CompareConfig
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
@@ -14,12 +14,18 @@ from jax_cnn.run.provenance import warn_of_two_cudas
 def main() -> None:
     """Read the command line, measure, and write the page."""
     config = command_line.parse(CompareConfig(), __doc__)
+    console = Console()
+    if config.layers:
+        console.print(layers.layer_table(layers.list_layers()))
+        console.print(
+            "Output of one image: PyTorch [channel, row, column], JAX [row, column, channel]", highlight=False
+        )
+        return
     report.check_named(config)
     check_out_dir(config.out_dir)
 
     from experiments.comparison import page  # only now: an error in the command line should not wait for matplotlib
 
-    console = Console()
     warn_of_two_cudas(config.device, console.print)
     prepare_fashion_mnist(config.data_dir, console.print, any_data=config.any_data)
     with ProgressBar(console) as progress:

@@ -1,7 +1,7 @@
 """Classify pictures with a trained network: print the three likeliest classes of each, and how it was prepared.
 
-Takes PNG, JPEG and other common files of any size. The exit status is 2 if a file could not be read; the others are
-classified all the same.
+Takes PNG, JPEG and other common files of any size, and folders of them. The exit status is 2 if a file could not be
+read; the others are classified all the same.
 """
 
 import json
@@ -20,7 +20,7 @@ from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, print_to_stderr
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
-from jax_cnn.pictures.read import printable, read_picture
+from jax_cnn.pictures.read import list_pictures, printable, read_picture
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.torch_layout import load_weights
@@ -32,7 +32,7 @@ class PredictConfig:
     """The pictures to classify, and the network that does it."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE…")] = ()
-    """Files with pictures."""
+    """Files with pictures, or folders: all pictures in a folder are classified, in the order of their names."""
     weights: Path | None = None
     """The trained network: a run's folder, a weights file, or PyTorch's .pth; by default runs/jax or runs/torch."""
     framework: Literal["jax", "torch"] = "jax"
@@ -47,10 +47,10 @@ def main() -> None:
     """Read the command line, the weights and the pictures; compute the probabilities; print them."""
     config = command_line.parse(PredictConfig(), __doc__)
     if not config.images:
-        raise UserError("there is no picture to look at: give one or more files (--help lists every flag)")
+        raise UserError("there is no picture to look at: give one or more files or folders (--help lists every flag)")
     weights_file = find_weights(config)
     weights = load_weights(weights_file, "float32", None, read_tensors, print_to_stderr)
-    prepared = prepare_all(config)
+    prepared, all_read = prepare_all(config)
     if prepared:
         os.environ["JAX_PLATFORMS"] = "cpu"  # where `compute_logits` computes: JAX need not start a GPU
         pixels = np.stack([picture.pixels for _, picture in prepared])
@@ -60,7 +60,7 @@ def main() -> None:
         show = as_json if config.json else as_text
         for (path, picture), row in zip(prepared, softmax(logits), strict=True):
             print(show(path, picture, row))
-    if len(prepared) < len(config.images):
+    if not all_read:
         sys.exit(2)
 
 
@@ -77,15 +77,26 @@ def find_weights(config: PredictConfig) -> Path:
     return config.weights or default
 
 
-def prepare_all(config: PredictConfig) -> list[tuple[Path, Prepared]]:
-    """Prepare every file that can be read; print one line to stderr for each of the others."""
-    prepared = []
+def prepare_all(config: PredictConfig) -> tuple[list[tuple[Path, Prepared]], bool]:
+    """Prepare every file that can be read; print one line to stderr for each of the others.
+
+    Returns:
+        The pictures, and whether every file could be read.
+    """
+    prepared, all_read = [], True
     for path in config.images:
         try:
-            prepared.append((path, prepare_picture(read_picture(path), config.invert)))
+            files = list_pictures(path) if path.is_dir() else [path]
         except UserError as error:
+            files, all_read = [], False
             print(f"error: {error}", file=sys.stderr)
-    return prepared
+        for file in files:
+            try:
+                prepared.append((file, prepare_picture(read_picture(file), config.invert)))
+            except UserError as error:
+                all_read = False
+                print(f"error: {error}", file=sys.stderr)
+    return prepared, all_read
 
 
 def as_text(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"]) -> str:

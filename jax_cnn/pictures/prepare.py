@@ -8,7 +8,10 @@ does the same, except:
   theirs, 90.7 % of the photographs are recognised.
 - It stretches the contrast. The paper does not mention that, but each of the 70,000 images spans 0 to 254 or 255. Of
   photographs with half the contrast, 91 % instead of 84 % are recognised.
-- A picture of 28x28 pixels is at most inverted: a training image reaches the network as it is.
+- A picture of 28x28 pixels with black in it is at most inverted: a training image reaches the network as it is.
+- It takes a picture out of its frame (`jax_cnn.pictures.frame`).
+- It makes colours grey by their lightness. That also gives back the values that matplotlib has drawn in its default
+  colours (viridis) or in cividis, inferno, magma or plasma, which grow lighter with the value. It does not for jet.
 
 All shares were measured with a network after five epochs, on photographs made from the first 2,000 test images:
 inverted, eight times as large, on an even background of 340x400 pixels, as a JPEG of quality 90. It recognises 91.0 %
@@ -20,13 +23,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int16, UInt8
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
+from jax_cnn.pictures.frame import TOLERANCE, take_from_frame
 from jax_cnn.pictures.read import LARGE_EDGE, Picture
 
 Invert = Literal["auto", "yes", "no"]
 
 EDGE = 28  # pixels
-TOLERANCE = 12  # of 255: a pixel that is no farther from the background belongs to it; 5 %, as in the paper
+APART = 0.25  # area / area of the largest thing: what is smaller, such as a strap of a sandal, is part of it
 
 
 class Prepared(NamedTuple):
@@ -37,10 +42,14 @@ class Prepared(NamedTuple):
     """Size and mode of the file and each step of preparation, on one line."""
     clutter: float
     """Share of the border of the whole picture that differs from the background."""
+    pictures: int = 1
+    """Number of pictures in the frame, of which the largest was taken."""
+    garments: int = 1
+    """Number of things on the background that stand apart from one another."""
 
 
 def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
-    """Prepare a picture as the training images were.
+    """Prepare a picture as the training images were. The largest picture inside a frame is taken.
 
     `auto` inverts a picture that is darker than its background. It would invert none of the data set's 70,000 images,
     and each of their negatives. Without it, 11 % of the test images' negatives are recognised, and most of the others
@@ -58,6 +67,10 @@ def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
         reduced = Image.fromarray(grey).reduce(-(-max(grey.shape) // LARGE_EDGE))
         grey = np.asarray(reduced)
         history.append(f"reduced to {reduced.width}x{reduced.height}")
+    whole = grey.shape
+    grey, pictures = take_from_frame(grey)
+    if grey.shape != whole:
+        history.append(f"took the {grey.shape[1]}x{grey.shape[0]} picture inside a frame")
     difference = subtract_background(grey)
     dark_on_light = bool(difference.sum() < 0)
     if invert == "yes" or (invert == "auto" and dark_on_light):
@@ -65,11 +78,20 @@ def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
         history.append("inverted (dark on light)" if dark_on_light else "inverted (as asked)")
     elif dark_on_light:
         history.append("not inverted though dark on light (as asked)")
-    pixels = grey if grey.shape == (EDGE, EDGE) else fit(grey, difference > 0, history)
+    as_it_is = grey.shape == (EDGE, EDGE) and grey.min() <= TOLERANCE  # every training image has black pixels
+    pixels = grey if as_it_is else fit(grey, difference > 0, history)
     first, *steps = history
     summary = f"{first}: {', '.join(steps)}" if steps else f"{first}, as it is"
     border = np.concatenate([difference[[0, -1]].ravel(), difference[:, [0, -1]].ravel()])
-    return Prepared(pixels, summary, clutter=float((border != 0).mean()))
+    garments = 1 if as_it_is else count_things(difference != 0)  # some training images consist of several parts
+    return Prepared(pixels, summary, float((border != 0).mean()), pictures, garments)
+
+
+def count_things(foreground: Bool[np.ndarray, "height width"]) -> int:
+    """Return how many things of similar size stand apart from one another: 0 if there are none."""
+    things, _ = ndimage.label(foreground, np.ones((3, 3)))
+    areas = np.bincount(things.ravel())[1:]
+    return int((areas >= APART * areas.max(initial=1)).sum())
 
 
 def blend(

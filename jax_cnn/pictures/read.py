@@ -63,6 +63,22 @@ def read_picture(path: Path) -> Picture:
         raise user_error(f"cannot be decoded ({reason}); save it again as PNG or JPEG") from None
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """Return the files in a folder whose names end as those of pictures do, in order. Hidden files are left out.
+
+    Raises:
+        UserError: there are none, or the folder cannot be read.
+    """
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    except OSError as error:
+        raise UserError(f"{printable(str(folder))}: {error.strerror}; give a folder that can be read") from None
+    if files := [file for file in files if not file.name.startswith(".")]:
+        return files
+    raise UserError(f"{printable(str(folder))}: a folder without pictures; give one with files such as boot.png")
+
+
 def printable(text: str) -> str:
     """Escape the text if it holds line breaks or control codes, as names of files and error messages may."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

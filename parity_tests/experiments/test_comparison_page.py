@@ -117,6 +117,10 @@ def expected_tables(report: Json) -> dict[str, list[list[float]]]:
         "by-class": [
             [row["images"], *(row[side]["accuracy"] for side in FRAMEWORKS)] for row in report["scores"]["classes"]
         ],
+        "layer-table": [
+            *([row[side]["parameters"] for side in FRAMEWORKS if row[side]] for row in report["layers"]),
+            [sum(row[side]["parameters"] for row in report["layers"] if row[side]) for side in FRAMEWORKS],
+        ],
         "inside": [[row[name] for name in ("largest", "median", "furthest")] for row in report["inside"]["stages"]],
     }
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments.answers import FRAMEWORKS
-from experiments.comparison import charts, page, programs, report, runs, scores
+import compare
+from experiments.answers import FRAMEWORKS, STAGES
+from experiments.comparison import charts, layers, page, programs, report, runs, scores
 from experiments.comparison.charts import DARK, LIGHT
 from jax_cnn.config import UserError
 from jax_cnn.run.display import ProgressBar
@@ -219,6 +220,26 @@ def test_a_divergence_in_a_parity_report_decides_the_verdict(comparison: Compari
 
 
 # What the page is made from
+
+
+def test_the_layers_are_those_of_both_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = layers.list_layers()
+    flat, last = listed[6], listed[-1]
+    assert [row["layer"] for row in listed if row["jax"]] == list(STAGES)
+    assert flat == {"layer": "flatten", "jax": None, "torch": {"name": "Flatten", "shape": [3136], "parameters": 0}}
+    assert last["torch"] == {"name": "Linear", "shape": [10], "parameters": 5_130}
+    assert last["jax"] == {"name": "fc2", "shape": [10], "parameters": 5_130}
+    for row in listed:
+        if row["jax"]:
+            *rest, channels = row["jax"]["shape"]
+            assert (row["torch"]["shape"], row["torch"]["parameters"]) == ([channels, *rest], row["jax"]["parameters"])
+    output = io.StringIO()
+    monkeypatch.setattr("sys.argv", ["compare.py", "--layers"])
+    monkeypatch.setattr(compare, "Console", lambda: Console(file=output, width=80))
+    compare.main()
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["conv1", "conv1.add_bias", "28×28×32", "320", "Conv2d", "32×28×28", "320"] in lines
+    assert ["all", "1,630,090", "1,630,090"] in lines
 
 
 def test_scores_of_a_small_case_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import predict
 from jax_cnn.config import UserError
-from jax_cnn.pictures.read import read_picture
+from jax_cnn.pictures.read import list_pictures, read_picture
 from jax_cnn.torch_layout import TorchDict, save_weights
 from parity_tests.support import assert_slip, run_command
+from predict import PredictConfig
 
 
 def with_size(png: bytes, width: int, height: int) -> bytes:
@@ -47,7 +50,7 @@ def bad_files(boot: Path, tmp_path: Path) -> dict[str, str]:
     return {name: problem for name, (_, problem) in contents.items()} | {
         "missing.png": "No such file",
         "good.png/more": "Not a directory",
-        "folder.png": "a folder",
+        "folder.png": "a folder without pictures",
         "pipe.png": "not a regular file",
         "floats.ppm": "cannot be decoded (floating-point pixels",
         "x" * 300: "File name too long",
@@ -67,6 +70,23 @@ def test_bad_files_get_a_line_each_and_the_others_are_classified(
         assert re.search(r"\b(give|save|scale)\b", line), f"what to do? {line}"
     names = [line.partition(":")[0] for line in done.stdout.splitlines() if not line.startswith("  ")]
     assert names == ["good.png", "good.jpg"]
+
+
+def test_all_pictures_in_a_folder_are_read_and_nothing_else(boot: Path) -> None:
+    """The dot of a hidden file, the name of a folder and the ending of a text do not make a picture."""
+    folder = boot.parent / "folder.png"
+    folder.mkdir()
+    for name in ("b.PNG", "a.png", ".hidden.png", "notes.txt"):
+        shutil.copy(boot, folder / name)
+    (folder / "inner.png").mkdir()
+    assert [file.name for file in list_pictures(folder)] == ["a.png", "b.PNG"]
+    prepared, all_read = predict.prepare_all(PredictConfig((folder, boot)))
+    assert [path for path, _ in prepared] == [folder / "a.png", folder / "b.PNG", boot]
+    assert all_read
+    (folder / "a.png").write_bytes(b"")
+    prepared, all_read = predict.prepare_all(PredictConfig((folder, folder / "inner.png")))
+    assert [path for path, _ in prepared] == [folder / "b.PNG"]
+    assert not all_read
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")

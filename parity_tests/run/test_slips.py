@@ -70,7 +70,7 @@ SLIPS = {
     "compare --parity-report nowhere": ("--parity-report nowhere: No such file or directory",),
     "compare --parity-report other.json": ("--parity-report other.json: its content is not what",),
     "compare --out-dir /dev/null/x": ("--out-dir /dev/null/x: ",),
-    "study": ("give the study first: study.py accuracy or study.py convolution",),
+    "study": ("give the study first: study.py accuracy, convolution or pictures",),
     "study speed": ("give the study first",),
     "study accuracy --pace-train 64": ("--pace-train",),
     "study accuracy --short-train 0": ("--short-train must be between 1 and 60,000",),

@@ -17,6 +17,8 @@ class CompareConfig(FolderConfig, SeedConfig, LimitConfig):
 
     any_data: bool = False
     """Train on files of the same format with other contents: own labels, MNIST, KMNIST. The page has their SHA-256."""
+    layers: bool = False
+    """Train nothing: only print the layers of both networks, with the shapes of their outputs and their parameters."""
     device: Device = "cpu"
     """Device to train on."""
     jax_run: Path | None = None

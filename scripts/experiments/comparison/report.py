@@ -11,6 +11,7 @@ from experiments import processes
 from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison import programs, scores
 from experiments.comparison.config import COMMITTED_BENCHMARK, CompareConfig
+from experiments.comparison.layers import list_layers
 from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initial_weights
 from experiments.processes import ROOT, Show
 from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
@@ -45,6 +46,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
         "classes": list(CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
+        "layers": list_layers(),
         "programs": programs.describe_parts(),
         "operations": {"file": programs.OPERATIONS, "lines": len(programs.code_lines(programs.OPERATIONS))},
     }
