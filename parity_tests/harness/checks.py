@@ -295,8 +295,10 @@ def setup_of(case: Case) -> Setup:
         results, after = case.model.apply(variables, Inputs(*batch["args"], **batch["kwargs"]), training)
         return jax_objective(pair)(results, batch["targets"]), after
 
-    with exact_arithmetic("float64"):
-        variables = case.variables({name: jnp.asarray(array, jnp.float64) for name, array in tensors.items()})
+    variables = case.own_variables
+    if variables is None:
+        with exact_arithmetic("float64"):
+            variables = case.variables({name: jnp.asarray(array, jnp.float64) for name, array in tensors.items()})
     complete = replace(
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),

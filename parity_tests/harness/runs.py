@@ -58,7 +58,7 @@ class Setup:
     Attributes:
         module: the reference in float64, with the weights that training starts from. It is not changed.
         model: the JAX side's functions (adapters.Model).
-        variables: JAX's variables in float64. The values of leaves that the map fills are not read.
+        variables: JAX's variables. The values of leaves that the map fills are not read.
         weight_map: carries PyTorch's tensors to JAX's leaves (weights.WeightMap).
         pair: gives `torch_optimizer`, `jax_optimizer`, `torch_schedule`, `torch_step`, `jax_step` and `micro_batches`.
         torch_objective: (module, batch of tensors) -> loss.
