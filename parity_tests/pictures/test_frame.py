@@ -34,15 +34,25 @@ def prepare(image: Image.Image) -> Prepared:
     return prepare_picture(decode_picture(image))
 
 
-def as_figure(**options: object) -> Callable[[np.ndarray], Image.Image]:
-    """Return a function that draws an image with `imshow` and more around it, and returns what `savefig` writes."""
+def as_figure(
+    cmap: str | None = None,
+    *,
+    dpi: float = 100,
+    facecolor: str = "white",
+    interpolation: str | None = None,
+    title: str | None = None,
+) -> Callable[[np.ndarray], Image.Image]:
+    """Return a function that draws an image with `imshow`, and returns what `savefig` writes.
+
+    With a title there is a colour bar too.
+    """
 
     def save(pixels: np.ndarray) -> Image.Image:
-        figure = Figure(**{key: options[key] for key in ("dpi", "facecolor") if key in options})
+        figure = Figure(dpi=dpi, facecolor=facecolor)
         axes = figure.subplots()
-        shown = axes.imshow(pixels, **{key: options[key] for key in ("cmap", "interpolation") if key in options})
-        if "title" in options:
-            axes.set_title(options["title"])
+        shown = axes.imshow(pixels, cmap=cmap, interpolation=interpolation)
+        if title:
+            axes.set_title(title)
             figure.colorbar(shown)
         file = io.BytesIO()
         figure.savefig(file)
@@ -51,7 +61,7 @@ def as_figure(**options: object) -> Callable[[np.ndarray], Image.Image]:
     return save
 
 
-# More of the kind than the study measures, each with the size of the picture that is taken.
+# More of the kind than the study measures.
 FRAMES = {
     **saved_pictures.make_savers(),
     "reversed colours, with axes": as_figure(cmap="gray_r"),
