@@ -86,7 +86,7 @@ def prepare_all(config: PredictConfig) -> tuple[list[tuple[Path, Prepared]], boo
     prepared, all_read = [], True
     for path in config.images:
         try:
-            files = list_pictures(path) if path.is_dir() else [path]
+            files = list_pictures(path) if os.path.isdir(path) else [path]  # `Path.is_dir` fails for a long name
         except UserError as error:
             files, all_read = [], False
             print(f"error: {error}", file=sys.stderr)
