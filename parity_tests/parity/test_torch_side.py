@@ -19,7 +19,6 @@ from parity_tests import harness
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat, gradient_error, reference_error
 
-
 torch.manual_seed(0)  # of the modules that are parameters: a finite difference across a kink is none
 
 
