@@ -763,6 +763,8 @@ def move_jax(sweeper: Sweeper) -> dict[str, dict[str, float]]:
 
     before, after = parts(sweeper), parts(other)
     return {kind: movement(before[kind], after[kind]) for kind in before}
+
+
 def drop_false_matches(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Drop stages that differ only because both sides do not mean the same value.
 
