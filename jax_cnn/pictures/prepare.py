@@ -31,7 +31,9 @@ from jax_cnn.pictures.read import LARGE_EDGE, Picture
 Invert = Literal["auto", "yes", "no"]
 
 EDGE = 28  # pixels
-APART = 0.25  # area / area of the largest thing: what is smaller, such as a strap of a sandal, is part of it
+# What is smaller than this share of the largest thing, such as a strap of a sandal, is part of it, and so is what is
+# nearer than a share of the longer edge: of 1,000 photographs of single garments 3 are then taken for several.
+SMALL_PART, NEAR = 0.4, 1 / 56
 
 
 class Prepared(NamedTuple):
@@ -89,9 +91,10 @@ def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
 
 def count_things(foreground: Bool[np.ndarray, "height width"]) -> int:
     """Return how many things of similar size stand apart from one another: 0 if there are none."""
-    things, _ = ndimage.label(foreground, np.ones((3, 3)))
-    areas = np.bincount(things.ravel())[1:]
-    return int((areas >= APART * areas.max(initial=1)).sum())
+    grown = ndimage.binary_dilation(foreground, np.ones((3, 3)), max(1, round(max(foreground.shape) * NEAR / 2)))
+    things, _ = ndimage.label(grown, np.ones((3, 3)))
+    areas = np.bincount(things[foreground], minlength=2)[1:]
+    return int((areas >= SMALL_PART * areas.max(initial=1)).sum())
 
 
 def blend(

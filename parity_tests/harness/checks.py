@@ -83,8 +83,9 @@ def parameters(case: Case) -> Iterator[Divergence]:
     paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
+    hint = "; if the port computes it itself, declare unused() for its module in weights="
     for name in gaps.torch:
-        yield Divergence("parameters", name, f"PyTorch has it and nothing carries it to JAX ({counts})")
+        yield Divergence("parameters", name, f"PyTorch has it and nothing carries it to JAX ({counts}){hint}")
     for path in gaps.jax:
         yield Divergence("parameters", path, f"JAX has it and no tensor of PyTorch's fills it ({counts})")
     for path in gaps.twice:
@@ -256,7 +257,18 @@ def gradients(case: Case) -> Iterator[Divergence]:
         for place, problem in wrong_gradients(comparison, wrong_outputs):
             if place not in seen:
                 seen.add(place)
-                yield Divergence("gradients", f"{place}{comparison.mode}", f"{problem} (batch of {comparison.size})")
+                cause = padding_cause(case.module, place, problem)
+                text = f"{problem} (batch of {comparison.size})"
+                yield Divergence("gradients", f"{place}{comparison.mode}", text, cause)
+
+
+def padding_cause(module: nn.Module, place: str, problem: str) -> str:
+    """Return why the gradient by an embedding differs in the row of its padding, or an empty string."""
+    names = place.removeprefix("gradient by ").removesuffix(", end to end").rpartition(".")[0]
+    padding = getattr(dict(module.named_modules()).get(names), "padding_idx", None)
+    if padding is None or f" at [{padding}, " not in problem:
+        return ""
+    return f"PyTorch's padding_idx={padding} gives this row no gradient"
 
 
 def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tuple[str, str]]:

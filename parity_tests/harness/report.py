@@ -442,7 +442,7 @@ def cells(line: Line) -> tuple[Text, ...]:
     """Return the five cells of a line."""
     of_weights = bool(line.rows) and line.rows[0].kind == "weight"
     count = f" ({len(line.rows)})" if len(line.rows) > 1 and not of_weights else ""
-    label = "  " * line.depth + shorten(line.label, STAGE_LETTERS - 2 * line.depth - len(count))
+    label = " " * line.depth + shorten(line.label, STAGE_LETTERS - line.depth - len(count))
     names = ("local_error", "inherited_gradient_error" if of_weights else "inherited_error", "gradient_error")
     errors = (format_error(largest(getattr(row, name) for row in line.rows)) for name in names)
     verdict = line.rows[0].verdict if line.rows else ""

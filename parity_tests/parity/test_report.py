@@ -292,3 +292,8 @@ def test_long_names_lose_their_middle() -> None:
     assert report.shorten("conv", 10) == "conv"
     assert report.shorten("transformer.h.11.attn.c_proj", 20) == "transf…1.attn.c_proj"
     assert len(report.shorten("transformer.h.11.attn.c_proj", 20)) == 20
+
+
+def test_a_name_can_be_read_in_the_depth_of_a_network() -> None:
+    label, *_ = report.cells(report.Line("normalization", 6, []))
+    assert label.plain.strip() == "normalization"
