@@ -50,6 +50,7 @@ OPTIMIZER_BOUND = Bound(1e-11, "float64 rounding on the same gradients; worst se
 TRAJECTORY_BOUND = Bound(1e-7, "float64 rounding, amplified over the steps; worst seen 5e-8")
 VALUE_BOUND = Bound(1e-10, "float64 rounding; worst seen 1e-14")
 FLOAT32_ROUNDING = 4 * 2.0**-23
+MOSTLY_ROUNDING = 1e-5  # a tensor of whose step a larger part is rounding says nothing of the others
 NOISE_FACTOR = 8.0  # how many times the reference's own change, when its weights move by rounding, is rounding
 ONLY_ROUNDING = 1e-12  # gradients this small, relative to the largest one of the network, are terms that cancel
 
@@ -412,7 +413,12 @@ def measure_noise(setup: Setup, batches: Sequence[Nest], training: bool, unit: f
                     key = ("statistics" if part == "weights" and name in buffers else part, name)
                     noise[key] = max(noise.get(key, 0.0), largest_error(moved[name], still[name]))
         noise["loss", ""] = max(noise.get(("loss", ""), 0.0), abs(nudged_loss - loss))
-    return noise
+    # Of millions of weights, Adam turns the rounding of a few into a step. In which tensor they are is chance.
+    start, trained = tensors_of(setup.module), tensors_of(plain.module)
+    moves = {name: largest_error(trained[name], start[name]) for part, name in noise if part == "weights"}
+    shares = [noise["weights", name] / move for name, move in moves.items() if move]
+    share = max((share for share in shares if share < MOSTLY_ROUNDING), default=0.0)
+    return noise | {("weights", name): max(noise["weights", name], share * move) for name, move in moves.items()}
 
 
 def nudge(setup: Setup, seed: int, unit: float) -> Arrays:
