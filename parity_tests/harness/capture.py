@@ -12,13 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import torch
 from jax import numpy as jnp
+from torch.overrides import TorchFunctionMode
 
 from parity_tests.harness.adapters import Model, adapt
 from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error, shorten
@@ -360,26 +362,54 @@ def find_map(case: Case) -> Proposal:
                 return Proposal(
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
+            order, flattened = torch_order(case)
             return propose(
                 module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
                 pair.weights,
-                torch_order(case),
+                order,
                 jax_order(case, own),
                 lambda other: distance(case, other),
+                flattened,
             )
     except CannotCarry as error:
         raise Refused(str(error)) from error
 
 
-def torch_order(case: Case) -> list[tuple[str, str]]:
-    """Return names and classes of PyTorch's modules in the order of their calls."""
+class Sizes(TorchFunctionMode):
+    """Notes how many values an example has in each tensor of more than two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        result = func(*args, **(kwargs or {}))
+        if type(result) is torch.Tensor and len(shape := result.size()) > 2:
+            self.seen.add(prod(shape[1:]))
+        return result
+
+
+def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
+    """Return names and classes of PyTorch's modules in the order of their calls, and which may get a flattened image.
+
+    Such a module gets rows of as many values as an image before it has.
+    """
     order: list[tuple[str, str]] = []
-    module = copy.deepcopy(case.module)
+    flattened: set[str] = set()
+    module, sizes = copy.deepcopy(case.module), Sizes()
+
+    def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
+        order.append((name, type(child).__name__))
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and args[0].size(1) in sizes.seen:
+            flattened.add(name)
+
     for name, child in module.named_modules():
-        child.register_forward_pre_hook(lambda child, _, name=name: order.append((name, type(child).__name__)))
-    case.torch_outputs(case.pair.draw_inputs(case.seed, case.sizes[-1]), module)
-    return order
+        child.register_forward_pre_hook(partial(note, name=name))
+    with sizes:
+        case.torch_outputs(case.pair.draw_inputs(case.seed, case.sizes[-1]), module)
+    return order, flattened
 
 
 def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:

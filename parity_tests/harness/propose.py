@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,6 +178,7 @@ def propose(
     torch_order: Sequence[tuple[str, str]] = (),
     jax_order: Sequence[tuple[str, str]] = (),
     judge: Judge | None = None,
+    flattened: Collection[str] | None = None,
 ) -> Proposal:
     """Propose the map of weights from PyTorch to JAX.
 
@@ -188,6 +189,7 @@ def propose(
         torch_order: names and classes of PyTorch's modules, in the order of the calls.
         jax_order: paths and classes of JAX's modules, in the order of the calls. Empty for a plain function.
         judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
+        flattened: names of modules that were called with what may be a flattened image. None: any may be.
 
     Raises:
         CannotCarry: what the user declared does not fit.
@@ -196,6 +198,9 @@ def propose(
     side, given = torch_side(module), declare(declared or {}, module, leaves)
     scopes = declared_modules(declared or {}, side)
     flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
+    if flattened is not None:
+        for name in {name for name, _ in torch_order} - set(flattened):
+            flattens.pop(name, None)
     units = [
         unit._replace(flatten=flattens.get(unit.layers[0].name))
         for unit in list_units(side, torch_order, scopes, given)

@@ -167,6 +167,33 @@ def test_a_model_makes_its_variables_with_arrays_of_jax() -> None:
     assert case.own_variables is not None
 
 
+class Timed(nn.Module):
+    """Adds a vector of 4 numbers for each of 8 moments to 4 channels: 8 values are no image of 4 channels here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+        """Return the channels."""
+        return self.conv(images).mean((2, 3)) + self.time(moments)
+
+
+class TimedPort(linen.Module):
+    """The same in Linen, but for a factor."""
+
+    @linen.compact
+    def __call__(self, images: jax.Array, moments: jax.Array) -> jax.Array:
+        """Return the channels."""
+        return linen.Conv(4, (3, 3))(images).mean((1, 2)) + 1.5 * linen.Dense(4)(moments)
+
+
+def test_a_layer_is_taken_to_be_behind_a_flatten_only_if_it_gets_as_many_values_as_an_image_has() -> None:
+    """The outputs of a faulty port would not decide it."""
+    inputs = np.ones((2, 3, 6, 6), np.float32), np.ones((2, 8), np.float32)
+    assert not Case(Pair(Timed(), TimedPort(), inputs, batch_sizes=(2,))).proposal.ambiguous
+
+
 class Masking(nn.Module):
     """Hides what is negative, with the smallest number that there is."""
 
