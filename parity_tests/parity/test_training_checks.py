@@ -704,6 +704,15 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
         assert "\n" not in found
 
 
+def test_tables_of_the_same_kind_are_told_in_one_line() -> None:
+    buffers = {f"norm{number}.running_var": np.ones(2, np.float32) for number in range(3)}
+    entries = tuple(Entry((name,), (name,), lambda array: (array,), "same()") for name in buffers)
+    weight_map = WeightMap(entries, dict.fromkeys(buffers, (2,)), dict.fromkeys(buffers, (2,)))
+    (found,) = checks.compare_tables(weight_map, buffers, {name: 0 * array for name, array in buffers.items()})
+    assert found.where == "norm0.running_var, norm1.running_var, norm2.running_var"
+    assert found.problem.startswith("JAX builds the first of them, norm0.running_var otherwise than PyTorch: error 1.0")
+
+
 class Rotary(nn.Module):
     """A layer times a row of a rotary table."""
 
