@@ -57,6 +57,7 @@ SYNONYMS = {
     **dict.fromkeys(("downsample", "shortcut", "proj"), "down"),
     **dict.fromkeys(("h", "layer", "layers", "blocks", "stage", "stages"), "block"),
     **dict.fromkeys(("att", "attention"), "attn"),
+    **dict.fromkeys(("backward", "reversed", "bwd", "bw"), "reverse"),
     **dict.fromkeys(("feed", "ff", "ffn"), "mlp"),
     **dict.fromkeys(("query", "wq"), "q"),
     **dict.fromkeys(("key", "wk"), "k"),
@@ -857,6 +858,12 @@ def exchangeable(one: Match, other: Match, rank: Mapping[str, int], place_rank: 
     return straight <= crossed + 0.05 and not numbered
 
 
+def of_one_recurrent_module(matches: Sequence[Match]) -> bool:
+    """Say whether all are layers or directions of one recurrent module, which has them in a fixed order."""
+    names = {one.units[0].name.partition(CELL)[:2] for one in matches}
+    return len(names) == 1 and names.pop()[1] == CELL
+
+
 def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     """Give square weights the layout that the others show by their shapes, where all leaves of the same name agree."""
     shown: dict[str, set[bool]] = {}
@@ -917,11 +924,19 @@ def decide(
     else:
         for number in [*range(len(choices)), *range(len(choices))]:
             best = min([best, *others(best, number)], key=distance)
+    rivals = [min(distance(setting) for setting in others(best, number)) for number in range(len(choices))]
+    open_still = [not rival >= CLOSE * distance(best) for rival in rivals]
+    ordered = [
+        len(choice.groups[0]) > 1 and of_one_recurrent_module([matches[n] for group in choice.groups for n in group])
+        for choice in choices
+    ]
+    best = tuple(0 if o and u else answer for answer, o, u in zip(best, ordered, open_still, strict=True))
     settled = apply(matches, choices, best)
     unsettled = []
-    for number, choice in enumerate(choices):
-        rival = min(distance(setting) for setting in others(best, number))
-        if not rival >= CLOSE * distance(best):
+    for number, (choice, rival) in enumerate(zip(choices, rivals, strict=True)):
+        if open_still[number] and ordered[number]:
+            continue
+        if open_still[number]:
             unsettled.append(
                 ", or ".join(choice.texts) + f" (distances of the outputs {distance(best):.1e}, {rival:.1e})"
             )

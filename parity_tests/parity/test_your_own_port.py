@@ -194,6 +194,34 @@ def test_a_layer_is_taken_to_be_behind_a_flatten_only_if_it_gets_as_many_values_
     assert not Case(Pair(Timed(), TimedPort(), inputs, batch_sizes=(2,))).proposal.ambiguous
 
 
+class BothWays(nn.Module):
+    """Reads a sequence in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the states of both directions."""
+        return self.rnn(x)[0]
+
+
+class BothWaysPort(linen.Module):
+    """The same in Linen, but for a factor; the names of its cells say nothing of their directions."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the states of both directions."""
+        forward, backward = (linen.RNN(linen.OptimizedLSTMCell(2)) for _ in range(2))
+        return 1.5 * jnp.asarray(linen.Bidirectional(forward, backward)(x))
+
+
+def test_the_directions_of_a_recurrent_layer_keep_their_order_where_outputs_do_not_decide() -> None:
+    case = Case(Pair(BothWays(), BothWaysPort(), np.ones((2, 4, 3), np.float32), batch_sizes=(2,)))
+    assert not case.proposal.ambiguous
+    assert all(("Cell_1/" in row.jax) == ("reverse" in row.torch) for row in case.proposal.rows)
+
+
 class Masking(nn.Module):
     """Hides what is negative, with the smallest number that there is."""
 
