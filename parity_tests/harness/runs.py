@@ -53,7 +53,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What the checks of training work on.
+    """Both sides of a pair, ready to be trained.
 
     Attributes:
         module: the reference in float64, with the weights that training starts from. It is not changed.
@@ -316,7 +316,7 @@ class GivenGradient(torch.autograd.Function):
 
 
 class JaxPrograms:
-    """What all runs of a setup share: the optimizer, the names of its leaves, and the compiled programs."""
+    """The optimizer, the names of its leaves and the compiled programs, which all runs of a setup share."""
 
     def __init__(self, setup: Setup, dtype: str) -> None:
         self.setup, self.dtype = setup, dtype

@@ -178,7 +178,7 @@ def scope(path: str) -> AbstractContextManager[Any]:
 
 
 class TapInfo(NamedTuple):
-    """What is known of a tap before the program runs.
+    """The facts about a tap that are known before the program runs.
 
     Attributes:
         name: `block#2[1].h`: the path of a module, the number of its call from the second on, the place in its output.
@@ -199,7 +199,7 @@ class TapInfo(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the walk does in one jaxpr at one place where it is called.
+    """The work of the walk in one jaxpr, at one place where it is called.
 
     Attributes:
         jaxpr: the program.

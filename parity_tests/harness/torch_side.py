@@ -331,7 +331,7 @@ for function in ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_drop
 
 
 class Call(Protocol):
-    """What a module is called with (`Inputs`): positional and keyword arguments, any nest of arrays."""
+    """The arguments of a call (`Inputs`): positional and keyword arguments, any nest of arrays."""
 
     @property
     def args(self) -> tuple[Any, ...]: ...  # noqa: D102 (see the class)
@@ -341,7 +341,7 @@ class Call(Protocol):
 
 
 class TorchCapture(NamedTuple):
-    """What one run of a PyTorch module shows.
+    """The values, gradients and buffers that one run of a PyTorch module shows.
 
     Attributes:
         outputs: what the module returned, with arrays in the place of tensors.

@@ -661,7 +661,7 @@ FEWEST_VALUES = 16  # distances of fewer values, over all seeds, say more about 
 
 
 class Sides(NamedTuple):
-    """What both sides give in one run, under the same names; JAX may have fewer."""
+    """The values of both sides in one run, under the same names; JAX may have fewer."""
 
     jax: Arrays
     torch: Arrays

@@ -304,7 +304,7 @@ def read_gather(convert: Callable[[list[np.ndarray]], Sequence[Array]], shapes: 
 
 
 class Gaps(NamedTuple):
-    """What a map leaves out, and numbers of parameters.
+    """Tensors and leaves that a map leaves out, and numbers of parameters.
 
     Attributes:
         torch: tensors that fill no leaf.
@@ -911,7 +911,7 @@ def np_moveaxis(array: Array, source: int, target: int) -> Array:
 
 
 class TorchSide(NamedTuple):
-    """What a PyTorch module holds.
+    """The tensors and modules of a PyTorch module, by name.
 
     Attributes:
         shapes: the tensors to carry, by name: parameters and buffers of floating dtype. A tied one has its first name.

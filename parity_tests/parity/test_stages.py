@@ -29,7 +29,7 @@ class Inputs:
 
 
 class Tap(NamedTuple):
-    """What is known of one value in JAX."""
+    """The facts about one value in JAX."""
 
     shape: tuple[int, ...]
     kind: str

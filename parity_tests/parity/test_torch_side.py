@@ -1,4 +1,4 @@
-"""What is seen inside PyTorch modules, and that watching changes nothing."""
+"""Watching a PyTorch module shows all its values and changes none."""
 
 import copy
 from collections.abc import Callable
@@ -296,7 +296,7 @@ def test_attention_takes_keywords_and_says_that_its_projection_is_not_seen() -> 
 
 @dataclass
 class Output:
-    """What a model may return."""
+    """An output as a model may return it."""
 
     hidden: Any
     pooled: Any = None

@@ -31,14 +31,14 @@ MOMENTS = ("first_moment", "second_moment")
 
 
 class Batch(NamedTuple):
-    """What a trainer is fed in one step."""
+    """The images and labels of one step."""
 
     pixels: UInt8[np.ndarray, "batch 28 28"]
     labels: UInt8[np.ndarray, " batch"]
 
 
 class Epoch(NamedTuple):
-    """What a trainer reports of an epoch, and its state and its scores after it."""
+    """The report of a trainer about an epoch, and its state and scores after it."""
 
     sizes: list[int]  # images in each batch
     losses: np.ndarray  # of each batch

@@ -1,4 +1,4 @@
-"""What a person's environment and command line bring: CUDA, JAX's variables, a notebook's kernel, locales and slips."""
+"""Nothing in an environment breaks a run: CUDA, JAX's variables, a notebook's kernel, locales, mistyped flags."""
 
 import io
 import json

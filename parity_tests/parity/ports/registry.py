@@ -13,7 +13,7 @@ from parity_tests.harness.pair import Pair
 
 
 class Finding(NamedTuple):
-    """What the harness must report: a check, and a part of the place that it names."""
+    """A difference that the harness must report: the check, and a part of the place that it names."""
 
     check: str
     where: str

@@ -1,4 +1,4 @@
-"""What every check of the harness takes on three large networks: time, and peak memory."""
+"""Measure the time and the memory that every check of the harness takes on three large networks."""
 
 import resource
 import time
