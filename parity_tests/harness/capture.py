@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ class Case:
         self.pair, self.seed, self.progress = pair, seed, progress
         self.notes: list[str] = []
         self.shared: dict[str, Any] = {}  # what several checks use
+        self.coarse = False  # whether the JAX model keeps float32 constants
         if (pair.torch_loss is None) != (pair.jax_loss is None):
             raise Refused("the pair declares the loss of one side only: give torch_loss and jax_loss, or neither")
         model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
@@ -424,7 +426,9 @@ def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:
         return case.model.apply(case.model.with_leaves(variables, leaves), Inputs(*call[0], **call[1]), False)[0]
 
     arguments = jax.tree.map(to_jnp, (call.args, call.kwargs))
-    return trace(run, leaves, arguments, context=case.model.context, verify=False).calls
+    traced = trace(run, leaves, arguments, context=case.model.context, verify=False)
+    case.coarse |= bool(traced.float32_constants)
+    return traced.calls
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:
@@ -547,6 +551,7 @@ class Sweeper:
             run = case.run(training)
             self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=False)
             self.shapes = flat(self.traced.outputs)
+            case.coarse |= bool(self.traced.float32_constants)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
             matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, set())
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
@@ -797,7 +802,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         }
         for kind, errors in allowed.items()
     }
-    comparison = take_back(sweeper, comparison, limits)
+    comparison = excuse_constants(sweeper, take_back(sweeper, comparison, limits))
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -808,6 +813,30 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     if not small or max(small) > LARGEST_OWN_ERROR:
         return comparison
     return excuse_own_errors(sweeper, comparison)
+
+
+def excuse_constants(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Take back differences that the rounding of JAX's own float32 constants explains, such as a table of sines.
+
+    JAX runs again with these constants moved by one unit in the last place of float32.
+    """
+    traced, rng = sweeper.traced, np.random.default_rng(sweeper.seed)
+    if not traced.float32_constants or not any_problem(comparison.inherited):
+        return comparison
+    constants, other = list(traced.constants), copy.copy(sweeper)
+    for number in traced.float32_constants:
+        array = np.asarray(constants[number])
+        signs = rng.choice((-1.0, 1.0), array.shape)
+        constants[number] = jnp.asarray((array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32))
+    with exact_arithmetic("float64"):
+        other.traced = replace(traced, constants=constants)
+        other.sweep = make_sweep(other.traced, {stage.jax for stage in sweeper.stages.values()})
+    limits = {
+        kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in errors.items()}
+        for kind, errors in movement_in_jax(sweeper, other).items()
+    }
+    note = f"JAX keeps {len(traced.float32_constants)} of its own constants in float32: judged by their rounding"
+    return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
 
 
 def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
@@ -900,6 +929,11 @@ def move_jax(sweeper: Sweeper) -> dict[str, dict[str, float]]:
     with exact_arithmetic("float64"):
         other.tensors = {name: move(array) for name, array in sweeper.tensors.items()}
         other.call = jax.tree.map(lambda leaf: move(leaf) if is_array(leaf) else leaf, sweeper.call)
+    return movement_in_jax(sweeper, other)
+
+
+def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, float]]:
+    """Return how far the values of one run of JAX are from those of another, by PyTorch's names."""
 
     def parts(run: Sweeper) -> dict[str, Mapping[str, Any]]:
         sweep = run.steered(False, False)

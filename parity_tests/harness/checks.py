@@ -315,7 +315,7 @@ def setup_of(case: Case) -> Setup:
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),
     )
-    return Setup(module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss)
+    return Setup(module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse)
 
 
 def case_setup(case: Case) -> Setup:

@@ -381,3 +381,16 @@ def add_note(notes: list[str], note: str) -> None:
     """Add a remark once."""
     if note not in notes:
         notes.append(note)
+
+
+def keeps_float32(array: Any) -> bool:
+    """Return whether all values fit float32, and some fill it (small whole numbers, 0 and 1 do not)."""
+    array = np.asarray(array)
+    if array.dtype.kind != "f" or not array.size:
+        return False
+    finite = array[np.isfinite(array)].astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not np.array_equal(finite.astype(np.float32), finite):
+            return False
+    fractions, _ = np.frexp(finite)
+    return bool((fractions * 2.0**12 % 1 != 0).any())

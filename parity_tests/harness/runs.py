@@ -63,6 +63,7 @@ class Setup:
         pair: gives `torch_optimizer`, `jax_optimizer`, `torch_schedule`, `torch_step`, `jax_step` and `micro_batches`.
         torch_objective: (module, batch of tensors) -> loss.
         jax_objective: (variables, batch, training) -> loss and the new variables.
+        coarse: whether the JAX model keeps float32 constants.
         kept: what the checks of one setup share, such as compiled programs.
     """
 
@@ -73,6 +74,7 @@ class Setup:
     pair: Any
     torch_objective: Callable[[nn.Module, Nest], torch.Tensor]
     jax_objective: Callable[[Any, Nest, bool], tuple[jax.Array, Any]]
+    coarse: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -467,9 +469,12 @@ class JaxRun:
         return max((int(leaves[place]) for place in self.counters), default=None)
 
     def rounding(self) -> float:
-        """Return the relative rounding error of what the optimizer keeps: optax.MultiSteps adds up in float32."""
+        """Return the relative rounding error of what the model or the optimizer keeps.
+
+        A model may have tables in float32, and optax.MultiSteps adds up in float32.
+        """
         coarse = any(leaf.size > 1 and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(self.opt_state))
-        return 2.0**-24 if coarse else 2.0**-53
+        return 2.0**-24 if coarse or self.setup.coarse else 2.0**-53
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Set the leaves of every entry whose tensors are all given."""

@@ -26,7 +26,7 @@ from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 
-from parity_tests.harness.compare import Refused
+from parity_tests.harness.compare import Refused, keeps_float32
 
 # JAX keeps what it traced. A value of its own in this context lets it trace anew, and leaves the user's cache as it is.
 session = jax.make_user_context(None)
@@ -638,6 +638,11 @@ class Traced:
     structure: Any
     shapes: list[tuple[int, ...]]
     plain: Callable[..., Any] | None
+
+    @property
+    def float32_constants(self) -> list[int]:
+        """Return the numbers of the constants that stay float32 in any run, such as a table of sines."""
+        return [n for n, c in enumerate(self.constants) if is_array(c) and c.dtype == np.float32 and keeps_float32(c)]
 
     @property
     def outputs(self) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from parity_tests.harness.compare import Refused, map_leaves, shorten
+from parity_tests.harness.compare import Refused, keeps_float32, map_leaves, shorten
 from parity_tests.harness.compare import flat as flat
 
 # Functions that compute nothing: they ask for a property, make a constant, or give the same numbers another form.
@@ -785,18 +785,6 @@ def run_moved(module: nn.Module, inputs: Call, objective: Any, training: bool, s
     watch = Watch()
     with watch.attach(model):
         return run(model, Moved(args, kwargs), objective, training, torch.float64, watch), watch
-
-
-def keeps_float32(array: np.ndarray) -> bool:
-    """Return whether all values fit float32, and some fill it (small whole numbers, 0 and 1 do not)."""
-    if array.dtype.kind != "f" or not array.size:
-        return False
-    finite = array[np.isfinite(array)].astype(np.float64)
-    with np.errstate(over="ignore"):
-        if not np.array_equal(finite.astype(np.float32), finite):
-            return False
-    fractions, _ = np.frexp(finite)
-    return bool((fractions * 2.0**12 % 1 != 0).any())
 
 
 def second_differences(

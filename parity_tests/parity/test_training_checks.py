@@ -16,7 +16,7 @@ from flax import linen
 from jax import numpy as jnp
 from torch import nn
 
-from parity_tests.harness import checks, training
+from parity_tests.harness import checks, examine, training
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.capture import Case
 from parity_tests.harness.compare import Divergence
@@ -739,6 +739,46 @@ class RotaryPort(linen.Module):
         """Return the product [batch, 8]."""
         cos = self.variable("tables", "cos", lambda: rotary(np.float64, self.base).astype(np.float32))
         return linen.Dense(8, name="fc")(x) * cos.value[-1]
+
+
+class Positions(nn.Module):
+    """Adds a table of sines that is no part of the state dict."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        frequencies = 10_000.0 ** -(torch.arange(8) / 8)
+        self.register_buffer("table", torch.sin(torch.arange(500)[:, None] * frequencies), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product [batch, 8] of the sum."""
+        return self.fc(x + self.table[-1])
+
+
+class PositionsPort(linen.Module):
+    """The same, with a table of float32 that NumPy made."""
+
+    base: float = 10_000.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the product [batch, 8] of the sum."""
+        table = np.sin(np.arange(500)[:, None] * self.base ** -(np.arange(8) / 8)).astype(np.float32)
+        return linen.Dense(8, name="fc")(x + table[-1])
+
+
+@pytest.mark.parametrize("base", [10_000.0, 10_001.0])
+def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float) -> None:
+    names = ("parameters", "outputs", "gradients", "trajectory")
+    pair = Pair(Positions, PositionsPort(base), np.ones((2, 8), np.float32), batch_sizes=(2,))
+    result = examine(pair, names=names)
+    if base == 10_000:
+        assert not result.divergences
+        assert "JAX keeps 1 of its own constants in float32: judged by their rounding" in result.notes
+    else:
+        assert result.divergences[0].check == "outputs"
 
 
 @pytest.mark.parametrize("base", [10_000.0, 10_010.0])
