@@ -491,9 +491,12 @@ def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordere
     agreeing = {pair: tuple(option for option in found if values.agree(option)) for pair, found in fits.items()}
     fits |= {pair: found for pair, found in agreeing.items() if found}
     matches: list[Match] = []
+    taken: tuple[set[int], set[int]] = set(), set()
 
     def take(pairs: Sequence[tuple[int, int]], evidence: str) -> None:
         for number, other in pairs:
+            taken[0].add(number)
+            taken[1].add(other)
             matches.append(Match((units[number],), (places[other],), fits[number, other], evidence))
             for pair in [pair for pair in fits if pair[0] == number or pair[1] == other]:
                 del fits[pair]
@@ -502,7 +505,7 @@ def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordere
     named = equal_names(units, places)
     take(alone([pair for pair in fits if pair in named]), "names")
     if ordered:
-        for some, others, found in align(units, places, fits):
+        for some, others, found in align(units, places, fits, taken):
             if len(some) == len(others) == 1:
                 take([(some[0], others[0])], "order of the calls")
             else:
@@ -593,16 +596,24 @@ def nearest(units: Sequence[Unit], places: Sequence[Place], fits: Fits) -> list[
 
 
 def align(
-    units: Sequence[Unit], places: Sequence[Place], fits: Fits
+    units: Sequence[Unit], places: Sequence[Place], fits: Fits, taken: tuple[Collection[int], Collection[int]]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[Option, ...]]]:
     """Align what is left in the order of the calls, as Needleman and Wunsch; several layers may be fused in one.
+
+    Args:
+        units: of PyTorch.
+        places: in JAX.
+        fits: the pairs that are left, with the ways to carry the ones to the others.
+        taken: the numbers of the units and of the places that are matched already.
 
     Returns:
         Numbers of units, numbers of places, and the ways to carry the ones to the others.
     """
     rows, columns = sorted({pair[0] for pair in fits}), sorted({pair[1] for pair in fits})
     rows = [n for n, unit in enumerate(units) if n in rows or (not unit.tied and unit.make in (linear, conv1d))]
+    rows = [n for n in rows if n not in taken[0]]
     columns = [n for n, place in enumerate(places) if n in columns or len(place.leaves) <= 2]
+    columns = [n for n in columns if n not in taken[1]]
     best = np.zeros((len(rows) + 1, len(columns) + 1))
     steps: dict[tuple[int, int], tuple[int, int, tuple[Option, ...]]] = {}
     for i, j in itertools.product(range(len(rows) + 1), range(len(columns) + 1)):

@@ -567,6 +567,26 @@ def mixing_in_a_stack() -> Port:
     return Port(randomise(module), (inputs,), Side(leaves, run), [])
 
 
+def layers_that_add_up() -> Port:
+    """Return a port whose first two layers have as many values as the third, and keep their names."""
+
+    class Wide(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = linen.Dense(4, name="dense")(linen.Dense(12, name="qkv")(x)[..., :4])
+            return linen.Dense(16, name="expand")(x)
+
+    class Reference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.dense, self.h_to_4h = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(4, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.h_to_4h(self.dense(self.qkv(x)[..., :4]))
+
+    return linen_port(Reference(), Wide(), draw(2, 4))
+
+
 SURE: dict[str, Callable[[], Port]] = {
     function.__name__: function
     for function in (
@@ -574,6 +594,7 @@ SURE: dict[str, Callable[[], Port]] = {
         resnet18_shortcut_first,
         gpt2_in_functions,
         mixing_in_a_stack,
+        layers_that_add_up,
         bert,
         lstm_in_flax,
         gru_in_flax,
