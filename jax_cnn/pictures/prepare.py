@@ -34,6 +34,7 @@ EDGE = 28  # pixels
 # What is smaller than this share of the largest thing, such as a strap of a sandal, is part of it, and so is what is
 # nearer than a share of the longer edge: of 1,000 photographs of single garments 3 are then taken for several.
 SMALL_PART, NEAR = 0.4, 1 / 56
+RECTANGULAR = 0.9  # area / area of the box around it
 
 
 class Prepared(NamedTuple):
@@ -90,11 +91,18 @@ def prepare_picture(picture: Picture, invert: Invert = "auto") -> Prepared:
 
 
 def count_things(foreground: Bool[np.ndarray, "height width"]) -> int:
-    """Return how many things of similar size stand apart from one another: 0 if there are none."""
+    """Return how many things of similar size stand apart from one another: 0 if there are none.
+
+    Rectangles are things of their own however near they are: they are the pictures of a figure.
+    """
     grown = ndimage.binary_dilation(foreground, np.ones((3, 3)), max(1, round(max(foreground.shape) * NEAR / 2)))
     things, _ = ndimage.label(grown, np.ones((3, 3)))
     areas = np.bincount(things[foreground], minlength=2)[1:]
-    return int((areas >= SMALL_PART * areas.max(initial=1)).sum())
+    parts, _ = ndimage.label(ndimage.binary_fill_holes(foreground), np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())[1:]
+    boxes = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in ndimage.find_objects(parts)]
+    rectangles = (sizes >= SMALL_PART * sizes.max(initial=1)) & (sizes >= RECTANGULAR * np.array(boxes))
+    return max(int((areas >= SMALL_PART * areas.max(initial=1)).sum()), int(rectangles.sum()))
 
 
 def blend(
