@@ -155,6 +155,7 @@ def widen() -> Iterator[None]:
     with the one of float32.
     """
     canonical, finfo = dtypes.check_and_canonicalize_user_dtype, jnp.finfo
+    inexact = dtypes.to_inexact_dtype
 
     def canonical_or_wider(dtype: Any, fun_name: Any = None) -> Any:
         found = canonical(dtype, fun_name)
@@ -164,12 +165,19 @@ def widen() -> Iterator[None]:
         return finfo(np.float32 if jnp.result_type(dtype) == np.float64 else dtype)
 
     dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
+
+    def inexact_or_wider(dtype: Any) -> Any:  # whole numbers of 32 bits are divided in float32
+        found = inexact(dtype)
+        return np.dtype("float64") if found == np.float32 and np.dtype(dtype) != np.float32 else found
+
     jnp.finfo = finfo_of_float32  # type: ignore[assignment]
+    dtypes.to_inexact_dtype = inexact_or_wider
     try:
         with widened(True):
             yield
     finally:
         dtypes.check_and_canonicalize_user_dtype, jnp.finfo = canonical, finfo
+        dtypes.to_inexact_dtype = inexact
 
 
 def scope(path: str) -> AbstractContextManager[Any]:

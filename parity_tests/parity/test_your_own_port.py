@@ -194,6 +194,34 @@ def test_a_layer_is_taken_to_be_behind_a_flatten_only_if_it_gets_as_many_values_
     assert not Case(Pair(Timed(), TimedPort(), inputs, batch_sizes=(2,))).proposal.ambiguous
 
 
+class Bucketed(nn.Module):
+    """Adds the logarithms of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum."""
+        return self.fc(x) + torch.log(torch.arange(1, 5) / 3)
+
+
+class BucketedPort(linen.Module):
+    """The same in Linen, where whole numbers of 32 bits give logarithms of 32 bits."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sum."""
+        return linen.Dense(4)(x) + jnp.log(jnp.arange(1, 5, dtype="int32") / 3)
+
+
+def test_whole_numbers_of_32_bits_are_divided_in_float64() -> None:
+    pair = Pair(Bucketed(), BucketedPort(), np.ones((2, 4), np.float32), batch_sizes=(2,))
+    result = examine(pair, names=("parameters", "outputs"))
+    assert not result.divergences
+    assert {"div", "log", "add"} <= result.comparisons[0].functions.keys()
+
+
 class BothWays(nn.Module):
     """Reads a sequence in both directions."""
 
