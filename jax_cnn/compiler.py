@@ -14,6 +14,10 @@ CPU_OPTIONS: dict[str, str | bool] = {
     # Updates the weights in place in the loop, without copying each first (0.6 ms).
     "xla_cpu_copy_insertion_use_region_analysis": True,
 }
+if jax.__version_info__ < (0, 10):
+    # XNNPACK packs weights once and knows them by their address. Training updates them in place, so that from the
+    # second epoch on the evaluation used old weights (seen with jaxlib 0.8.1 on an AMD EPYC).
+    CPU_OPTIONS["xla_cpu_use_xnnpack"] = False
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:

@@ -39,6 +39,8 @@ ROUNDING = 256
 # Most programs run a few times only, so that XLA's costly passes do not pay: without them it takes about half as long.
 # With no optimisation at all, a convolution that pads takes six times as long to run.
 QUICKLY = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 10):  # XNNPACK takes weights that were updated in place for those that it packed before
+    QUICKLY["xla_cpu_use_xnnpack"] = False
 
 
 def compiled(fn: Callable[..., Any], **options: Any) -> Any:
