@@ -17,9 +17,8 @@ def main() -> None:
     console = Console()
     if config.layers:
         console.print(layers.layer_table(layers.list_layers()))
-        console.print(
-            "Output of one image: PyTorch [channel, row, column], JAX [row, column, channel]", highlight=False
-        )
+        note = "Output of one image: PyTorch [channel, row, column], JAX [row, column, channel]"
+        console.print(note, highlight=False, markup=False)
         return
     report.check_named(config)
     check_out_dir(config.out_dir)

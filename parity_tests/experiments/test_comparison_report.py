@@ -240,6 +240,7 @@ def test_the_layers_are_those_of_both_modules(monkeypatch: pytest.MonkeyPatch) -
     lines = [line.split() for line in output.getvalue().splitlines()]
     assert ["conv1", "conv1.add_bias", "28×28×32", "320", "Conv2d", "32×28×28", "320"] in lines
     assert ["all", "1,630,090", "1,630,090"] in lines
+    assert "PyTorch [channel, row, column], JAX [row, column, channel]" in output.getvalue()
 
 
 def test_scores_of_a_small_case_by_hand() -> None:
