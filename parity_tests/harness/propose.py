@@ -102,7 +102,7 @@ class Proposal(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is carried as one in PyTorch: a module, a cell of a recurrent one, a tensor, or layers that JAX stacks.
+    """A module of PyTorch, a cell of a recurrent one, a tensor, or layers that JAX stacks: it is carried as one.
 
     Attributes:
         name: in PyTorch; with `{i}` for the numbers of layers that JAX stacks.

@@ -304,7 +304,7 @@ class GivenGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, draw: Callable[[], np.ndarray]) -> torch.Tensor:
-        """Return 0."""
+        """Return a loss of 0, and keep how its gradient is drawn."""
         ctx.draw, ctx.dtype = draw, parameter.dtype
         return parameter.new_zeros(())
 

@@ -94,7 +94,7 @@ class Residual(linen.Module):
 
 
 class ResNet(linen.Module):
-    """ResNet-18."""
+    """A ResNet-18 in Linen, with names of its own."""
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -118,7 +118,7 @@ class Configured(nn.Sequential):
 
     @property
     def dropout(self) -> float:
-        """Refuse."""
+        """Raise an error if dropout is used."""
         raise RuntimeError("ask the configuration")
 
 
@@ -254,7 +254,7 @@ class Masking(nn.Module):
     """Hides what is negative, with the smallest number that there is."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return scores."""
+        """Return the inputs with the smallest number in the place of negative ones."""
         return x.masked_fill(x < 0, torch.finfo(x.dtype).min)
 
 
@@ -275,7 +275,7 @@ class FlaxMasking(linen.Module):
     """The same with the smallest float32."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return scores."""
+        """Return the inputs with the smallest number in the place of negative ones."""
         return jnp.where(x < 0, jnp.finfo(jnp.float32).min, x)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of taps and of adapters share: a function is watched, and must compute what it computes alone."""
+"""Watch a function, which must compute what it computes alone: the tests of taps and of adapters share this."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
