@@ -16,7 +16,7 @@ from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initia
 from experiments.processes import ROOT, Show
 from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, prepare_fashion_mnist
+from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS, prepare_fashion_mnist
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
@@ -43,7 +43,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     begin(4, "speed by configuration")
     report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
-        "classes": list(CLASS_NAMES),
+        "classes": list(CLASS_NUMBERS if runs["jax"].record.get("data") else CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
         "layers": list_layers(),
