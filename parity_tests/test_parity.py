@@ -142,6 +142,19 @@ def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
+def test_no_weights_are_held_twice() -> None:
+    """The training starts from views of the given module's weights, and the case has one module in float64."""
+    module = softmax_regression().new_module()
+    bias = tensors_of(module)["fc.bias"].copy()
+    case = Case(replace(softmax_regression(), torch_module=module))
+    setup = case_setup(case)
+    assert setup.module is case.module is case.reference(case.tensors)
+    assert np.shares_memory(setup.start["fc.weight"], tensors_of(module)["fc.weight"])
+    assert np.shares_memory(case.tensors["fc.weight"], tensors_of(module)["fc.weight"])
+    assert np.array_equal(tensors_of(module)["fc.bias"], bias) and not np.array_equal(case.tensors["fc.bias"], bias)
+    assert all(set(count.strides) == {0} for count in case.weight_map.uses.values() if count is not None)
+
+
 def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart() -> None:
     """With optax's counters of 32 bits, the first update is far from float64; with exact ones it is near."""
     setup = case_setup(Case(softmax_regression()))

@@ -29,6 +29,7 @@ from parity_tests.harness.capture import (
     exact_arithmetic,
     gap_before,
     has_problem,
+    release_memory,
     to_jnp,
 )
 from parity_tests.harness.compare import (
@@ -718,6 +719,7 @@ def examine(
             result.not_checked[name] = reason
             continue
         progress(name)
+        release_memory()
         found = list(check(case))
         result.divergences += found
         if found:

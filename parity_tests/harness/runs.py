@@ -283,6 +283,7 @@ class TorchRun:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = float(schedule(self.steps)) * (rate / self.rates[0] if self.rates[0] else 1.0)
         take_step = self.setup.pair.torch_step or mean_step
+        release_memory()
         with self._arithmetic():
             self.optimizer.zero_grad(set_to_none=True)
             take_step(self.module, self.optimizer, losses)
@@ -516,6 +517,7 @@ class JaxRun:
 
     def _update(self, gradients: Sequence[Leaves]) -> None:
         """Step with these gradients, with functions of counters in float64 or as optax computes them."""
+        release_memory()
         with exact_arithmetic("float64" if self.exact else self.dtype):
             self.params, self.opt_state = self.programs.update(self.params, self.opt_state, gradients)
 

@@ -212,8 +212,10 @@ class WeightMap:
         uses: dict[str, np.ndarray | None] = {}
         for entry in self.entries:
             for name, count in count_uses(entry, [self.tensors[name] for name in entry.torch]).items():
-                before = uses.get(name, np.zeros((), np.int32))
-                uses[name] = None if count is None or before is None else before + count
+                if name in uses:  # only then: a sum is a whole array, a count one number
+                    before = uses[name]
+                    count = None if count is None or before is None else before + count
+                uses[name] = count
         return uses
 
     @cached_property
