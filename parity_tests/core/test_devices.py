@@ -20,9 +20,9 @@ from jax_cnn.run.command_line import parse
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.support import ROOT, TIMEOUT, assert_slip, command_line, run_command
 
-BOUND = 1e-10  # absolute, on float64 weights after 12 steps; worst seen on eight devices: 3.5e-15
-# Five batches of 16 and ten images left over, which eight devices cannot share; two evaluation batches, one not full.
-SIZES = ("--batch-size", "16", "--limit-train", "90", "--limit-test", "260")
+BOUND = 1e-10  # absolute, on float64 weights after 6 steps; worst seen on eight devices after 12: 3.5e-15
+# Two batches of 16 and ten images left over, which eight devices cannot share; two evaluation batches, one not full.
+SIZES = ("--batch-size", "16", "--limit-train", "42", "--limit-test", "260")
 SMALL = ("--precision", "float64", "--epochs", "2", *SIZES, "--device", "cpu")
 PARTIAL_SUMS = 14 * 14 * 32 - 32 + 7 * 7 * 64 - 64  # two bias gradients are exchanged before their sum over the map
 
@@ -95,7 +95,7 @@ def test_eight_devices_train_what_one_trains(train: Train) -> None:
         assert last_epoch(eight)[figure] == pytest.approx(last_epoch(one)[figure], rel=1e-12)
     assert json.loads((eight / "config.json").read_text(encoding="utf-8"))["device"] == "8 x cpu"
     weights = load_file(one / "weights.safetensors")
-    before = load_checkpoint(one / "checkpoint-000000006.safetensors").state.weights
+    before = load_checkpoint(one / "checkpoint-000000003.safetensors").state.weights
     assert max_distance(weights, before) > BOUND  # the check can fail
 
 
