@@ -8,7 +8,7 @@ import pytest
 from parity_tests.support import ROOT, read_json, run_successfully
 
 if TYPE_CHECKING:  # conftest.py loads this file, also where no test runs
-    from experiments.comparison.config import CompareConfig
+    from experiments.comparison.runs import CompareConfig
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
 def comparison(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Run a small comparison in a folder that holds an earlier page; it trains with both commands."""
     from experiments.comparison import page
-    from experiments.comparison.config import CompareConfig
+    from experiments.comparison.runs import CompareConfig
 
     out_dir = tmp_path_factory.mktemp("compare")
     (out_dir / page.PAGE).write_text("an earlier page", encoding="utf-8")

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from torch import nn
 from torch.nn import functional
 
-from experiments.large_ports.resnet import BatchNorm
+from experiments.large_ports import BatchNorm
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.pair import Batch, Inputs, Pair, as_inputs
 from parity_tests.harness.weights import linear

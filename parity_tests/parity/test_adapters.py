@@ -462,8 +462,8 @@ def test_what_is_seen_in_an_nnx_model_is_what_nnx_captures_itself(name: str) -> 
         for count, output in enumerate(variable.get_value(), start=1):
             repeated = f"#{count}" if count > 1 else ""
             expected.update({path + repeated + part: leaf for part, leaf in name_leaves(output).items()})
-    for place, value in expected.items():
-        np.testing.assert_allclose(result.values[place], value, rtol=1e-13, atol=1e-14)
+    for tap, output in expected.items():
+        np.testing.assert_allclose(result.values[tap], output, rtol=1e-13, atol=1e-14)
 
 
 def test_nnxs_batch_norm_and_dropout_in_training_mode() -> None:

@@ -40,7 +40,7 @@ def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    pair = load_pair(ReportConfig("my_port:pair"), Console())
+    pair = load_pair(ReportConfig(which="my_port:pair"), Console())
     assert not examine(pair, names=("parameters", "outputs", "gradients", "trajectory")).divergences
     with pytest.raises(UserError, match="--fault fixed-order cannot be planted: "):
         plant(pair, "fixed-order")
@@ -48,7 +48,7 @@ def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pyt
 
 def test_two_pairs_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="one:pair and --pair other:pair"):
-        ReportConfig("one:pair", "other:pair")
+        ReportConfig(which="one:pair", pair="other:pair")
 
 
 def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
