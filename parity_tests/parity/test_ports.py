@@ -27,7 +27,7 @@ def checks_of(name: str) -> set[str]:
 
 def quick(pair: Pair) -> Pair:
     """Return the pair with batches of one size, because each size is a program to compile; the slow tests take two."""
-    return replace(pair, batch_sizes=pair.batch_sizes or (5,))
+    return replace(pair, batch_sizes=pair.batch_sizes or (8,))
 
 
 def assert_found(name: str, pair: Pair, checks: Collection[str], seed: int = 0) -> None:
