@@ -147,7 +147,7 @@ def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
 def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart() -> None:
     """With optax's counters of 32 bits, the first update is far from float64; with exact ones it is near."""
     setup = case_setup(Case(softmax_regression()))
-    start = tensors_of(setup.module)["fc.weight"].T
+    start = setup.start["fc.weight"].T
     gradients = [small_gradients(setup, 0)]
     torch_run = TorchRun(setup)
     torch_run.apply_gradients(gradients)
