@@ -19,8 +19,7 @@ import pytest
 import torch
 from rich.console import Console, RenderableType
 
-from experiments.processes import Show
-from experiments.records import Json
+from experiments.records import Json, Show
 from experiments.speed import benchmark, contenders, gpu, jax_steps, sections, torch_steps
 from experiments.speed.config import QUICK, BenchmarkConfig, apply_presets
 from experiments.speed.contenders import CHECKPOINTS, DOTS, Task, Unavailable
