@@ -424,5 +424,5 @@ def test_the_benchmark_for_the_gpu_runs_to_its_end_on_a_cpu(data_dir: Path, tmp_
     unavailable = {name for name, line in result["contenders"].items() if "unavailable" in line}
     assert unavailable == {name for name in result["contenders"] if "graph" in name}
     own, plain = (result["contenders"][name]["losses"] for name in ("gpu-jax", "gpu-jax-plain"))
-    assert own["tf32, 8"] == pytest.approx(plain["tf32, 8"], rel=1e-4)
+    assert own["tf32, 8"] == pytest.approx(plain["tf32, 8"], rel=0.01)
     assert "train_jax.py" in print_to_text(*gpu.tables(result))
