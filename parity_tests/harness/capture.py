@@ -50,7 +50,7 @@ from parity_tests.harness.stages import (
 )
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
-from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
+from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -120,7 +120,7 @@ class Comparison(NamedTuple):
     order: tuple[str, ...]  # all of PyTorch's values, in the order of its run
     functions: dict[str, Difference]  # values between modules in the local run; they say where, and never whether
     notes: tuple[str, ...]
-    unseen: frozenset[str] = frozenset()  # PyTorch's operations of whose value JAX has none that is known
+    unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
 
     @property
@@ -549,11 +549,14 @@ class Sweeper:
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
-            self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=False)
+            stacks = find_stacks(case.weight_map)
+            self.traced: Traced = trace(
+                run, self.tensors, self.call, context=case.model.context, verify=False, stacks=stacks
+            )
             self.shapes = flat(self.traced.outputs)
             case.coarse |= bool(self.traced.float32_constants)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
-            matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, set())
+            matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, {})
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
@@ -769,7 +772,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
-    unseen = frozenset(sweeper.operations - sweeper.stages.keys() - functions.keys())
+    unseen = {name: why for name, why in sweeper.operations.items() if name not in {**sweeper.stages, **functions}}
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen)
     if not any_problem(inherited, local):
         return comparison
@@ -823,13 +826,14 @@ def excuse_constants(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     traced, rng = sweeper.traced, np.random.default_rng(sweeper.seed)
     if not traced.float32_constants or not any_problem(comparison.inherited):
         return comparison
-    constants, other = list(traced.constants), copy.copy(sweeper)
-    for number in traced.float32_constants:
-        array = np.asarray(constants[number])
-        signs = rng.choice((-1.0, 1.0), array.shape)
-        constants[number] = jnp.asarray((array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32))
+    moved, other = {}, copy.copy(sweeper)
     with exact_arithmetic("float64"):
-        other.traced = replace(traced, constants=constants)
+        for key, constant in traced.float32_constants.items():
+            array = np.asarray(constant)
+            signs = rng.choice((-1.0, 1.0), array.shape)
+            nudged = (array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32)
+            moved[key] = jnp.asarray(nudged, array.dtype)
+        other.traced = replace(traced, moved=moved)
         other.sweep = make_sweep(other.traced, {stage.jax for stage in sweeper.stages.values()})
     limits = {
         kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in errors.items()}
@@ -998,7 +1002,7 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         else:
             kept = {name: value for name, value in comparison.functions.items() if name != place}
             del sweeper.functions[place]
-            comparison = comparison._replace(functions=kept, unseen=comparison.unseen | {place})
+            comparison = comparison._replace(functions=kept, unseen={**comparison.unseen, place: ""})
     return comparison
 
 
@@ -1032,10 +1036,11 @@ def behind_last_given(comparison: Comparison, name: str) -> list[str]:
 
 
 def gap_before(comparison: Comparison, place: str) -> list[str]:
-    """Return the operations in which a difference may be born as well: JAX has no value that tells."""
+    """Return the operations in which a difference may be born as well, with the reason why JAX has no value of them."""
     gap: list[str] = []
     for name in behind_last_given(comparison, place):
-        gap = [] if name in comparison.functions else [*gap, *({name} & comparison.unseen)]
+        why = comparison.unseen.get(name)
+        gap = [] if name in comparison.functions else gap if why is None else [*gap, f"{name}{why}"]
     return gap
 
 
@@ -1044,8 +1049,11 @@ def has_problem(part: Mapping[str, Difference]) -> bool:
     return any(difference.problem for difference in part.values())
 
 
-def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], set[str]]:
-    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations."""
+def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], dict[str, str]]:
+    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations.
+
+    Beside an operation stands the size of JAX's value, where that is another.
+    """
     shapes = {name: tuple(array.shape) for name, array in reference.values.items()}
     modules = dict(case.module.named_modules(remove_duplicate=False))
     in_torch = {
@@ -1053,10 +1061,11 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
         for name, stage in torch_stages(reference.kinds, shapes, modules).items()
     }
     in_jax = jax_stages(traced.taps)
+    owners = find_owners(case.weight_map)
     found = match(
         in_torch,
         in_jax,
-        find_owners(case.weight_map),
+        owners,
         case.pair.stages,
         case.channels_last,
         find_holders(case.weight_map),
@@ -1067,7 +1076,26 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
             way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
             if way is not None:
                 stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
-    return stages, {stage.name for stage in find_parts(in_torch.values()) if kind_of(stage) not in IDENTITIES}
+    sizes: dict[Any, tuple[int, ...]] = {
+        (stage.owner, stage.call, stage.place): stage.shape
+        for stage in in_jax.values()
+        if not stage.label and not stage.steps
+    }
+    operations = {}
+    for stage in find_parts(in_torch.values()):
+        key = owners.get(stage.owner), stage.call, stage.place
+        size = stage.shape if stage.label else sizes.get(key, stage.shape)
+        if kind_of(stage) not in IDENTITIES:
+            why = f" ({size_of(size)} in JAX, {size_of(stage.shape)} in PyTorch)"
+            operations[stage.name] = why if prod(size) != prod(stage.shape) else ""
+    return stages, operations
+
+
+def find_stacks(weight_map: WeightMap) -> set[tuple[int, ...]]:
+    """Return the shapes of JAX's leaves that stack the tensors of several layers."""
+    leaves = {path: len(entry.torch) for entry in weight_map.entries for path in entry.jax if len(entry.torch) > 1}
+    shapes = ((weight_map.leaves[path], count) for path, count in leaves.items())
+    return {shape for shape, count in shapes if shape and shape[0] > 1 and count % shape[0] == 0}
 
 
 def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:

@@ -604,9 +604,10 @@ def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_
     [
         ({}, []),
         ({"keep": 0.1}, ["JAX keeps 0.1 of the old value, PyTorch 0.9: the momentum is meant in the other sense"]),
+        ({"keep": 1.0}, ["JAX keeps 1 of the old value, PyTorch 0.9: a JAX function returns new statistics as"]),
         ({"biased": True}, ["norm.running_var after step 1, batch of 8: ", "JAX takes 0.875 times", "7/8"]),
     ],
-    ids=["sound", "momentum", "biased"],
+    ids=["sound", "momentum", "not returned", "biased"],
 )
 def test_statistics_are_compared_and_explained(options: dict[str, Any], expected: list[str]) -> None:
     def function(variables: Tree, inputs: Any, train: bool = False) -> Any:
@@ -758,21 +759,22 @@ class Positions(nn.Module):
 
 
 class PositionsPort(linen.Module):
-    """The same, with a table of float32 that NumPy made."""
+    """The same, with a table that NumPy made and rounded to float32."""
 
     base: float = 10_000.0
+    dtype: str = "float32"  # of the array that holds the table
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the product [batch, 8] of the sum."""
         table = np.sin(np.arange(500)[:, None] * self.base ** -(np.arange(8) / 8)).astype(np.float32)
-        return linen.Dense(8, name="fc")(x + table[-1])
+        return linen.Dense(8, name="fc")(x + jnp.asarray(table.astype(self.dtype))[-1])
 
 
-@pytest.mark.parametrize("base", [10_000.0, 10_001.0])
-def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float) -> None:
+@pytest.mark.parametrize(("base", "dtype"), [(10_000.0, "float32"), (10_000.0, "float64"), (10_001.0, "float32")])
+def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float, dtype: str) -> None:
     names = ("parameters", "outputs", "gradients", "trajectory")
-    pair = Pair(Positions, PositionsPort(base), np.ones((2, 8), np.float32), batch_sizes=(2,))
+    pair = Pair(Positions, PositionsPort(base, dtype), np.ones((2, 8), np.float32), batch_sizes=(2,))
     result = examine(pair, names=names)
     if base == 10_000:
         assert not result.divergences

@@ -439,3 +439,89 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
     gap = "; or in conv2 before it, of which JAX has no value to compare"
     assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of relu#2")
     assert (gap in found.problem) == (faulty == "conv")
+
+
+def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.Conv(2, (3, 3), padding="VALID", name="0")(x).mean((1, 2))
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pair = Pair(network, Port(), np.ones((4, 1, 6, 6), np.float32), batch_sizes=(4,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert "; or in 0 (4x4x4x2 in JAX, 4x2x6x6 in PyTorch) before it" in found.problem
+
+
+def test_the_sizes_of_what_is_not_carried_are_told() -> None:
+    pair = Pair(nn.Linear(4, 2), linen.Dense(3), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    found = {divergence.where: divergence.problem for divergence in examine(pair, names=("parameters",)).divergences}
+    assert "PyTorch has it, 2x4, and nothing" in found["weight"]
+    assert "JAX has it, 4x3, and no tensor" in found["kernel"]
+
+
+class Blocks(nn.Module):
+    """Two residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = ({"first": nn.Linear(4, 6), "second": nn.Linear(6, 4)} for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleDict(layers) for layers in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sums [batch, 4]."""
+        for block in self.blocks:
+            x = x + block["second"](torch.relu(block["first"](x)))
+        return x
+
+
+class BlockPort(linen.Module):
+    """One of them for a scan, with another activation."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Return the sum."""
+        return x + linen.Dense(4, name="second")(jax.nn.silu(linen.Dense(6, name="first")(x))), None
+
+
+class BlocksPort(linen.Module):
+    """Both, with their weights stacked."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sums [batch, 4]."""
+        scan = linen.scan(BlockPort, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(name="blocks")(x, None)[0]
+
+
+def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
+    result = examine(Pair(Blocks, BlocksPort(), np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
+    assert [found.where for found in result.divergences] == [f"output of blocks.{number}.second" for number in range(2)]
+
+
+class Cell(nn.Module):
+    """One step of a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 2]."""
+        return self.head(self.cell(x, state))
+
+
+class CellPort(linen.Module):
+    """The same, with gates of another kind."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
+        """Return [batch, 2]."""
+        cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
+        return linen.Dense(2, name="head")(cell(state, x)[1])
+
+
+def test_a_fault_in_a_cell_is_found_there() -> None:
+    inputs = np.ones((4, 3), np.float32), np.ones((4, 4), np.float32)
+    result = examine(Pair(Cell, CellPort(), inputs, batch_sizes=(4,)), names=("outputs",))
+    assert [found.where for found in result.divergences] == ["output of cell"]
