@@ -298,11 +298,11 @@ def match_owners(matcher: Matcher, owners: Mapping[str, str]) -> None:
         if calls.keys() == other_calls.keys():
             for number, stages in calls.items():
                 matcher.add_nests(stages, other_calls[number], "weights", sure=True)
-    for path, calls in layers.items():
+    for path, called in layers.items():
         others = list(jax.get(path, {}).values())
-        if len(others) == len(calls) > 1:
-            for stages, other in zip(calls, others, strict=True):
-                matcher.add_nests(stages, other, "weights", sure=True)
+        if len(others) == len(called) > 1:
+            for stages, theirs in zip(called, others, strict=True):
+                matcher.add_nests(stages, theirs, "weights", sure=True)
 
 
 def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) -> None:
@@ -595,7 +595,8 @@ def candidates(
     """Return the ways in which a value of one shape can be carried to another, the likeliest first.
 
     These are known: the axes as they are, channels last, channels first where JAX has images so, and the axes of heads
-    and positions exchanged, each with neighbouring axes merged or split afterwards. A batch that is not first and the steps of a scan are not guessed.
+    and positions exchanged, each with neighbouring axes merged or split afterwards. A batch that is not first and the
+    steps of a scan are not guessed.
 
     Args:
         torch_shape: PyTorch's shape, batch first.

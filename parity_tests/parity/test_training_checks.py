@@ -23,7 +23,7 @@ from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
-from parity_tests.harness.weights import Entry, WeightMap
+from parity_tests.harness.weights import Entry, WeightMap, unused
 
 Tree = dict[str, Any]
 SEEDS = range(3)
@@ -781,6 +781,37 @@ def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float,
         assert "JAX keeps 1 of its own constants in float32: judged by their rounding" in result.notes
     else:
         assert result.divergences[0].check == "outputs"
+
+
+class Rates(nn.Module):
+    """Adds sines of rates that are part of the state dict."""
+
+    rates: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rates", 10_000.0 ** -(torch.arange(8) / 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum [batch, 8]."""
+        return x + torch.sin(500 * self.rates)
+
+
+class RatesPort(linen.Module):
+    """The same behind a linear layer, with rates that it computes itself."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sum [batch, 8]."""
+        return linen.Dense(8, name="0")(x) + jnp.sin(500 * 10_000.0 ** -(jnp.arange(8) / 8))
+
+
+def test_a_table_in_the_state_dict_is_as_exact_as_one_that_jax_computes() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), Rates())
+
+    pair = Pair(make, RatesPort(), np.ones((2, 8), np.float32), {"1": unused()}, batch_sizes=(2,))
+    assert not examine(pair, names=("parameters", "outputs")).divergences
 
 
 @pytest.mark.parametrize("base", [10_000.0, 10_010.0])
