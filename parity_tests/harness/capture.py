@@ -1117,10 +1117,15 @@ def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
 def find_owners(weight_map: WeightMap) -> dict[str, str]:
     """Return the JAX module that holds all weights of each of PyTorch's modules, itself or in its parts.
 
-    A module of several parts is one only if no other module of PyTorch's has weights there.
+    A module of several parts is one only if no other module of PyTorch's has weights there. Nor is one that has only
+    the module's own parameter, such as a factor, and not the parts of the module.
     """
     holders = find_holders(weight_map)
-    owners = {name: next(iter(paths)) for name, paths in holders.items() if len(paths) == 1}
+    owners = {}
+    for name, (path, *more) in holders.items():
+        parts = (part for other in holders if other.startswith(f"{name}.") or not name for part in holders[other])
+        if not more and (not path or all(is_part(part, path) for part in parts)):
+            owners[name] = path
     for name, paths in holders.items():
         if len(paths) == 1:
             continue

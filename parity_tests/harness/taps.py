@@ -279,8 +279,11 @@ class Planner:
         scopes = [find_scope(equation, scope) for equation in jaxpr.eqns]
         entered = [self.enters(equation, at) for equation, at in zip(jaxpr.eqns, scopes, strict=True)]
         functions = self.find_functions(jaxpr, scopes, entered)
+        idle = find_idle_taps(jaxpr)
         for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
             parameters = equation.params
+            if index in idle:
+                continue
             if equation.primitive is tap_p:
                 plan.taps[index] = self.add_module(equation, steps, steered)
             elif equation.primitive.name in NAMED and at not in self.closed:
@@ -505,6 +508,22 @@ def find_last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
         uses.update({variable: index for variable in equation.invars if not isinstance(variable, Literal)})
     uses.update({variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not isinstance(variable, Literal)})
     return uses
+
+
+def find_idle_taps(jaxpr: Jaxpr) -> set[int]:
+    """Return the indices of taps whose value no output needs, where another call of the same module gives one."""
+    needed = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    idle: dict[int, tuple[str, str]] = {}
+    used: set[tuple[str, str]] = set()
+    for index in reversed(range(len(jaxpr.eqns))):
+        equation = jaxpr.eqns[index]
+        place = (equation.params["path"], equation.params["place"]) if equation.primitive is tap_p else ("", "")
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            needed.update(variable for variable in equation.invars if not isinstance(variable, Literal))
+            used.add(place)
+        elif equation.primitive is tap_p:
+            idle[index] = place
+    return {index for index, place in idle.items() if place in used}
 
 
 def find_value(jaxpr: Jaxpr, indices: Sequence[int], last_uses: Mapping[Var, int]) -> int | None:

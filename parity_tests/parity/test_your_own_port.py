@@ -524,3 +524,59 @@ def test_a_fault_in_a_cell_is_found_there() -> None:
     inputs = np.ones((4, 3), np.float32), np.ones((4, 4), np.float32)
     result = examine(Pair(Cell, CellPort(), inputs, batch_sizes=(4,)), names=("outputs",))
     assert [found.where for found in result.divergences] == ["output of cell"]
+
+
+class Scaled(nn.Module):
+    """A residual block with a factor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum [batch, 4]."""
+        return x + self.gamma * self.fc(x)
+
+
+class FactorPort(linen.Module):
+    """The factor."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the product [batch, 4]."""
+        return x * self.param("gamma", linen.initializers.ones, (4,))
+
+
+class ScaledPort(linen.Module):
+    """The same block, whose factor is a module."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sum [batch, 4]."""
+        return x + FactorPort(name="scale")(linen.Dense(4, name="fc")(x))
+
+
+def test_a_module_is_not_the_one_that_holds_its_factor_alone() -> None:
+    port = linen.Sequential([ScaledPort(), linen.Dense(2)])
+    network = nn.Sequential(Scaled(), nn.Linear(4, 2))
+    result = examine(Pair(network, port, np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
+    assert not result.divergences
+    assert result.comparisons[0].stages["0"].jax == "layers_0"
+
+
+class IdlePort(linen.Module):
+    """A port with a fault, which calls a norm once in vain."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [batch, 2]."""
+        norm = linen.LayerNorm(epsilon=1e-5, name="1")
+        x = linen.Dense(4, name="0")(x).at[:, 0].add(0.1)
+        norm(x)
+        return linen.Dense(2, name="2")(norm(x))
+
+
+def test_a_call_in_vain_gets_no_gradient() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    pair = Pair(network, IdlePort(), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    assert [found.where for found in examine(pair, names=("outputs", "gradients")).divergences] == ["output of 1"]
