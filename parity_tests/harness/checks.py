@@ -83,9 +83,9 @@ def parameters(case: Case) -> Iterator[Divergence]:
     paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
-    hint = "; if the port needs no such tensor, declare unused(), of parity_tests.harness.weights, for its module"
     for name in gaps.torch:
         size = size_of(weight_map.tensors[name])
+        hint = f"; if the port needs none, declare weights={{{name!r}: unused()}}, of parity_tests.harness.weights"
         yield Divergence("parameters", name, f"PyTorch has it, {size}, and nothing carries it to JAX ({counts}){hint}")
     for path in gaps.jax:
         size = size_of(weight_map.leaves[path])
