@@ -118,15 +118,7 @@ def init_params(key: PRNGKeyArray, dtype: Any = jnp.float32, network: Network = 
     """Draw initial weights and biases from PyTorch's default distribution: uniform within 1 / sqrt(fan_in).
 
     Source: `reset_parameters` of torch.nn.Linear and torch.nn.Conv2d. Flax's own default is another experiment: LeCun
-    normal kernels and zero biases.
-
-    Args:
-        key: from `jax.random.key`.
-        dtype: float32 or float64.
-        network: the network to draw weights for. They are the same in all dialects.
-
-    Returns:
-        {"conv1": {"kernel", "bias"}, "conv2": …, "fc1": …, "fc2": …} for SimpleCNN: 1,630,090 numbers.
+    normal kernels and zero biases. The weights are the same in all dialects.
     """
     shapes = jax.eval_shape(make_module(network).init, key, jnp.zeros((1, 28, 28, 1)))["params"]
     leaves, tree = jax.tree.flatten(shapes)

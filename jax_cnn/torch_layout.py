@@ -13,20 +13,21 @@ A weights file is a safetensors file under PyTorch's names and layouts. Weights 
 `load_weights`.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.config import CNN, HIDDEN, Model, Network, UserError
 from jax_cnn.files import write_atomically
 
 TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
-Tree = dict[str, Any]  # nested dictionaries of arrays
+Tree = dict[str, dict[str, Any]]  # arrays by layer, and by kernel or bias
 
 MOMENTS = ("first_moment", "second_moment")  # a checkpoint has Adam's moments under these names and the tensor's
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and a module in a module
@@ -35,7 +36,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile
 class Leaf(NamedTuple):
     """Where one torch tensor stands in the JAX tree, its shape in torch, and the conversion in both directions."""
 
-    path: tuple[str, ...]
+    path: tuple[str, str]
     shape: tuple[int, ...]
     to_jax: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -124,11 +125,8 @@ def to_flax(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> T
     check_shapes(tensors, layout)
     tree: Tree = {}
     for name, leaf in layout.items():
-        *modules, last = leaf.path
-        branch = tree
-        for module in modules:
-            branch = branch.setdefault(module, {})
-        branch[last] = np.ascontiguousarray(leaf.to_jax(tensors[name]))
+        module, parameter = leaf.path
+        tree.setdefault(module, {})[parameter] = np.ascontiguousarray(leaf.to_jax(tensors[name]))
     return tree
 
 
@@ -138,7 +136,7 @@ def to_torch(tree: Mapping[str, Any], layout: Layout = SIMPLE_CNN) -> TorchDict:
     Raises:
         ValueError: a leaf is missing or unknown or has another shape.
     """
-    leaves = dict(walk(tree))
+    leaves = {(module, name): leaf for module, branch in tree.items() for name, leaf in branch.items()}
     known = {leaf.path for leaf in layout.values()}
     if known != leaves.keys():
         missing, unknown = sorted(known - leaves.keys()), sorted(leaves.keys() - known)
@@ -148,14 +146,6 @@ def to_torch(tree: Mapping[str, Any], layout: Layout = SIMPLE_CNN) -> TorchDict:
     }
     check_shapes(tensors, layout)
     return tensors
-
-
-def walk(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Return every leaf of nested dictionaries with its path."""
-    leaves = []
-    for name, value in tree.items():
-        leaves += walk(value, (*path, name)) if isinstance(value, Mapping) else [((*path, name), value)]
-    return leaves
 
 
 def check_shapes(tensors: Mapping[str, np.ndarray], layout: Layout = SIMPLE_CNN) -> None:
@@ -205,40 +195,36 @@ def load_weights(
         UserError: the file is missing or cannot be read, or holds another network, or a tensor is missing or unknown,
             has another shape or no floating dtype, or is not finite.
     """
-
-    def user_error(problem: str) -> UserError:
-        return UserError(
-            f"weights file {path}: {problem}; give the folder or a file of a run, or a state dict of this network that "
-            "PyTorch saved"
-        )
-
     try:
         path = find_file(path)
         kind, tensors = read_file(path, read_torch)
         tensors, remarks = rename(tensors, network)
         recognised = recognise(tensors)
         if network not in (None, recognised) and fits(tensors, recognised):
-            raise user_error(f"it is of {recognised}, not of {network}")
+            raise ValueError(f"it is of {recognised}, not of {network}")
+        layout = layout_of(network or recognised)
         try:
-            check_shapes(tensors, layout_of(network or recognised))
+            check_shapes(tensors, layout)
         except ValueError as error:
-            wanted = {name: leaf.shape for name, leaf in layout_of(network or recognised).items()}
+            wanted = {name: leaf.shape for name, leaf in layout.items()}
             found = {name: tensors[name].shape for name in sorted(tensors)}
-            raise user_error(
+            raise ValueError(
                 f"{error} ({kind} with {listing(found)}; {network or recognised} has {listing(wanted)})"
             ) from None
-    except OSError as error:
-        raise user_error(error.strerror or str(error)) from None
-    except ValueError as error:
-        raise user_error(str(error)) from None
-    for name, array in tensors.items():
-        if not np.issubdtype(array.dtype, np.floating):
-            raise user_error(f"tensor {name} has dtype {array.dtype}, not a floating one")
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
-        converted = {name: array.astype(dtype) for name, array in tensors.items()}
-    for name, array in converted.items():
-        if not np.isfinite(array).all():
-            raise user_error(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
+        for name, array in tensors.items():
+            if not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"tensor {name} has dtype {array.dtype}, not a floating one")
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+            converted = {name: array.astype(dtype) for name, array in tensors.items()}
+        for name, array in converted.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"tensor {name} holds NaN, infinity or a number beyond {dtype}")
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"weights file {path}: {problem}; give the folder or a file of a run, or a state dict of this network that "
+            "PyTorch saved"
+        ) from None
     if remarks and say:
         say(f"weights file {path}: {'; '.join(remarks)}")
     return converted
@@ -280,12 +266,25 @@ def read_file(path: Path, read_torch: Callable[[Path], TorchDict] | None) -> tup
         entries = dict(deserialize(path.read_bytes()))
     except SafetensorError as error:
         raise ValueError(f"not a readable safetensors file ({error})") from None
-    tensors = {
-        name: decode(name, entry)
-        for name, entry in entries.items()
-        if not name.startswith(tuple(f"{moment}." for moment in MOMENTS))
-    }
-    return ("a safetensors file" if len(tensors) == len(entries) else "a checkpoint"), tensors
+    tensors = {name: decode(name, entry) for name, entry in entries.items()}
+    weights = {name: array for name, array in tensors.items() if not name.startswith(tuple(f"{m}." for m in MOMENTS))}
+    if len(weights) == len(tensors):
+        return "a safetensors file", weights
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("sha256") != checksum(metadata.get("checkpoint", ""), tensors):
+        raise ValueError("it is a checkpoint whose contents do not match its checksum")
+    return "a checkpoint", weights
+
+
+def checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Return a checkpoint's SHA-256: of the JSON text in its metadata, and of every tensor's name and contents."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
 
 
 def decode(name: str, entry: Mapping[str, Any]) -> np.ndarray:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jax_cnn.run.charts import BLACK, BLUE, GREEN, PURPLE, VERMILION
+from jax_cnn.run.display import BLACK, BLUE, GREEN, PURPLE, VERMILION
 
 __all__ = ["BLACK", "BLUE", "GREEN", "JAX", "PURPLE", "TORCH", "VERMILION", "Table", "show_source", "unit"]
 __all__ += ["bars", "curves", "dots", "one_window", "paths", "pictures"]

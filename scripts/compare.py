@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-from experiments.comparison import layers, report
-from experiments.comparison.config import CompareConfig
+from experiments.comparison import report, scores
+from experiments.comparison.runs import CompareConfig
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
@@ -16,7 +16,7 @@ def main() -> None:
     config = command_line.parse(CompareConfig(), __doc__)
     console = Console()
     if config.layers:
-        console.print(layers.layer_table(layers.list_layers()))
+        console.print(scores.layer_table(scores.list_layers()))
         note = "Output of one image: PyTorch [channel, row, column], JAX [row, column, channel]"
         console.print(note, highlight=False, markup=False)
         return

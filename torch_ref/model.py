@@ -68,12 +68,7 @@ class FeedForward(nn.Module):
 
 
 def make_model(name: str = "cnn", hidden: int = 512) -> nn.Module:
-    """Return the network of this name, with PyTorch's own random weights.
-
-    Args:
-        name: linear, mlp or cnn.
-        hidden: units of the mlp's hidden layer.
-    """
+    """Return the network of this name (linear, mlp or cnn), with PyTorch's own random weights."""
     models: dict[str, Callable[[], nn.Module]] = {
         "cnn": SimpleCNN,
         "mlp": partial(FeedForward, hidden),

@@ -15,10 +15,7 @@ from jax_cnn.model import Apply
 def make_apply(network: Network = CNN, dialect: Dialect = "linen", fused: bool = True) -> Apply:
     """Return a network as a pure function: (params, images [batch, 28, 28, 1] in 0 … 1) to logits [batch, 10].
 
-    Args:
-        network: SimpleCNN, or one of the two networks without convolution.
-        dialect: the dialect in which it is written.
-        fused: compute SimpleCNN's blocks as one operation each, as training does; else in three stages.
+    `fused` computes each of SimpleCNN's blocks as one operation, as training does, and not in three stages.
     """
     if dialect == "plain":
         from jax_cnn.dialects import plain

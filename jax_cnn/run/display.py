@@ -1,14 +1,32 @@
-"""Progress of long work, as a bar on a terminal or as plain lines in a pipe or a log, and the table of a run."""
+"""Progress of long work, as a bar on a terminal or as plain lines in a pipe or a log; the table and the chart of a run.
 
+It also holds the palette of every chart in this project.
+"""
+
+import io
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from jax_cnn.files import write_atomically
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart (Color Universal Design, 2008).
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY_BLUE, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#999999"
+
+FRAMEWORK_COLOURS = {"jax": BLUE, "torch": VERMILION}
+FRAMEWORK_MARKERS = {"jax": "o", "torch": "s"}
 
 
 class ProgressBar:
@@ -91,3 +109,43 @@ def show_table(console: Console, table: Table) -> None:
     own = count_cuts(1_000)  # an ellipsis in a cell's own text
     table.width = next((width for width in widths if count_cuts(width) <= own), 1_000)
     console.print(table, crop=False)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw the losses and the test accuracy of each epoch (rows of metrics.jsonl) into a PNG.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    # Matplotlib reports on stderr that it builds its list of fonts: nothing that the user has to know.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure  # only now: --help and errors should not wait for it
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["train_loss"] for row in rows], "o-", color=BLUE, label="training, mean over the epoch")
+    loss.plot(epochs, [row["test_loss"] for row in rows], "s--", color=VERMILION, label="test, after the epoch")
+    loss.set(ylabel="cross-entropy (nats per image)")
+    loss.legend()
+    accuracy.plot(epochs, [row["test_accuracy"] for row in rows], "s--", color=VERMILION)
+    accuracy.set(ylabel="test accuracy")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    for axes in (loss, accuracy):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: "matplotlib.figure.Figure", path: Path) -> None:
+    """Write a figure as a PNG, atomically.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write_atomically(path, png.getvalue())

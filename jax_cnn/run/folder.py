@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import TEMPORARY, check_out_dir, write_atomically, write_json, writing
+from jax_cnn.run.display import plot_curves
 from jax_cnn.torch_layout import save_weights
 
 CONFIG = "config.json"
@@ -72,10 +72,6 @@ class RunFolder:
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         """Draw curves.png."""
-        # Matplotlib reports on stderr that it builds its list of fonts: nothing that the user has to know.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        from jax_cnn.run.charts import plot_curves  # only now: --help and errors should not wait for matplotlib
-
         with writing(self.path):
             plot_curves(rows, title, self.path / CURVES)
 

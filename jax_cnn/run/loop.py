@@ -54,11 +54,7 @@ class Trainer(Protocol):
 def fit(config: TrainConfig, trainer: Trainer, console: Console, checkpoint: Checkpoint | None = None) -> None:
     """Train every epoch that is left, and write the run's files meanwhile.
 
-    Args:
-        config: the configuration of the run.
-        trainer: the framework's half of the run.
-        console: where the user sees progress and results.
-        checkpoint: the state to continue from, as `find_checkpoint` returns it; None starts a new run.
+    It continues from the checkpoint that `find_checkpoint` returned, or starts a new run.
 
     Raises:
         UserError: `config.out_dir` cannot be written, or a loss is no longer a number.

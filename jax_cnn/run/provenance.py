@@ -61,9 +61,7 @@ def cuda_versions(names: Iterable[str]) -> list[str]:
 def warn_of_two_cudas(device: Device, say: Callable[[str], None]) -> None:
     """Say so if a run on a GPU would meet the libraries of two versions of CUDA, which overwrite each other's files.
 
-    Args:
-        device: the device that the user asks for; auto may be a GPU where its driver is loaded.
-        say: shows a line to the user.
+    `auto` may be a GPU where its driver is loaded.
     """
     if device == "gpu" or (device == "auto" and Path("/proc/driver/nvidia").exists()):
         versions = cuda_versions(package.name for package in distributions())

@@ -91,11 +91,6 @@ def find_checkpoint(config: TrainConfig, framework: str, say: Callable[[str], No
 
     It needs neither framework, so a mistake is reported before anything is loaded or compiled.
 
-    Args:
-        config: the configuration that the flags ask for.
-        framework: the framework that will train, "jax" or "torch".
-        say: shows a line to the user, for each checkpoint that cannot be used.
-
     Raises:
         UserError: there is no good checkpoint, it belongs to another run, or it has gone further than is asked for.
     """
@@ -144,9 +139,7 @@ def rounding_changes(checkpoint: Checkpoint, record: Record) -> list[str]:
 def run_record(config: TrainConfig, origin: Record) -> Record:
     """Return what a checkpoint stores about its run, as it will be read from JSON.
 
-    Args:
-        config: the configuration of the run.
-        origin: framework, device and provenance.
+    `origin` holds the framework, the device and the provenance.
     """
     record: Record = json.loads(json.dumps({"config": asdict(config)} | origin, default=str))
     return record

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from experiments.comparison import page
-from experiments.comparison.config import CompareConfig
+from experiments.comparison.runs import CompareConfig
 from parity_tests.support import ROOT, read_json, run_successfully
 
 Json = dict[str, Any]

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
-from experiments.processes import Show
-from experiments.records import Json
+from experiments.records import Json, Show
 from experiments.speed import benchmark, sections, torch_steps
 from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
 from experiments.speed.contenders import CHECKPOINTS, DOTS, Task

@@ -17,8 +17,8 @@ from rich.console import Console
 
 import compare
 from experiments.answers import FRAMEWORKS, STAGES
-from experiments.comparison import charts, layers, page, programs, report, runs, scores
-from experiments.comparison.charts import DARK, LIGHT
+from experiments.comparison import figures, page, programs, report, runs, scores
+from experiments.comparison.figures import DARK, LIGHT
 from jax_cnn.config import UserError
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.torch_layout import TorchDict, load_weights
@@ -96,7 +96,7 @@ def test_every_figure_is_a_picture_for_light_and_for_dark(comparison: Comparison
 
 def test_every_figure_has_a_title_and_labelled_axes(comparison: Comparison) -> None:
     for name, drawer in page.list_figures(comparison.report).items():
-        with charts.drawing(LIGHT):
+        with figures.drawing(LIGHT):
             figure = drawer(comparison.report, LIGHT)
         assert figure.get_suptitle(), name
         assert {figure.get_supxlabel(), *(axes.get_xlabel() for axes in figure.axes)} != {""}, name
@@ -207,8 +207,8 @@ def test_a_planted_fault_makes_the_page_say_not_the_same(comparison: Comparison)
     assert "<strong>Not the same.</strong>" in content
     assert "Where they differ, stage by stage" in content
     assert "In float64 they part as well" in content
-    with charts.drawing(LIGHT):
-        assert charts.draw_drift(faulty, LIGHT).get_suptitle() == "In float64 they part too"
+    with figures.drawing(LIGHT):
+        assert figures.draw_drift(faulty, LIGHT).get_suptitle() == "In float64 they part too"
 
 
 def test_a_divergence_in_a_parity_report_decides_the_verdict(comparison: Comparison, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_divergence_in_a_parity_report_decides_the_verdict(comparison: Compari
 
 
 def test_the_layers_are_those_of_both_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = layers.list_layers()
+    listed = scores.list_layers()
     flat, last = listed[6], listed[-1]
     assert [row["layer"] for row in listed if row["jax"]] == list(STAGES)
     assert flat == {"layer": "flatten", "jax": None, "torch": {"name": "Flatten", "shape": [3136], "parameters": 0}}

@@ -8,9 +8,8 @@ from statistics import mean
 
 import pytest
 
-from experiments import processes
 from experiments.answers import FRAMEWORKS
-from experiments.records import ENVIRONMENT, SLACK, as_json, flags, train
+from experiments.records import ENVIRONMENT, SLACK, as_json, flags, run_command, train
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ENTRIES, ConvolutionConfig, accuracies
@@ -143,7 +142,7 @@ def test_a_learning_rate_ten_times_too_small_lies_outside(new_pair: list[Run], t
     # Ten times too large would not: after 200 steps it costs no more than a bad seed. The trajectory tests see that.
     jax_run, torch_run = new_pair
     faulty = jax_run._replace(config=replace(jax_run.config, out_dir=tmp_path))
-    processes.run("train_jax", [*flags(faulty.config), "--learning-rate", "1e-4"], print, ENVIRONMENT)
+    run_command("train_jax", [*flags(faulty.config), "--learning-rate", "1e-4"], print, ENVIRONMENT)
     findings = outliers(faulty, torch_run)
     assert any(finding.startswith("jax") for finding in findings), findings
     assert not any(finding.startswith("torch") for finding in findings), findings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.studies.statistics import count_correct, equivalence, mcnemar_p_value, prediction_interval
+from experiments.studies.accuracy import count_correct, equivalence, mcnemar_p_value, prediction_interval
 
 SPREAD = np.array([-0.31, 0.12, 0.25, -0.08, 0.02, -0.17, 0.29, -0.22, 0.14, -0.04])  # points, ten seeds of equals
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from experiments.answers import FRAMEWORKS, compute_logits
 from experiments.records import explain_mismatch, read_metrics, train
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ConvolutionConfig
-from experiments.studies.runs import Run, StudyConfig, is_finished, mark_answers, shift
+from experiments.studies.runs import Run, StudyConfig, is_finished, mark_answers
 from jax_cnn.config import CNN, JaxTrainConfig, Network, UserError
 from jax_cnn.data import FashionMNIST
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS, RunFolder
@@ -82,14 +81,6 @@ def test_a_faster_network_gets_more_epochs_for_equal_time() -> None:
     assert epochs.pop("softmax regression, equal time") == round(2 * 3.1)
     assert epochs.pop("feed-forward, equal time") == round(2 * 3.1 / 2)
     assert set(epochs.values()) == {2}
-
-
-def test_shifted_images_are_those_of_scipy(data: FashionMNIST) -> None:
-    images = data.test_images[:3]
-    for rows, columns in (*convolution.DIRECTIONS, (2, -2), (0, 0)):
-        expected = ndimage.shift(images, (0, rows, columns), order=0)
-        np.testing.assert_array_equal(shift(images, rows, columns), expected, strict=True)
-    assert len(set(convolution.DIRECTIONS)) == 8
 
 
 # --- Which runs are reused ---

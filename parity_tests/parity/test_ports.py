@@ -4,8 +4,7 @@ from collections.abc import Callable, Collection
 
 import pytest
 
-from experiments.large_ports.gpt2 import Sizes, gpt2_pair
-from experiments.large_ports.resnet import resnet_pair
+from experiments.large_ports import Sizes, gpt2_pair, resnet_pair
 from parity_tests.harness import CHECKS, Divergence, Pair, Result, examine
 from parity_tests.harness.capture import Case, distance, exact_arithmetic
 from parity_tests.parity.ports import PORTS, Finding, networks

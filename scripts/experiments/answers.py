@@ -36,13 +36,7 @@ STAGES = {
 
 
 def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Logits:
-    """Return the logits of every image, as float32.
-
-    Args:
-        framework: which one computes.
-        weights: of any of the three networks, under PyTorch's names.
-        pixels: images as the data set has them, 0 to 255.
-    """
+    """Return the logits of every image, as float32. The weights are those of any of the three networks."""
     predict = (_jax_network if framework == "jax" else _torch_network)(weights)
     return np.concatenate([predict(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
 
@@ -88,25 +82,31 @@ def _compiled(network: Network) -> Callable[..., Any]:
 def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
     import jax
 
-    from jax_cnn.model import SimpleCNN
     from jax_cnn.train import to_images
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        variables = {"params": jax.tree.map(jax.numpy.asarray, to_flax(weights))}
+        images = to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32"))
+        _, values = trace_simple_cnn(variables, images).run(
+            variables, images, rule=lambda name, value, slot: (value, value)
+        )
+    outputs = {stage: np.asarray(values[name][0]) for stage, name in STAGES.items()}
+    return {stage: np.moveaxis(array, -1, 0) if array.ndim == 3 else array for stage, array in outputs.items()}
+
+
+def trace_simple_cnn(variables: Any, images: Any, verify: bool = True) -> Any:
+    """Return the harness's trace of JAX's SimpleCNN, in which it sees every stage. To `verify` it needs arrays."""
+    from jax_cnn.model import SimpleCNN
     from parity_tests.harness.adapters import adapt
     from parity_tests.harness.pair import Inputs
     from parity_tests.harness.taps import trace
 
     model = adapt(SimpleCNN(fused=False))
-    with jax.default_device(jax.devices("cpu")[0]):
-        variables = {"params": jax.tree.map(jax.numpy.asarray, to_flax(weights))}
-        images = to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32"))
-        traced = trace(
-            lambda variables, images: model.apply(variables, Inputs(images), False),
-            variables,
-            images,
-            context=model.context,
-        )
-        _, values = traced.run(variables, images, rule=lambda name, value, slot: (value, value))
-    outputs = {stage: np.asarray(values[name][0]) for stage, name in STAGES.items()}
-    return {stage: np.moveaxis(array, -1, 0) if array.ndim == 3 else array for stage, array in outputs.items()}
+
+    def apply(variables: Any, images: Any) -> Any:
+        return model.apply(variables, Inputs(images), False)
+
+    return trace(apply, variables, images, context=model.context, verify=verify)
 
 
 def _torch_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:

@@ -1,24 +1,34 @@
-"""Training runs that benchmark, study and comparison page start or reuse: their command lines and their files."""
+"""Run the project's commands as a user does, and read the records of the training runs that they leave."""
 
 import json
 import os
-from collections.abc import Collection, Mapping
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from experiments import processes
 from experiments.answers import Framework
-from experiments.processes import ROOT, Finished, Show
 from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig, UserError
 from jax_cnn.data import other_files
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
 from jax_cnn.run.provenance import provenance
 
 Json = dict[str, Any]
+Show = Callable[[str], None]  # is called with a line about what is under way
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}  # whole lines, without delay
+
+MIB = 2**20
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy")  # whose versions belong to every result
 # PyTorch's threads then yield while they wait for each other. With active waiting they take four times as long on two
@@ -26,6 +36,52 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy")  
 ENVIRONMENT = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 NO_INFLUENCE = frozenset({"data_dir", "out_dir", "resume", "checkpoint_seconds"})  # fields that change no weight
 SLACK = 1  # images: near a tie, rounding in a batch of another size may change the answer. Worst seen: 0
+
+
+class Finished(NamedTuple):
+    """The time and the memory of a command that has ended."""
+
+    seconds: float
+    """From before its process started to after its end."""
+    peak_bytes: int
+    """Peak memory. On Linux at least what this process held when it started the command."""
+
+
+def run_command(
+    script: str, arguments: Sequence[str], show: Show, environment: Mapping[str, str] | None = None
+) -> Finished:
+    """Run `scripts/<script>.py` to its end in a process of its own.
+
+    `show` is called with every line that is not empty as soon as the command prints it, and `environment` is added to
+    the variables of this process.
+
+    Raises:
+        UserError: the command failed; the message ends with the last line that it printed.
+    """
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
+    last_line, started = "", time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, **PLAIN, **(environment or {})},
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    last_line = line.strip()
+                    show(last_line)
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # Ctrl-C above all: no command may outlive this process
+            process.terminate()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise UserError(f"{shlex.join(command)} ended with status {process.returncode}: {last_line}")
+    return Finished(seconds, usage.ru_maxrss * RSS_UNIT)
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -62,7 +118,7 @@ def train(
         if line.startswith("epoch"):
             show(line)
 
-    return processes.run(f"train_{framework}", flags(config), show_epoch, environment)
+    return run_command(f"train_{framework}", flags(config), show_epoch, environment)
 
 
 def shorten_command(command: str) -> str:

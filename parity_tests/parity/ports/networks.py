@@ -15,7 +15,7 @@ from jax.nn import initializers
 from torch import nn
 from torch.nn import functional
 
-from experiments.large_ports.resnet import BatchNorm
+from experiments.large_ports import BatchNorm
 from parity_tests.harness.pair import Pair
 from parity_tests.parity.ports.registry import network, tokens, values
 

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from torch import nn
 
-from experiments.large_ports.resnet import BatchNorm
+from experiments.large_ports import BatchNorm
 from parity_tests.harness.pair import Pair
 from parity_tests.parity.ports.registry import linear, nested, network, port, values
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from pygments import highlight
@@ -14,10 +14,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from experiments.answers import FRAMEWORKS
-from experiments.comparison import charts, panels
-from experiments.comparison.charts import DARK, LIGHT, Theme
-from experiments.processes import MIB, Show
-from experiments.records import Json
+from experiments.comparison import figures
+from experiments.comparison.figures import DARK, LIGHT, Theme
+from experiments.records import MIB, Json, Show
 from jax_cnn.files import write_atomically, write_json, writing
 from jax_cnn.run.folder import set_aside
 
@@ -41,20 +40,20 @@ def write(report: Json, out_dir: Path, say: Show) -> Path:
 def list_figures(report: Json) -> dict[str, Callable[[Json, Theme], Figure]]:
     """Return the name of every figure with the function that draws it."""
     drawers: dict[str, Callable[[Json, Theme], Figure]] = {
-        "loss": charts.draw_loss,
-        "accuracy": charts.draw_accuracy,
-        "throughput": charts.draw_throughput,
-        "classes": charts.draw_classes,
+        "loss": figures.draw_loss,
+        "accuracy": figures.draw_accuracy,
+        "throughput": figures.draw_throughput,
+        "classes": figures.draw_classes,
     }
     if report["parity"]["drift"]["curves"]:
-        drawers["drift"] = charts.draw_drift
+        drawers["drift"] = figures.draw_drift
     for side in FRAMEWORKS:
-        drawers[f"confusion-{side}"] = partial(panels.draw_confusion, side=side)
-        drawers[f"filters-{side}"] = partial(panels.draw_filters, side=side)
-        drawers[f"features-{side}"] = partial(panels.draw_features, side=side)
+        drawers[f"confusion-{side}"] = partial(figures.draw_confusion, side=side)
+        drawers[f"filters-{side}"] = partial(figures.draw_filters, side=side)
+        drawers[f"features-{side}"] = partial(figures.draw_features, side=side)
     for key in ("predictions", "disagreements"):
         if report[key]:
-            drawers[key] = partial(panels.draw_images, key=key)
+            drawers[key] = partial(figures.draw_images, key=key)
     return drawers
 
 
@@ -64,9 +63,9 @@ def draw(report: Json, folder: Path) -> dict[str, Json]:
     pictures: dict[str, Json] = {}
     for name, drawer in list_figures(report).items():
         for theme in (LIGHT, DARK):
-            with charts.drawing(theme):
+            with figures.drawing(theme):
                 figure = drawer(report, theme)
-                figure.savefig(folder / f"{name}{theme.suffix}.png", dpi=charts.DPI, metadata={"Software": None})
+                figure.savefig(folder / f"{name}{theme.suffix}.png", dpi=figures.DPI, metadata={"Software": None})
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
         light, dark = (
             base64.b64encode((folder / f"{name}{theme.suffix}.png").read_bytes()).decode() for theme in (LIGHT, DARK)
@@ -78,7 +77,7 @@ def draw(report: Json, folder: Path) -> dict[str, Json]:
 def render(report: Json, pictures: dict[str, Json]) -> str:
     """Return the page. Everything from the report is escaped: Markup is used for the project's own code only."""
     environment = Environment(
-        loader=PackageLoader("experiments.comparison"),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from experiments.answers import FRAMEWORKS
-from experiments.processes import ROOT
-from experiments.records import Json
+from experiments.records import ROOT, Json
 
 # What the page shows, by part of the program and by the way to write it. Each piece is a file and a definition in it
 # (`Class.method` for a method). If only some of its statements are shown, two more words say how the first and the last

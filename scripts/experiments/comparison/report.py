@@ -2,21 +2,25 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from experiments import processes
 from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison import programs, scores
-from experiments.comparison.config import COMMITTED_BENCHMARK, CompareConfig
-from experiments.comparison.layers import list_layers
-from experiments.comparison.runs import MAY_DIFFER, Run, obtain_run, save_initial_weights
-from experiments.processes import ROOT, Show
-from experiments.records import PACKAGES, Json, explain_mismatch, shorten_command
+from experiments.comparison.runs import (
+    COMMITTED_BENCHMARK,
+    MAY_DIFFER,
+    CompareConfig,
+    Run,
+    obtain_run,
+    save_initial_weights,
+)
+from experiments.records import PACKAGES, ROOT, Json, Show, explain_mismatch, run_command, shorten_command
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, prepare_fashion_mnist
+from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS, prepare_fashion_mnist
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
@@ -43,10 +47,10 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     begin(4, "speed by configuration")
     report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
-        "classes": list(CLASS_NAMES),
+        "classes": list(CLASS_NUMBERS if runs["jax"].record.get("data") else CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
-        "layers": list_layers(),
+        "layers": scores.list_layers(),
         "programs": programs.describe_parts(),
         "operations": {"file": programs.OPERATIONS, "lines": len(programs.code_lines(programs.OPERATIONS))},
     }
@@ -75,14 +79,16 @@ def check_named(config: CompareConfig) -> None:
             raise UserError(f"--{framework}-run {folder}: {reason}; give a run that fits, or omit the flag to train")
 
 
-def read_result(flag: str, file: Path, expected: str, pick: Callable[[Json], Json]) -> Json:
-    """Return what `pick` takes from a JSON file.
+@contextmanager
+def reading(flag: str, file: Path, expected: str) -> Iterator[Json]:
+    """Give the content of a JSON file to the block.
 
     Raises:
-        UserError: the file is missing, or `pick` does not find what it needs.
+        UserError: the file is missing, or the block does not find what it needs.
     """
     try:
-        return pick(json.loads(file.read_text(encoding="utf-8")))
+        yield json.loads(file.read_text(encoding="utf-8"))
+        return
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -101,8 +107,7 @@ def describe_source(file: Path, result: Json) -> Json:
 
 def read_speed(file: Path) -> Json:
     """Read the speed of every configuration from a benchmark.json, and where it was measured."""
-
-    def pick(result: Json) -> Json:
+    with reading("--benchmark", file, "a benchmark.json that scripts/benchmark.py wrote") as result:
         contenders = result["contest"]["contenders"]
         return describe_source(file, result) | {
             "busy": result["load_before"],
@@ -115,8 +120,6 @@ def read_speed(file: Path) -> Json:
             ],
         }
 
-    return read_result("--benchmark", file, "a benchmark.json that scripts/benchmark.py wrote", pick)
-
 
 def measure_speed(config: CompareConfig, show: Show) -> Json:
     """Read the speed table from a file, or measure it now if the command line asks for that."""
@@ -124,27 +127,24 @@ def measure_speed(config: CompareConfig, show: Show) -> Json:
         return read_speed(config.benchmark or COMMITTED_BENCHMARK)
     folder = config.out_dir / "benchmark"
     arguments = ["--quick", "--out-dir", str(folder), "--data-dir", str(config.data_dir)]
-    processes.run("benchmark", arguments, lambda line: show(line[:60]))
+    run_command("benchmark", arguments, lambda line: show(line[:60]))
     return read_speed(folder / "benchmark.json")
 
 
 def read_parity(file: Path) -> Json:
-    """Read a report.json with a drift, and where it was measured."""
-
-    def pick(result: Json) -> Json:
+    """Read what the page needs of a report.json with a drift, and where it was measured."""
+    expected = "a report.json with a drift that scripts/parity_report.py wrote"
+    with reading("--parity-report", file, expected) as result:
         steps = result["drift"]["steps"]
         if not steps or any(len(curve) != len(steps) for curve in result["drift"].values()):
             raise ValueError("no drift")
-        needed = {name: result[name] for name in ("divergences", "passed", "bound", "stages", "drift")}
-        return needed | {"source": describe_source(file, result)}
-
-    return read_result("--parity-report", file, "a report.json with a drift that scripts/parity_report.py wrote", pick)
+        return describe_parity(result | {"source": describe_source(file, result)})
 
 
 def measure_parity(config: CompareConfig, show: Show) -> Json:
     """Compare the two implementations with the harness, or read an earlier comparison from a file."""
     if config.parity_report is not None:
-        return describe_parity(read_parity(config.parity_report))
+        return read_parity(config.parity_report)
     from parity_tests.harness.checks import examine  # only now: they load both frameworks
     from parity_tests.harness.report import to_json
     from parity_tests.product import REPORT_IMAGES, simple_cnn

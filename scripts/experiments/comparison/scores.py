@@ -1,4 +1,4 @@
-"""Compare the two trained networks on the test images: their answers, and their stages on one image."""
+"""Compare the two networks: their layers, their answers on the test images, and their stages on one of these."""
 
 import base64
 import io
@@ -7,10 +7,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
+from rich.box import SIMPLE
+from rich.table import Table
 
-from experiments.answers import FRAMEWORKS, Framework, Logits, compute_logits, compute_stages, softmax
-from experiments.comparison.config import CompareConfig
-from experiments.comparison.runs import Run
+from experiments.answers import (
+    FRAMEWORKS,
+    STAGES,
+    Framework,
+    Logits,
+    compute_logits,
+    compute_stages,
+    softmax,
+    trace_simple_cnn,
+)
+from experiments.comparison.runs import CompareConfig, Run
 from experiments.records import Json, check_accuracy
 from jax_cnn.data import load_fashion_mnist
 from jax_cnn.run.folder import WEIGHTS
@@ -21,6 +31,64 @@ Labels = Int[np.ndarray, " size"]
 CLASSES = 10
 MAPS = 8  # feature maps to show of each stage
 INSIDE = 0  # number of the test image whose feature maps are shown
+
+
+def list_layers() -> list[Json]:
+    """Return each layer of SimpleCNN, with the shape of its output for one image and the number of its parameters.
+
+    A layer of PyTorch without a counterpart that has a name in JAX has None there: JAX flattens by a reshape.
+    """
+    import torch  # only now: an error in the command line should not wait for a framework
+
+    from torch_ref.model import SimpleCNN
+
+    jax_layers, rows, value = _jax_layers(), [], torch.zeros(1, 1, 28, 28)
+    for name, module in SimpleCNN().named_children():  # in the order of the forward pass
+        value = module(value)
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        layer = {"name": type(module).__name__, "shape": [*value.shape[1:]], "parameters": parameters}
+        rows.append({"layer": name, "torch": layer, "jax": jax_layers.get(STAGES.get(name, ""))})
+    return rows
+
+
+def _jax_layers() -> dict[str, Json]:
+    """Return the stages that the harness sees in the Linen module. The first of a Flax module has its parameters."""
+    import jax
+
+    from jax_cnn.model import init_params
+
+    images = jax.ShapeDtypeStruct((1, 28, 28, 1), "float32")
+    params = jax.eval_shape(init_params, jax.random.key(0))
+    taps = trace_simple_cnn({"params": params}, images, verify=False).taps
+    sizes = {name: sum(leaf.size for leaf in layer.values()) for name, layer in params.items()}
+    layers = {}
+    for stage in STAGES.values():
+        parameters = sizes.pop(stage.partition(".")[0], 0)
+        layers[stage] = {"name": stage, "shape": [*taps[stage].shape[1:]], "parameters": parameters}
+    return layers
+
+
+def layer_table(layers: list[Json]) -> Table:
+    """Return the table for a terminal of 80 columns."""
+    table = Table(box=SIMPLE, show_edge=False, padding=0, show_footer=True)
+    table.add_column("layer", "all", no_wrap=True)
+    for side, name in FRAMEWORKS.items():
+        total = sum(row[side]["parameters"] for row in layers if row[side])
+        table.add_column(name, no_wrap=True)
+        table.add_column("output", justify="right", no_wrap=True)
+        table.add_column("parameters", f"{total:,}", justify="right", no_wrap=True)
+    for row in layers:
+        cells = [
+            cell
+            for side in FRAMEWORKS
+            for cell in (
+                (row[side]["name"], "×".join(map(str, row[side]["shape"])), f"{row[side]['parameters']:,}")
+                if row[side]
+                else ("", "", "")
+            )
+        ]
+        table.add_row(row["layer"], *cells)
+    return table
 
 
 def count_confusion(predicted: Labels, labels: Labels) -> Int[np.ndarray, "10 10"]:

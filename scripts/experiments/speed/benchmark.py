@@ -6,8 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from experiments.processes import Show
-from experiments.records import PACKAGES, Json
+from experiments.records import PACKAGES, Json, Show
 from experiments.speed import sections
 from experiments.speed.config import BenchmarkConfig
 from jax_cnn.files import write_json, writing

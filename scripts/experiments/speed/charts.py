@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 from experiments.records import Json
 from experiments.speed.contenders import CONTENDERS
 from experiments.spread import error_bars
-from jax_cnn.run.charts import BLUE, GREY, VERMILION, save_figure
+from jax_cnn.run.display import BLUE, GREY, VERMILION, save_figure
 
 # Panels of the growth chart: the field that varies and its label, the figure and its label.
 PANELS = {

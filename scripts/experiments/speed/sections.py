@@ -12,8 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from experiments.answers import FRAMEWORKS, Framework
-from experiments.processes import Show
-from experiments.records import Json, flags, read_metrics, train
+from experiments.records import Json, Show, flags, read_metrics, train
 from experiments.speed.config import BenchmarkConfig
 from experiments.speed.contenders import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, Task
 from experiments.speed.work import DOT_FLOP

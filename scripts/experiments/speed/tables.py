@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.box import SIMPLE
 from rich.table import Table
 
-from experiments.processes import MIB
-from experiments.records import Json
+from experiments.records import MIB, Json
 from experiments.speed.contenders import CONTENDERS
 from experiments.spread import Spread
 

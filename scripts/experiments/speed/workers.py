@@ -21,8 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from experiments.processes import RSS_UNIT, SCRIPTS, Show
-from experiments.records import Json
+from experiments.records import RSS_UNIT, SCRIPTS, Json, Show
 from experiments.speed.contenders import CONTENDERS, Task, Unavailable
 from experiments.speed.work import Work
 from experiments.spread import order_of_round

@@ -1,13 +1,17 @@
 """The accuracy study: many seeds in both frameworks, and the tests that tell whether both are equally accurate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from experiments.answers import FRAMEWORKS
 from experiments.records import NO_INFLUENCE, Json, as_json, read_metrics
@@ -20,18 +24,13 @@ from experiments.studies.runs import (
     train_missing,
     write_results,
 )
-from experiments.studies.statistics import (
-    count_correct,
-    equivalence,
-    mcnemar_p_value,
-    mean_and_deviation,
-    prediction_interval,
-)
 from jax_cnn.config import LIMITS, TRAIN_SIZE, UserError, check_limits
 from jax_cnn.run.display import show_table
 
 MARGIN = 0.5  # percentage points of test accuracy
 FALSE_ALARM = 1e-4  # probability that a value of one more seed lies outside its interval although nothing has changed
+SIGNIFICANCE = 0.05  # of each of the two one-sided tests, which corresponds to a 90 % confidence interval
+ROUNDING = 1e-9  # values that differ by less, relative to the largest, are equal up to rounding
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,97 @@ def describe_spread(values: np.ndarray) -> dict[str, float]:
     mean, deviation = mean_and_deviation(values)
     low, high = prediction_interval(values, FALSE_ALARM)
     return {"mean": mean, "deviation": deviation, "low": low, "high": high}
+
+
+def equivalence(differences: Float[np.ndarray, " n"], margin: float) -> dict[str, Any]:
+    """Test whether the mean of paired differences lies within ±margin: two one-sided paired t-tests (TOST).
+
+    A test that finds no difference proves nothing: few or noisy data find none either. This test assumes a difference
+    of at least the margin, and only enough data with little noise reject that.
+
+    Source: D. J. Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
+    equivalence of average bioavailability, J. Pharmacokinet. Biopharm. 15 (1987) 657-680. Like every t-test it takes
+    the differences to be independent and roughly normal.
+
+    Raises:
+        ValueError: the differences allow no test (see `mean_and_deviation`).
+    """
+    mean, deviation = mean_and_deviation(differences)
+    n = len(differences)
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - 2 * SIGNIFICANCE)
+    p_low = float(stats.ttest_1samp(differences, -margin, alternative="greater").pvalue)  # if it were -margin or less
+    p_high = float(stats.ttest_1samp(differences, margin, alternative="less").pvalue)  # if it were margin or more
+    return {
+        "margin": margin,
+        "n": n,
+        "mean": mean,
+        "standard_error": deviation / math.sqrt(n),
+        "low": float(low),
+        "high": float(high),
+        "p_low": p_low,
+        "p_high": p_high,
+        "equivalent": max(p_low, p_high) < SIGNIFICANCE,
+        "p_value": max(p_low, p_high),
+        "smallest_margin": float(max(-low, high)),  # any wider margin passes the test, any narrower one fails it
+    }
+
+
+def count_correct(correct_a: Bool[np.ndarray, " items"], correct_b: Bool[np.ndarray, " items"]) -> dict[str, int]:
+    """Count on how many items both classifiers are right, only the first, only the second, and neither."""
+    cells = {
+        "both": correct_a & correct_b,
+        "only_a": correct_a & ~correct_b,
+        "only_b": ~correct_a & correct_b,
+        "neither": ~correct_a & ~correct_b,
+    }
+    return {name: int(np.count_nonzero(cell)) for name, cell in cells.items()}
+
+
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Return the exact two-sided p-value of McNemar's test: is each classifier equally often the only right one?
+
+    Source: Q. McNemar, Note on the sampling error of the difference between correlated proportions or percentages,
+    Psychometrika 12 (1947) 153-157, with the binomial distribution instead of its approximation by chi-square.
+
+    It takes items to be independent. Pooled over seeds they are not, because the images of a seed share two networks.
+    The p-value then speaks of these networks on these images; as evidence about two ways of training it is too small
+    (T. G. Dietterich, Approximate statistical tests for comparing supervised classification learning algorithms, Neural
+    Computation 10 (1998) 1895-1923). For that question `equivalence` takes a seed as one item.
+
+    Raises:
+        ValueError: both are right on the very same items, so that there is nothing to test.
+    """
+    if only_a + only_b == 0:
+        raise ValueError("both are right on the very same items: is one classifier compared with itself?")
+    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def prediction_interval(values: Float[np.ndarray, " n"], false_alarm: float) -> tuple[float, float]:
+    """Return the interval that one more value of the same normal distribution leaves with this probability.
+
+    It is mean ± t · s · sqrt(1 + 1/n), where t is Student's quantile for n - 1 degrees of freedom. Source: G. A.
+    Whitmore, Prediction limits for a univariate normal observation, The American Statistician 40 (1986) 141-143.
+
+    Raises:
+        ValueError: the values are unusable (see `mean_and_deviation`).
+    """
+    mean, deviation = mean_and_deviation(values)
+    n = len(values)
+    low, high = stats.t(n - 1, mean, deviation * math.sqrt(1 + 1 / n)).interval(1 - false_alarm)
+    return float(low), float(high)
+
+
+def mean_and_deviation(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Return mean and sample standard deviation (n - 1) of values from independent runs.
+
+    Raises:
+        ValueError: the values are fewer than two, not finite, or all equal, which independent runs never are.
+    """
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"two or more finite values are needed, not {values.tolist()}")
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
+        raise ValueError(f"all {len(values)} values are {values[0]}: is one run compared with itself?")
+    return float(values.mean()), float(values.std(ddof=1))
 
 
 def seed_table(result: Json, title: str) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE
@@ -27,14 +27,35 @@ from experiments.studies.runs import (
     write_results,
 )
 from jax_cnn.config import CNN, LIMITS, TRAIN_SIZE, Network, check_limits
-from jax_cnn.run.display import show_table
+from jax_cnn.run.display import (
+    BLACK,
+    FRAMEWORK_COLOURS,
+    FRAMEWORK_MARKERS,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    save_figure,
+    show_table,
+)
 from jax_cnn.torch_layout import layout_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SAME_PARAMETERS = 2050  # hidden units: the feed-forward network then has 1,629,760 parameters, SimpleCNN 1,630,090
 PACE_EPOCHS = 3  # epochs whose median time is a network's pace
 PACE_TEST = 100  # test images of a timed run, whose scoring is not timed
 SHIFTS = (0, 1, 2)  # pixels
 DIRECTIONS = tuple((rows, columns) for rows in (-1, 0, 1) for columns in (-1, 0, 1) if (rows, columns) != (0, 0))
+
+# Markers and lines differ as well as colours, so that the picture can be read in grey.
+OFFSETS = {"jax": -0.12, "torch": 0.12}  # distances from the middle of a row
+LINES = {
+    "softmax regression": (GREEN, "^", ":"),
+    "feed-forward": (PURPLE, "v", "-."),
+    "feed-forward, equal parameters": (ORANGE, "D", "--"),
+    "SimpleCNN": (BLACK, "o", "-"),
+}
 
 Pace = Mapping[Framework, Mapping[str, float]]  # seconds for an epoch of each model
 
@@ -77,8 +98,6 @@ ENTRIES = (
 
 def run_study(study: ConvolutionConfig, console: Console) -> None:
     """Measure the pace, train what is missing, score, write and show the results."""
-    from experiments.studies.convolution_figure import draw  # only now: no slip should wait for matplotlib
-
     console.print("How long does an epoch take? Leave the machine alone for this.")
     pace_runs = plan_pace_runs(study)
     train_missing(pace_runs, console, lambda run: 1.0)  # most of their time is the start of the command
@@ -218,3 +237,55 @@ def sentences(result: Json) -> list[str]:
         f"points gained: {', '.join(gains)}.",
         f"A shift of the test images by two pixels changes accuracy, in points: {', '.join(changes)}.",
     ]
+
+
+def draw(result: Json, path: Path) -> None:
+    """Draw the accuracy of every network, and how it falls on shifted test images, into a PNG."""
+    from matplotlib.figure import Figure  # only now: no slip should wait for matplotlib
+
+    *others, cnn = [mean(accuracies(entry)) for entry in result["entries"]]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    draw_accuracies(result, left)
+    draw_shifts(result, right)
+    figure.suptitle(
+        f"SimpleCNN classifies {cnn:.1f} % correctly, the best network without convolution {max(others):.1f} %"
+    )
+    save_figure(figure, path)
+
+
+def draw_accuracies(result: Json, axes: "Axes") -> None:
+    """Draw a row for each network, with a dot for each seed and framework."""
+    for row, entry in enumerate(result["entries"]):
+        for framework, name in FRAMEWORKS.items():
+            values = accuracies(entry, frameworks=[framework])
+            axes.plot(
+                values,
+                [row + OFFSETS[framework]] * len(values),
+                FRAMEWORK_MARKERS[framework],
+                color=FRAMEWORK_COLOURS[framework],
+                alpha=0.75,
+                label=name if row == 0 else None,
+            )
+    labels = [
+        f"{entry['name'].replace(', ', chr(10))}\n{entry['parameters']:,} parameters\n{epochs_text(entry)} epochs"
+        for entry in result["entries"]
+    ]
+    axes.set_yticks(range(len(labels)), labels, fontsize="x-small")
+    axes.invert_yaxis()
+    axes.set(title="Each dot is a network of its own seed (epochs: JAX / PyTorch)", xlabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def draw_shifts(result: Json, axes: "Axes") -> None:
+    """Draw a line for each network, with the deviation over seeds and frameworks."""
+    entries = {entry["name"]: entry for entry in result["entries"]}
+    for name, (colour, marker, line) in LINES.items():
+        columns = [accuracies(entries[name], distance) for distance in SHIFTS]
+        means, deviations = [mean(column) for column in columns], [stdev(column) for column in columns]
+        axes.errorbar(SHIFTS, means, deviations, color=colour, marker=marker, linestyle=line, capsize=3, label=name)
+    axes.set(title="On shifted images: mean ± deviation", xlabel="shift, pixels", ylabel="test accuracy, %")
+    axes.set_xticks(SHIFTS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

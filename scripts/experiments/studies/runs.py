@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 from rich.console import Console
+from scipy import ndimage
 
 from experiments import records
-from experiments.answers import Framework, Pixels, compute_logits
+from experiments.answers import Framework, compute_logits
 from experiments.records import ENVIRONMENT, PACKAGES, Json
 from jax_cnn.config import FolderConfig, LimitConfig, TrainConfig, UserError, check_limits
-from jax_cnn.data import FashionMNIST, load_fashion_mnist
+from jax_cnn.data import load_fashion_mnist
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import WEIGHTS
@@ -27,6 +28,8 @@ from jax_cnn.run.provenance import provenance
 from jax_cnn.torch_layout import load_weights
 
 Correct = Bool[np.ndarray, " images"]
+
+load_data = cache(load_fashion_mnist)  # once for all runs
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,7 @@ def is_finished(run: Run) -> bool:
 def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], float]) -> None:
     """Train the runs that are not finished yet, one after the other, and show the time that is left.
 
-    Args:
-        runs: all runs.
-        console: shows the progress.
-        cost: estimates the time of a run, in any unit.
+    `cost` estimates the time of a run, in any unit.
     """
     missing = [run for run in runs if not is_finished(run)]
     console.print(f"{len(runs)} runs: {len(runs) - len(missing)} are there, {len(missing)} to do", highlight=False)
@@ -92,35 +92,19 @@ def train_missing(runs: Sequence[Run], console: Console, cost: Callable[[Run], f
             bar.say(f"{run}: {accuracy:.2%}; {minutes:.0f} min left")
 
 
-@cache
-def load_data(data_dir: Path) -> FashionMNIST:
-    """Load the data set once for all runs."""
-    return load_fashion_mnist(data_dir)
-
-
 def mark_answers(run: Run, rows: int = 0, columns: int = 0) -> Correct:
     """Return for every test image whether the trained network classifies it correctly.
 
-    Args:
-        run: a finished run; its own framework computes.
-        rows: pixels by which every image is moved down.
-        columns: pixels by which every image is moved to the right.
+    Every image is first moved down and to the right by so many pixels. Empty pixels become black.
     """
     config, data = run.config, load_data(run.config.data_dir)
     pixels, labels = data.test_images[: config.limit_test], data.test_labels[: config.limit_test]
     weights = load_weights(config.out_dir / WEIGHTS, "float32", config.network)
-    correct = np.asarray(compute_logits(run.framework, weights, shift(pixels, rows, columns)).argmax(axis=1) == labels)
+    shifted = ndimage.shift(pixels, (0, rows, columns), order=0)
+    correct = np.asarray(compute_logits(run.framework, weights, shifted).argmax(axis=1) == labels)
     if rows == columns == 0:
         records.check_accuracy(config.out_dir, correct)
     return correct
-
-
-def shift(pixels: Pixels, rows: int, columns: int) -> Pixels:
-    """Move every image down and to the right, or up and to the left if negative. Empty pixels become black."""
-    height, width = pixels.shape[1:]
-    padded = np.pad(pixels, ((0, 0), (abs(rows),) * 2, (abs(columns),) * 2))
-    top, left = abs(rows) - rows, abs(columns) - columns
-    return padded[:, top : top + height, left : left + width]
 
 
 def describe_origin(runs: Sequence[Run]) -> Json:
