@@ -580,3 +580,15 @@ def test_a_call_in_vain_gets_no_gradient() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     pair = Pair(network, IdlePort(), np.ones((4, 4), np.float32), batch_sizes=(4,))
     assert [found.where for found in examine(pair, names=("outputs", "gradients")).divergences] == ["output of 1"]
+
+
+def test_a_loader_may_return_lists_and_tuples() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        ((kernel, bias),) = params
+        return x @ kernel + bias
+
+    def load(state: dict[str, Any]) -> Any:
+        return [(state["weight"].T, state["bias"])]
+
+    pair = Pair(nn.Linear(4, 2), apply, np.ones((4, 4), np.float32), load, batch_sizes=(4,))
+    assert not examine(pair, names=("parameters", "outputs", "optimizer")).divergences
