@@ -664,7 +664,12 @@ def eqx_with_state(variables: Any, rows: Array) -> Any:
     return jax.vmap(model, axis_name="rows", in_axes=(0, None), out_axes=(0, None))(rows, state)
 
 
-@pytest.mark.parametrize("function", [None, eqx_with_state])
+def eqx_with_variables(variables: Any, rows: Array) -> Any:
+    outputs, state = eqx_with_state(variables, rows)
+    return outputs, (variables[0], state)
+
+
+@pytest.mark.parametrize("function", [None, eqx_with_state, eqx_with_variables])
 def test_equinoxs_batch_norm_has_its_state_among_the_leaves(function: Any) -> None:
     made = eqx.nn.make_with_state(EqxNorm)(KEY)
     model = adapt(made if function is None else (made, function))

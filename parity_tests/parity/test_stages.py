@@ -324,6 +324,11 @@ def test_values_are_carried_there_and_back(torch_shape: Any, jax_shape: Any, way
         np.testing.assert_array_equal(way.to_torch(way.to_jax(jnp.asarray(array))), array)
 
 
+def test_channels_may_be_last_in_pytorch_and_first_in_jax() -> None:
+    (way,) = candidates((2, 4, 5, 3), (2, 3, 4, 5), channels_last=False)
+    assert (way.how, way.axes) == ("channels first", (0, 3, 1, 2))
+
+
 def test_a_flattened_image_is_carried_if_its_shape_is_known() -> None:
     images = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
     way = candidates((2, 60), (2, 60), image=(3, 4, 5))[1]
