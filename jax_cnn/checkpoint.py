@@ -4,7 +4,6 @@ The tensors have PyTorch's names and layouts: `fc1.weight`, `first_moment.fc1.we
 Everything else is JSON in the file's metadata, with a SHA-256 over both.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.files import write_atomically
-from jax_cnn.torch_layout import MOMENTS, TorchDict, check_shapes, layout_of, recognise
+from jax_cnn.torch_layout import MOMENTS, TorchDict, check_shapes, checksum, layout_of, recognise
 
 FORMAT = "1"
 MAX_BYTES = 2**28  # larger files are refused; the largest network (--hidden 8192) in float64 takes 156 MB
@@ -159,13 +158,3 @@ def unflatten(tensors: Mapping[str, np.ndarray], step: int) -> AdamState:
         if not np.isfinite(array).all():
             raise ValueError(f"tensor {name} holds NaN or infinity")
     return AdamState(parts["weights"], parts["first_moment"], parts["second_moment"], step)
-
-
-def checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of the text and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data if array.size else b"")
-    return digest.hexdigest()

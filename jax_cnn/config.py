@@ -38,6 +38,10 @@ class UserError(Exception):
     The commands print it without a traceback and exit with status 2.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows if a command's `main()` fails in a cell of a notebook: the one line."""
+        return [f"error: {self}"]
+
 
 @dataclass(frozen=True)
 class FolderConfig:

@@ -28,6 +28,8 @@ from jax_cnn.files import write_atomically
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
+CLASS_NUMBERS = tuple(f"class {label}" for label in range(10))  # the names where other data have other classes
+
 # SHA-256 of the unpacked files, in the order of the fields of `FashionMNIST`. Packed files differ by packer.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",

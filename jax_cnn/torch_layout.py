@@ -13,13 +13,14 @@ A weights file is a safetensors file under PyTorch's names and layouts. Weights 
 `load_weights`.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.config import CNN, HIDDEN, Model, Network, UserError
@@ -265,12 +266,25 @@ def read_file(path: Path, read_torch: Callable[[Path], TorchDict] | None) -> tup
         entries = dict(deserialize(path.read_bytes()))
     except SafetensorError as error:
         raise ValueError(f"not a readable safetensors file ({error})") from None
-    tensors = {
-        name: decode(name, entry)
-        for name, entry in entries.items()
-        if not name.startswith(tuple(f"{moment}." for moment in MOMENTS))
-    }
-    return ("a safetensors file" if len(tensors) == len(entries) else "a checkpoint"), tensors
+    tensors = {name: decode(name, entry) for name, entry in entries.items()}
+    weights = {name: array for name, array in tensors.items() if not name.startswith(tuple(f"{m}." for m in MOMENTS))}
+    if len(weights) == len(tensors):
+        return "a safetensors file", weights
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("sha256") != checksum(metadata.get("checkpoint", ""), tensors):
+        raise ValueError("it is a checkpoint whose contents do not match its checksum")
+    return "a checkpoint", weights
+
+
+def checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Return a checkpoint's SHA-256: of the JSON text in its metadata, and of every tensor's name and contents."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
 
 
 def decode(name: str, entry: Mapping[str, Any]) -> np.ndarray:

@@ -16,8 +16,9 @@ import tyro
 from jaxtyping import Float
 
 from experiments.answers import compute_logits, softmax
+from experiments.records import read_record
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, print_to_stderr
+from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS, print_to_stderr
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
 from jax_cnn.pictures.read import list_pictures, printable, read_picture
@@ -58,8 +59,9 @@ def main() -> None:
         if not np.isfinite(logits).all():
             raise UserError(f"weights file {weights_file}: its numbers are too large to compute with; train again")
         show = as_json if config.json else as_text
+        other_data = has_other_data(weights_file)
         for (path, picture), row in zip(prepared, softmax(logits), strict=True):
-            print(show(path, picture, row))
+            print(show(path, picture, row, other_data))
     if not all_read:
         sys.exit(2)
 
@@ -75,6 +77,14 @@ def find_weights(config: PredictConfig) -> Path:
         train = f"python scripts/train_{config.framework}.py"
         raise UserError(f"there is no trained network in {default}: train one first ({train}), or give --weights FILE")
     return config.weights or default
+
+
+def has_other_data(weights: Path) -> bool:
+    """Return whether the record beside the weights says that they were trained on other data than FashionMNIST."""
+    try:
+        return bool(read_record(weights if weights.is_dir() else weights.parent).get("data"))
+    except (OSError, ValueError):
+        return False  # no record lies there
 
 
 def prepare_all(config: PredictConfig) -> tuple[list[tuple[Path, Prepared]], bool]:
@@ -99,23 +109,27 @@ def prepare_all(config: PredictConfig) -> tuple[list[tuple[Path, Prepared]], boo
     return prepared, all_read
 
 
-def as_text(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"]) -> str:
-    """Return a line with the classes, a line on how the picture was prepared, and a warning if it looks odd."""
+def as_text(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"], other_data: bool) -> str:
+    """Return a line with the classes, a line on how the picture was prepared, and a warning if it looks odd.
+
+    After training on other data, classes have numbers, and nothing is known of how a picture should look.
+    """
+    names = CLASS_NUMBERS if other_data else CLASS_NAMES
     likeliest = np.argsort(-probabilities, kind="stable")[:3]
-    classes = ", ".join(f"{CLASS_NAMES[label]} {probabilities[label]:.2%}" for label in likeliest)
+    classes = ", ".join(f"{names[label]} {probabilities[label]:.2%}" for label in likeliest)
     lines = [f"{printable(str(path))}: {classes}", f"  {picture.summary}"]
-    if oddities := find_oddities(picture):
+    if not other_data and (oddities := find_oddities(picture)):
         lines.append(f"  looks nothing like the training images: {oddities}")
     return "\n".join(lines)
 
 
-def as_json(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"]) -> str:
+def as_json(path: Path, picture: Prepared, probabilities: Float[np.ndarray, "10"], other_data: bool) -> str:
     """Return the same as one JSON object, with the probabilities of all ten classes."""
     answer = {
         "file": str(path),
-        "probabilities": dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)),
+        "probabilities": dict(zip(CLASS_NUMBERS if other_data else CLASS_NAMES, probabilities.tolist(), strict=True)),
         "prepared": picture.summary,
-        "unlike_training": find_oddities(picture),
+        "unlike_training": None if other_data else find_oddities(picture),
     }
     return json.dumps(answer)
 

@@ -20,7 +20,7 @@ from jax_cnn.train import cross_entropy, to_images
 from jax_cnn.trainer import JaxTrainer
 from torch_ref.trainer import TorchTrainer
 
-LIMIT_TRAIN = 64 * 40 + 32  # forty full batches and a remainder, as in the full set
+LIMIT_TRAIN = 64 * 20 + 32  # twenty full batches and a remainder, as in the full set
 LIMIT_TEST = 650  # not a multiple of the evaluation's batch
 
 
@@ -48,22 +48,13 @@ def test_the_same_weights_and_batches_give_the_same_losses(
     data: FashionMNIST, data_dir: Path, torch_weights: TorchDict
 ) -> None:
     """In float32 rounding drives the two apart. Worst over 5 seeds: losses 0.0009, accuracy 1 of 650 images."""
-    expected = scores(torch_trainer(data_dir, torch_weights))
+    ours, theirs = jax_trainer(data, torch_weights), torch_trainer(data_dir, torch_weights)
+    assert ours.evaluate() == pytest.approx(theirs.evaluate(), rel=1e-6)
+    expected = scores(theirs)
     bounds = np.array([0.003, 0.003, 8 / LIMIT_TEST])
-
-    assert (np.abs(scores(jax_trainer(data, torch_weights)) - expected) <= bounds).all()
-
+    assert (np.abs(scores(ours) - expected) <= bounds).all()
     other_order = scores(jax_trainer(data, torch_weights, seed=1))
-    slower = scores(jax_trainer(data, torch_weights, adam=AdamConfig(learning_rate=0.9e-3)))
-    for faulty in (other_order, slower):  # the check can fail
-        assert (np.abs(faulty - expected) > bounds).any()
-
-
-def test_a_network_scores_the_same_in_both_frameworks(
-    data: FashionMNIST, data_dir: Path, torch_weights: TorchDict
-) -> None:
-    ours, theirs = jax_trainer(data, torch_weights).evaluate(), torch_trainer(data_dir, torch_weights).evaluate()
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert (np.abs(other_order - expected) > bounds).any()  # the check can fail
 
 
 def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weights: TorchDict) -> None:

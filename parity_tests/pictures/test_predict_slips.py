@@ -1,5 +1,6 @@
 """The command that classifies pictures says in one line what is wrong with a file, a flag or the weights."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from PIL import Image
 
 import predict
 from jax_cnn.config import UserError
+from jax_cnn.files import write_json
+from jax_cnn.pictures.prepare import Prepared
 from jax_cnn.pictures.read import list_pictures, read_picture
 from jax_cnn.torch_layout import TorchDict, save_weights
 from parity_tests.support import assert_slip, run_command
@@ -94,6 +97,21 @@ def test_a_file_without_permission_is_named(boot: Path) -> None:
     boot.chmod(0)
     with pytest.raises(UserError, match=r"boot.png: Permission denied; give a file that can be read"):
         read_picture(boot)
+
+
+def test_after_training_on_other_data_classes_have_numbers_and_no_picture_is_odd(tmp_path: Path) -> None:
+    answer = (tmp_path / "a.png", Prepared(np.full((28, 28), 255, np.uint8), "28x28 L, as it is", 1.0), np.eye(10)[9])
+    assert not predict.has_other_data(tmp_path / "weights.safetensors")
+    assert "Ankle boot 100.00%" in predict.as_text(*answer, False)
+    assert "looks nothing like" in predict.as_text(*answer, False)
+    write_json(tmp_path / "config.json", {"config": {}, "versions": {}, "data": {"train-labels-idx1-ubyte": "ab" * 32}})
+    assert predict.has_other_data(tmp_path)
+    assert predict.has_other_data(tmp_path / "weights.safetensors")
+    assert predict.as_text(*answer, True).split(": ", 1)[1].startswith("class 9 100.00%, class 0 0.00%")
+    assert "looks nothing like" not in predict.as_text(*answer, True)
+    content = json.loads(predict.as_json(*answer, True))
+    assert content["probabilities"]["class 9"] == 1
+    assert content["unlike_training"] is None
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

@@ -151,6 +151,11 @@ def test_main_in_a_cell_does_not_read_the_kernel_s_own_flags(monkeypatch: pytest
     assert command_line.parse(TrainConfig(epochs=3), "") == TrainConfig(epochs=3)
 
 
+def test_a_slip_in_a_cell_is_one_line() -> None:
+    """IPython calls this method instead of formatting a traceback."""
+    assert UserError("--epochs must be 1 or more")._render_traceback_() == ["error: --epochs must be 1 or more"]
+
+
 def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     config = command_line.parse(TrainConfig(), "", ["--out-dir=~/runs", "--init-weights", "~/w.pth", "--seed=3"])

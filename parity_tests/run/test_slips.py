@@ -1,8 +1,10 @@
 """A user's slip with a command: one plain line that says what is wrong and what to do, and nothing changes."""
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +16,8 @@ from jax_cnn.config import Network
 from jax_cnn.run.folder import FILES
 from jax_cnn.torch_layout import save_weights
 from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
-from parity_tests.support import ENVIRONMENT, assert_slip, run_command
+from parity_tests.support import ENVIRONMENT, ROOT, assert_slip, command_line, run_command
+from torch_ref.trainer import pick_device
 
 FRAMEWORKS = ("jax", "torch")
 ADVICE = re.compile(r"must (be|name)|--help|\b(add|choose|give|install|leave|put|train|try|use)\b")
@@ -80,33 +83,33 @@ SLIPS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an earlier log of each training, a file where a folder is expected, and other inputs."""
+    folder = tmp_path_factory.mktemp("folder")
     for framework in FRAMEWORKS:
-        results = tmp_path / "runs" / framework
+        results = folder / "runs" / framework
         results.mkdir(parents=True)
         for name in set(FILES) - {"weights.safetensors"}:
             (results / name).write_text(f"{framework}'s earlier {name}", encoding="utf-8")
-    (tmp_path / "taken").write_text("not a folder", encoding="utf-8")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
-    save_weights(tmp_path / "weights", zero_weights(Network("linear")))
-    (tmp_path / "cut").write_bytes((tmp_path / "weights").read_bytes()[:-1])
-    Image.new("L", (28, 28)).save(tmp_path / "boot.png")
-    return tmp_path
+    (folder / "taken").write_text("not a folder", encoding="utf-8")
+    (folder / "new").mkdir()
+    (folder / "other.json").write_text("{}", encoding="utf-8")
+    save_weights(folder / "weights", zero_weights(Network("linear")))
+    (folder / "cut").write_bytes((folder / "weights").read_bytes()[:-1])
+    Image.new("L", (28, 28)).save(folder / "boot.png")
+    return folder
 
 
-def assert_plain_slip(
-    script: str, *flags: str, words: tuple[str, ...], cwd: Path, env: dict[str, str] = ENVIRONMENT
-) -> None:
-    """Assert that a command ends with one plain line that names these words, and leaves the folder as it was.
+def without_data(script: str, *flags: str) -> list[str]:
+    """Return the words of a command. Training has no data folder: a slip that is not noticed ends in no download."""
+    return [script, *(("--data-dir", "taken") if script.startswith("train_") else ()), *flags]
 
-    Training has no data folder to continue with: a slip that is not noticed ends there, not in a download.
-    """
+
+def assert_plain_slip(script: str, *flags: str, words: tuple[str, ...], cwd: Path) -> None:
+    """Assert that a command ends with one plain line that names these words, and leaves the folder as it was."""
     before = contents(cwd)
-    data_flags = ("--data-dir", "taken") if script.startswith("train_") else ()
-    done = run_command(script, *data_flags, *flags, cwd=cwd, env=env)
+    done = run_command(*without_data(script, *flags), cwd=cwd)
     assert_plain_line(done, words)
     assert "Traceback" not in done.stdout
     assert contents(cwd) == before
@@ -129,11 +132,44 @@ def without_frameworks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), ENVIRONMENT.get("PYTHONPATH"))))}
 
 
+# Runs commands one after the other, and prints a line of JSON with the exit status, the output and the errors of each.
+IN_ONE_PROCESS = """
+import contextlib, io, json, runpy, sys, traceback
+for sys.argv in json.load(sys.stdin):
+    status, output, errors = None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+    print(json.dumps([status, output.getvalue(), errors.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def slips(folder: Path, without_frameworks: dict[str, str]) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Return how each command of `SLIPS` ends. They run in one process, because most of their time is its start."""
+    before = contents(folder)
+    lines = [command_line(*without_data(*command.split()))[1:] for command in SLIPS]
+    process = [sys.executable, "-c", IN_ONE_PROCESS]
+    env = without_frameworks | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "scripts"), without_frameworks["PYTHONPATH"]))
+    }
+    done = subprocess.run(process, input=json.dumps(lines), cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(folder) == before
+    results = map(json.loads, done.stdout.splitlines())
+    return {name: subprocess.CompletedProcess(name, *result) for name, result in zip(SLIPS, results, strict=True)}
+
+
 @pytest.mark.parametrize(("command", "words"), SLIPS.items(), ids=SLIPS)
 def test_a_wrong_flag_is_one_line_before_a_framework_loads_and_changes_nothing(
-    folder: Path, without_frameworks: dict[str, str], command: str, words: tuple[str, ...]
+    slips: dict[str, subprocess.CompletedProcess[str]], command: str, words: tuple[str, ...]
 ) -> None:
-    assert_plain_slip(*command.split(), words=words, cwd=folder, env=without_frameworks)
+    assert_plain_line(slips[command], words)
+    assert "Traceback" not in slips[command].stdout
 
 
 def test_without_a_slip_the_command_loads_a_framework(folder: Path, without_frameworks: dict[str, str]) -> None:
@@ -152,14 +188,15 @@ def test_a_data_folder_that_is_a_file_is_one_line_and_stays(folder: Path, framew
     assert_plain_slip(f"train_{framework}", words=("taken", "data folder"), cwd=folder)
 
 
-@pytest.mark.parametrize("device", ["gpu", "tpu"])
-def test_a_missing_device_is_one_line_and_changes_nothing(folder: Path, framework: str, device: str) -> None:
-    is_there = torch.cuda.is_available() and device == "gpu"
-    if framework == "jax":
-        is_there = any(known.platform == device for known in jax.devices())
-    if is_there:
-        pytest.skip(f"{framework} sees a {device}")
-    assert_plain_slip(f"train_{framework}", "--device", device, words=("--device", device), cwd=folder)
+def test_a_missing_device_is_one_line_and_changes_nothing(folder: Path, framework: str) -> None:
+    if torch.cuda.is_available() if framework == "torch" else any(gpu.platform == "gpu" for gpu in jax.devices()):
+        pytest.skip(f"{framework} sees a GPU")
+    assert_plain_slip(f"train_{framework}", "--device", "gpu", words=("--device gpu",), cwd=folder)
+
+
+def test_pytorch_has_no_tpu_and_says_what_has() -> None:
+    with pytest.raises(ValueError, match=r"use train_jax\.py$"):
+        pick_device("tpu")
 
 
 def test_weights_that_do_not_fit_are_one_line_and_change_nothing(folder: Path, framework: str) -> None:

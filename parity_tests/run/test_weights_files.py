@@ -103,6 +103,11 @@ def test_a_run_s_folder_gives_its_weights_or_else_its_newest_checkpoint(tmp_path
             Checkpoint(AdamState(weights, zeros, zeros, step), Progress(), {}),
         )
     assert np.array_equal(load_weights(tmp_path, "float32", LINEAR)["fc.bias"], WEIGHTS["fc.bias"] + 10)
+    newest = tmp_path / "checkpoint-000000010.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one wrong bit
+    with pytest.raises(UserError, match="a checkpoint whose contents do not match its checksum"):
+        load_weights(tmp_path, "float32", LINEAR)
     (tmp_path / "weights.safetensors").write_bytes(safetensors.numpy.save(WEIGHTS))
     assert np.array_equal(load_weights(tmp_path, "float32", LINEAR)["fc.bias"], WEIGHTS["fc.bias"])
 

@@ -20,7 +20,7 @@ from experiments.comparison.runs import (
 )
 from experiments.records import PACKAGES, ROOT, Json, Show, explain_mismatch, run_command, shorten_command
 from jax_cnn.config import UserError
-from jax_cnn.data import CLASS_NAMES, prepare_fashion_mnist
+from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS, prepare_fashion_mnist
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.provenance import provenance
 
@@ -47,7 +47,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     begin(4, "speed by configuration")
     report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
-        "classes": list(CLASS_NAMES),
+        "classes": list(CLASS_NUMBERS if runs["jax"].record.get("data") else CLASS_NAMES),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
         "layers": scores.list_layers(),
