@@ -105,12 +105,7 @@ def training_program(mesh: AnyMesh, batch_size: int, precision: str) -> tuple[Wr
 
 
 def compile_training(topology: str, batch_size: int, precision: TpuPrecision) -> Compilation:
-    """Compile the training program for all chips of a TPU, which need not be here.
-
-    Args:
-        topology: `v5e:2x2` means four chips of a TPU v5e.
-        batch_size: images in a batch, which all chips share evenly.
-        precision: dtype to compute in.
+    """Compile the training program for all chips of a TPU, which need not be here and share each batch evenly.
 
     Raises:
         UserError: the TPU compiler is not installed or does not know this TPU, or the program does not fit its memory.
