@@ -52,6 +52,15 @@ def branches(kernels: Array, rows: Array) -> Array:
     return layer(kernels[1], chosen, "c")
 
 
+def by_platform(kernels: Array, rows: Array) -> Array:
+    return lax.platform_dependent(
+        layer(kernels[1], rows, "b"),
+        cuda=lambda rows: layer(kernels[0], rows, "c"),
+        cpu=lambda rows: layer(kernels[0], layer(kernels[0], rows, "c"), "a"),
+        default=lambda rows: layer(kernels[1], rows, "d"),
+    )
+
+
 @jax.custom_jvp
 def with_jvp(kernel: Array, rows: Array) -> Array:
     return layer(kernel, rows, "inside")
@@ -103,6 +112,7 @@ PROGRAMS: dict[str, tuple[Callable[[Array, Array], Any], list[str]]] = {
     "scan": (scanned, ["s"]),
     "nested scans": (nested_scans, ["s"]),
     "cond": (branches, ["c", "a", "c#2"]),
+    "a choice by platform": (by_platform, ["b", "c", "a"]),
     "custom_jvp": (lambda w, x: layer(w[1], with_jvp(w[0], x), "b"), ["inside", "b"]),
     "custom_vjp": (lambda w, x: layer(w[1], with_vjp(w[0], x), "b"), ["inside", "b"]),
     "custom_vmap": (lambda w, x: batched(x) @ w[0] + tap("b", x), ["inside", "b"]),
