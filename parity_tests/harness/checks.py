@@ -60,7 +60,7 @@ from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
 from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture, fixed_settings
-from parity_tests.harness.weights import check_complete
+from parity_tests.harness.weights import check_complete, size_of
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
 EPOCHS_COMPARED = 2
@@ -82,11 +82,13 @@ def parameters(case: Case) -> Iterator[Divergence]:
     paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
-    hint = "; if the port computes it itself, declare unused() for its module in weights="
     for name in gaps.torch:
-        yield Divergence("parameters", name, f"PyTorch has it and nothing carries it to JAX ({counts}){hint}")
+        size = size_of(weight_map.tensors[name])
+        hint = f"; if the port needs none, declare weights={{{name!r}: unused()}}, of parity_tests.harness.weights"
+        yield Divergence("parameters", name, f"PyTorch has it, {size}, and nothing carries it to JAX ({counts}){hint}")
     for path in gaps.jax:
-        yield Divergence("parameters", path, f"JAX has it and no tensor of PyTorch's fills it ({counts})")
+        size = size_of(weight_map.leaves[path])
+        yield Divergence("parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts})")
     for path in gaps.twice:
         yield Divergence("parameters", path, "two tensors of PyTorch's fill it")
     with exact_arithmetic("float64"):
@@ -523,7 +525,7 @@ def compare_tables(
             alike.setdefault(name.rpartition(".")[2], []).append((name, f"{path} otherwise than PyTorch: {problem}"))
     for found in alike.values():  # such as the running variances of all norms
         first = "JAX builds " if len(found) == 1 else "JAX builds the first of them, "
-        yield Divergence("tables", shorten([name for name, _ in found]), first + found[0][1])
+        yield Divergence("tables", shorten([*dict.fromkeys(name for name, _ in found)]), first + found[0][1])
 
 
 def statistics(case: Case) -> Iterator[Divergence]:

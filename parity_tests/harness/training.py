@@ -583,6 +583,8 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
         share = slope(actual - keeps[0] * old, expected - keeps[1] * old)
         if abs(keeps[0] - keeps[1]) > 1e-6:
             sense = ": the momentum is meant in the other sense" if abs(keeps[0] + keeps[1] - 1) < 1e-6 else ""
+            if abs(keeps[0] - 1) < 1e-12:
+                sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
         elif share and abs(share - 1) > 1e-9:
             size = round(1 / abs(1 - share)) if share < 1 else 0
