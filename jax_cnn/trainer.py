@@ -58,12 +58,8 @@ class JaxTrainer:
     ) -> None:
         """Place the initial state and the test set on the devices, and compile.
 
-        Args:
-            config: the run's configuration.
-            data: the whole data set; the configuration's limits are applied here.
-            devices: where to train. Each holds the whole state, and gets its share of every batch.
-            initial: weights under PyTorch's names and layouts, or None to draw them from the seed.
-            dialect: the dialect in which the network is written.
+        Each device holds the whole state, and gets its share of every batch. Of the whole data set as many images are
+        used as the configuration says. Without initial weights they are drawn from the seed.
         """
         jax.config.update("jax_enable_x64", config.precision == "float64")
         self._config = config
@@ -188,13 +184,8 @@ def training_program(
     The state is on every device and each batch is shared among them, so XLA adds the one exchange that a step needs:
     the sum of the gradients and losses over the devices.
 
-    Args:
-        mesh: the devices. They need not be on this machine.
-        state: arrays, or their shapes and placements. The program reuses the memory of the arrays.
-        shape: number of batches in a chunk, and of images in a batch.
-        optimizer: the optimizer that the state belongs to.
-        dtype: the dtype to compute in.
-        network: the network to train.
+    The devices need not be on this machine. The state consists of arrays, whose memory the program reuses, or of their
+    shapes and placements. `shape` is the number of batches in a chunk, and of images in a batch.
     """
     chunk = partial(train_chunk, optimizer=optimizer, dtype=dtype, network=network)
     sharding = batch_sharding(mesh, shape[1])

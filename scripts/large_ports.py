@@ -88,7 +88,8 @@ def measure(name: Name, checks: tuple[str, ...]) -> str:
     try:
         divergences = examine(make_pair(name), names=checks or tuple(CHECKS), progress=progress).divergences
         result = f"{len(divergences)} differences" if divergences else "the same"
-        print(*divergences, sep="\n", end="\n" if divergences else "")
+        for divergence in divergences:
+            print(divergence)
     except Refused as reason:
         result = f"refused: {reason}"
     taken = time.perf_counter() - started

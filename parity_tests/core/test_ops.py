@@ -1,5 +1,6 @@
 """The hand-written backward passes equal XLA's own, on ties too."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -93,10 +94,34 @@ def test_a_block_is_convolution_bias_relu_and_pool(channels: int) -> None:
     with jax.enable_x64(True):
         shapes = (4, 14, 10, channels), (3, 3, channels, 8), (8,)
         block = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
-        assert np.abs(ops.conv_bias_relu_pool(*block) - in_turn(*block)).max() <= FLOAT64_BOUND
-        ours, theirs = gradients(ops.conv_bias_relu_pool, *block), gradients(in_turn, *block)
-    for our, their in zip(ours, theirs, strict=True):
-        assert np.abs(our - their).max() <= FLOAT64_BOUND
+        ways = ops.conv_bias_relu_pool, ops.plain_conv_bias_relu_pool, in_turn
+        values = [np.asarray(way(*block)) for way in ways]
+        gradients_of_ways = [gradients(way, *block) for way in ways]
+    for value, own in zip(values[:2], gradients_of_ways[:2], strict=True):
+        assert np.abs(value - values[2]).max() <= FLOAT64_BOUND
+        for our, their in zip(own, gradients_of_ways[2], strict=True):
+            assert np.abs(our - their).max() <= FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("levels", [1, 3, None], ids=["all ties", "many ties", "ties by rounding"])
+def test_both_ways_of_a_block_send_the_gradient_to_the_same_places(levels: int | None) -> None:
+    rng, shape = np.random.default_rng(0), (4, 14, 10, 1)
+    images = jnp.asarray(rounded_together(shape) if levels is None else rng.integers(levels, size=shape) - levels / 2)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)  # each sum has one term, so both ways round alike
+    block = images.astype(jnp.float32), kernel, jnp.ones(1)
+    ours, theirs = gradients(ops.cpu_conv_bias_relu_pool, *block), gradients(ops.plain_conv_bias_relu_pool, *block)
+    assert np.array_equal(ours[0], theirs[0])
+
+
+def test_a_platform_gets_its_own_way() -> None:
+    """XLA's own gradient of a pool is a select_and_scatter, and that of a convolution another convolution."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 8, 8, 1), (3, 3, 1, 4), (4,))]
+    traced = jax.jit(jax.grad(lambda *block: ops.conv_bias_relu_pool(*block).sum(), (0, 1, 2))).trace(*shapes)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "rocm", "tpu")}
+    scatters = {name: len(re.findall(r"stablehlo\.select_and_scatter\b", text)) for name, text in texts.items()}
+    convolutions = {name: len(re.findall(r"stablehlo\.convolution\b", text)) for name, text in texts.items()}
+    assert scatters == {"cpu": 0, "cuda": 0, "rocm": 0, "tpu": 1}
+    assert convolutions == {"cpu": 0, "cuda": 0, "rocm": 0, "tpu": 3}  # with one channel, a product takes their place
 
 
 def test_a_block_sums_bfloat16_products_in_float32() -> None:

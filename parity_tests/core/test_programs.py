@@ -183,6 +183,25 @@ def test_exchanges_are_read_from_a_compiled_program() -> None:
     )
 
 
+def test_the_cycles_of_a_step_are_those_of_the_loop() -> None:
+    hlo = """
+%body.1 (state: f32[]) -> f32[] {
+  %copy.1 = f32[] copy(%state), backend_config={"estimated_cycles":"20"}
+  ROOT %fusion.1 = f32[] fusion(%copy.1), calls=%fused, backend_config={"estimated_cycles":"3","x":[]}
+}
+
+%other.1 (state: f32[]) -> f32[] {
+  ROOT %copy.2 = f32[] copy(%state), backend_config={"estimated_cycles":"400"}
+}
+
+ENTRY %main.1 (state: f32[]) -> f32[] {
+  %copy.3 = f32[] copy(%state), backend_config={"estimated_cycles":"5000"}
+  ROOT %while.1 = f32[] while(%copy.3), condition=%condition.1, body=%body.1
+}
+"""
+    assert tpu.count_cycles(hlo) == 23
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

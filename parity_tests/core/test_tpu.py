@@ -24,17 +24,16 @@ pytestmark = [
 SHARE = 64  # images of a batch on each chip
 CHIPS = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:16x16": 256}
 PARAMETERS = 1_630_090
-EXCHANGED = PARAMETERS + 14 * 14 * 32 - 32 + 7 * 7 * 64 - 64  # two bias gradients, before their sum over the map
 EXCHANGES = {  # the loss is float32 in both, and XLA combines exchanges of one dtype only
-    "float32": (Collective("all-reduce", 4 * (EXCHANGED + 1)),),
-    "bfloat16": (Collective("all-reduce", 4), Collective("all-reduce", 2 * EXCHANGED)),
+    "float32": (Collective("all-reduce", 4 * (PARAMETERS + 1)),),
+    "bfloat16": (Collective("all-reduce", 4), Collective("all-reduce", 2 * PARAMETERS)),
 }
 HBM = 16 * 2**30  # bytes of a v5e chip: https://docs.cloud.google.com/tpu/docs/v5e
-FLOPS_BOUND = 0.05  # worst seen over these three in both precisions: 0.024
+FLOPS_BOUND = 0.05  # worst seen over these three in both precisions: 0.029
 
 
 @cache
-def compile_training(topology: str, precision: TpuPrecision = "float32") -> Compilation:
+def compile_training(topology: str, precision: TpuPrecision) -> Compilation:
     """Compile the training program once, with a share of 64 images for each chip."""
     return tpu.compile_training(topology, SHARE * CHIPS[topology], precision)
 
@@ -58,6 +57,11 @@ def test_every_chip_computes_its_share_and_gradients_are_exchanged_once(topology
     assert compilation.outputs < state  # the new state takes the old one's place
 
 
+def test_by_its_compiler_a_tpu_needs_fewer_cycles_with_its_own_operations() -> None:
+    own = compile_training("v5e:1x1", "float32")
+    assert own.cycles < tpu.compile_training("v5e:1x1", SHARE, "float32", cpu_operations=True).cycles
+
+
 def test_a_batch_that_is_not_shared_is_noticed() -> None:
     """Four chips cannot share 66 images: each computes all of them, and there is nothing to exchange."""
     compilation = tpu.compile_training("v5e:2x2", SHARE + 2, "float32")
@@ -68,7 +72,7 @@ def test_a_batch_that_is_not_shared_is_noticed() -> None:
 
 def test_a_program_that_does_not_fit_into_a_chips_memory_is_refused() -> None:
     with pytest.raises(UserError, match="--topologies v5e:1x1: the program does not compile: RESOURCE_EXHAUSTED"):
-        tpu.compile_training("v5e:1x1", 60_000, "float32")
+        tpu.compile_training("v5e:1x1", 60_000, "float32", cpu_operations=True)
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x3", "v9x:2x2", "nowhere"])

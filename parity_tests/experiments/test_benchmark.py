@@ -1,5 +1,6 @@
 """The speed benchmark: what it counts, how it compares, and that the command does what it says. No speed is tested."""
 
+import io
 import os
 import re
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,18 +16,20 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from rich.console import Console, RenderableType
 
 from experiments.records import Json, Show
-from experiments.speed import benchmark, sections, torch_steps
-from experiments.speed.config import QUICK, BenchmarkConfig, apply_quick
-from experiments.speed.contenders import CHECKPOINTS, DOTS, Task
+from experiments.speed import benchmark, gpu, sections, torch_steps
+from experiments.speed.config import QUICK, BenchmarkConfig, apply_presets
+from experiments.speed.contenders import CHECKPOINTS, DOTS, Task, Unavailable
 from experiments.speed.tables import checkpoint_table, sentence, short, tables
 from experiments.speed.work import DOT_FLOP
 from experiments.speed.workers import WorkerFailed, time_in_turns
 from experiments.spread import order_of_round, paired_ratios, spread
 from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError
+from jax_cnn.run.display import ProgressBar
 from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, command_line, read_json, run_command, wait_until
 
 IDLE_BOUND = 0.1  # seconds of CPU while others are timed, in 2 rounds. Worst seen: 0.004, with threads that spin
@@ -71,11 +74,11 @@ def test_every_contender_goes_first_second_and_last() -> None:
 
 
 def test_quick_changes_only_what_no_other_flag_asks_for() -> None:
-    config = apply_quick(BenchmarkConfig(quick=True, command_runs=1))
+    config = apply_presets(BenchmarkConfig(quick=True, command_runs=1))
     assert config.command_runs == 1
     changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
     assert changed == set(QUICK) | {"quick"}
-    assert apply_quick(BenchmarkConfig()) == BenchmarkConfig()
+    assert apply_presets(BenchmarkConfig()) == BenchmarkConfig()
 
 
 # --- Sections with planted times ---
@@ -102,11 +105,11 @@ def plant(patch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
     patch.setattr(sections, "time_in_turns", planted)
 
 
-def contest(seconds: dict[str, float], *contenders: Any) -> Json:
+def contest(seconds: dict[str, float], *names: Any) -> Json:
     """Return the result of a contest of three rounds of ten steps with planted times."""
     with pytest.MonkeyPatch.context() as patch:
         plant(patch, seconds)
-        return sections.measure_contest(BenchmarkConfig(rounds=3, steps=10, contenders=contenders), print)
+        return sections.measure_contest(BenchmarkConfig(rounds=3, steps=10, contenders=names), print)
 
 
 def test_the_fastest_pytorch_that_competes_is_the_best() -> None:
@@ -341,3 +344,85 @@ def test_every_section_of_the_command(data_dir: Path, tmp_path: Path) -> None:
     assert result["commands"]["jax"]["compile_seconds"]["least"] > 1  # a program from a cache takes 0.6 s
     assert {path.name for path in tmp_path.iterdir()} == set(benchmark.FILES)
     assert_picture(tmp_path / benchmark.GROWTH)
+
+
+# --- On a GPU: rehearsed on the CPU ---
+
+
+def gpu_task(data_dir: Path, contender: str) -> Task:
+    """Return two steps of eight images."""
+    config = BenchmarkConfig(data_dir=data_dir, threads=1)
+    return sections.make_task(config, contender, images=16, batch_sizes=(8,))
+
+
+@pytest.fixture
+def _own_tf32() -> Iterator[None]:
+    """Reset what a loop sets for the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_own_tf32")
+def test_pytorch_s_loops_for_the_gpu_train_at_every_precision(data_dir: Path) -> None:
+    for name in ("gpu-torch-adam", "gpu-torch-channels-last"):
+        work = torch_steps.make(gpu_task(data_dir, name))
+        first, second = (work.round(number)["losses"] for number in range(2))
+        assert list(first) == ["tf32, 8", "float32, 8", "bfloat16, 8"]
+        assert all(second[point] < first[point] for point in first), "a round does not go on from the last one"
+        assert first["tf32, 8"] == first["float32, 8"] != first["bfloat16, 8"]
+    with pytest.raises(Unavailable, match="a CUDA graph needs a GPU"):
+        torch_steps.make(gpu_task(data_dir, "gpu-torch-graph"))
+
+
+def test_the_gpu_s_table_compares_with_the_best_pytorch_of_each_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
+        (task,) = tasks
+        if task.contender == "gpu-torch-max-autotune":
+            raise WorkerFailed("the worker for it ended\nTraceback …\nRuntimeError: no Triton")
+        speed = {"gpu-jax": 2.0, "gpu-torch-fused": 4.0}.get(task.contender, 1.0)
+        seconds = {f"{precision}, {size}": size / speed / 1e4 for precision, size in task.points}
+        return {task.contender: {"start": {}, "rounds": [{"seconds_a_step": seconds, "losses": {}}] * rounds}}
+
+    monkeypatch.setattr(gpu, "time_in_turns", planted)
+    config = BenchmarkConfig(device="gpu", rounds=2, batch_sizes=(64, 4096), command_runs=0, out_dir=tmp_path)
+    with ProgressBar(Console(file=io.StringIO())) as progress:
+        result = gpu.run(config, "a card", progress)
+    assert read_json(tmp_path / gpu.RESULT)["contenders"] == result["contenders"]
+    assert result["contenders"]["gpu-torch-max-autotune"]["unavailable"] == "RuntimeError: no Triton"
+    output = print_to_text(*gpu.tables(result))
+    assert re.search(r"PyTorch, fused Adam +1\.60 +102 ", output)
+    assert re.search(r"JAX is times as fast as the best +0\.50 +0\.50 ", output)
+    assert "on a card, bfloat16" in output
+
+
+def test_without_a_gpu_the_benchmark_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "QUERY", ("no-such-program",))
+    with pytest.raises(UserError, match="--device gpu: no NVIDIA GPU is here"):
+        gpu.describe_card()
+    monkeypatch.setattr(gpu, "QUERY", (sys.executable, "-c", "import sys; sys.exit('no devices were found')"))
+    with pytest.raises(UserError, match=r"no NVIDIA GPU is here \(nvidia-smi: no devices were found\)"):
+        gpu.describe_card()
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_the_gpu_runs_to_its_end_on_a_cpu(data_dir: Path, tmp_path: Path) -> None:
+    config = BenchmarkConfig(
+        rounds=1,
+        batch_sizes=(8,),
+        train_sizes=(16,),
+        command_runs=1,
+        command_epochs=1,
+        command_images=64,
+        data_dir=data_dir,
+        out_dir=tmp_path,
+    )
+    with ProgressBar(Console(file=io.StringIO())) as progress:
+        result = gpu.run(config, "a CPU", progress)
+    unavailable = {name for name, line in result["contenders"].items() if "unavailable" in line}
+    assert unavailable == {name for name in result["contenders"] if "graph" in name}
+    own, plain = (result["contenders"][name]["losses"] for name in ("gpu-jax", "gpu-jax-plain"))
+    assert own["tf32, 8"] == pytest.approx(plain["tf32, 8"], rel=0.01)
+    assert "train_jax.py" in print_to_text(*gpu.tables(result))

@@ -6,12 +6,13 @@ shows in the stage where it is born, and only there. One compiled program serves
 """
 
 import copy
+import ctypes
 import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -90,6 +91,12 @@ def exact_arithmetic(dtype: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(torch_settings[0])
         torch.backends.cudnn.allow_tf32 = torch_settings[1]
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, and what comes next could not use it in one piece."""
+    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Difference(NamedTuple):
@@ -298,9 +305,9 @@ class Case:
         return exact if max(errors, default=0.0) < LARGEST_OF_TABLES else module  # random ones are others in float64
 
     def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
-        """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
+        """Return a reference in this dtype, with these tensors, in evaluation mode: the case's own if it has them."""
         if dtype == "float64":
-            return load_tensors(copy.deepcopy(self.module), tensors)
+            return self.module if tensors is self.tensors else load_tensors(copy.deepcopy(self.module), tensors)
         return module_with(self.pair, tensors, dtype, self.seed)
 
     def runs_in_float64(self) -> bool:
@@ -572,6 +579,7 @@ class Sweeper:
 
     def load(self, seed: int, tensors: Mapping[str, np.ndarray], *, verify: bool = False) -> None:
         """Take the weights and inputs of a seed, and run PyTorch with them; JAX's program stays."""
+        release_memory()
         case, dtype = self.case, self.dtype
         self.seed = seed
         self.inputs = case.pair.draw_inputs(seed, self.size)
@@ -627,13 +635,18 @@ class Sweeper:
         with exact_arithmetic("float64"):
             return self.capture(module, self.case.cast(self.inputs, self.dtype), dtype="float64")
 
-    def in_jax(self, values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Return PyTorch's values of stages and functions under JAX's names and in its layouts."""
-        return {
-            stage.jax: jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
-            for name, stage in {**self.stages, **self.functions}.items()
-            if name in values
-        }
+    def in_jax(self, values: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Return PyTorch's values of stages and functions under JAX's names and in its layouts.
+
+        The given arrays are replaced by views of what is returned, so that no value is held twice.
+        """
+        found = {}
+        for name, stage in {**self.stages, **self.functions}.items():
+            if name in values:
+                found[stage.jax] = jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
+                if found[stage.jax].dtype == values[name].dtype:
+                    values[name] = stage.carry.to_torch(np.asarray(found[stage.jax]))
+        return found
 
     def cotangents(self) -> dict[str, jax.Array]:
         """Return the random numbers that JAX's float outputs are multiplied with: those of PyTorch's."""
@@ -650,16 +663,17 @@ class Sweeper:
         self, forward: Callable[[str], bool], backward: Callable[[str], bool], given: TorchCapture | None = None
     ) -> Sweep:
         """Run JAX; stages for which the functions are true go on with PyTorch's value or gradient."""
-        given = given or self.reference
+        given, both = given or self.reference, {**self.stages, **self.functions}
         with exact_arithmetic(self.dtype):
-            values, gradients = self.in_jax(given.values), self.in_jax(given.gradients)
+            values = self.in_jax(given.values) if any(map(forward, both)) else {}
+            gradients = self.in_jax(given.gradients) if any(map(backward, self.stages)) else {}
             return self.sweep(
                 self.tensors,
                 self.call,
                 self.cotangents(),
                 values,
                 gradients,
-                {stage.jax: forward(name) for name, stage in {**self.stages, **self.functions}.items()},
+                {stage.jax: forward(name) for name, stage in both.items()},
                 {stage.jax: backward(name) and stage.jax in gradients for name, stage in self.stages.items()},
             )
 
@@ -796,7 +810,8 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     either by more than the bound allows, they may be as far apart, times a factor. And some references keep float32
     inside a float64 run, or have a gradient that is off by more than rounding: JAX may be as far off there, and after.
     """
-    allowed, in_jax = movement_in_torch(sweeper, move_reference(sweeper)), move_jax(sweeper)
+    allowed = movement_in_torch(sweeper, move_reference(sweeper))
+    in_jax = move_jax(sweeper)
     limits = {
         kind: {
             name: min(NUDGE_FACTOR * max(error, in_jax[kind].get(name, 0.0)), WIDEST) for name, error in errors.items()
@@ -941,8 +956,7 @@ def nudge(sweeper: Sweeper) -> Callable[[Any], Any]:
 def move_reference(sweeper: Sweeper) -> TorchCapture:
     """Run the reference with every float input and weight moved by one unit in the last place."""
     case, move = sweeper.case, nudge(sweeper)
-    tensors = {name: move(array.astype(np.float64)) for name, array in case.tensors.items()}
-    module = case.reference(tensors)
+    module = case.reference({name: move(array.astype(np.float64)) for name, array in case.tensors.items()})
     with exact_arithmetic("float64"):
         return sweeper.capture(module, case.cast(sweeper.inputs, "float64").map(move))
 

@@ -5,9 +5,7 @@ compute in float64, where a difference is a bug. A stage alone never raises an a
 end to end, in an output, the loss, a weight's gradient, the statistics or the training; stages say where it is born.
 """
 
-import contextlib
 import copy
-import ctypes
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -300,7 +298,6 @@ def setup_of(case: Case) -> Setup:
     """Return what the checks of training work on: both sides with the reference's initial weights in float64."""
     pair = case.pair
     tensors = draw_tensors(pair, case.seed)
-    module = case.reference(tensors)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
@@ -317,7 +314,9 @@ def setup_of(case: Case) -> Setup:
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),
     )
-    return Setup(module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse)
+    return Setup(
+        case.module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse, tensors
+    )
 
 
 def case_setup(case: Case) -> Setup:
@@ -721,7 +720,6 @@ def examine(
             result.not_checked[name] = reason
             continue
         progress(name)
-        release_memory()
         found = list(check(case))
         result.divergences += found
         if found:
@@ -737,12 +735,6 @@ def examine(
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
     return result
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, and the next check could not use it in one piece."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:

@@ -329,6 +329,8 @@ class Planner:
             if self.is_stack(equation):
                 return [self.plan(jaxprs[0], scope, steps, steered) for _ in range(length)]
             return [self.plan(jaxprs[0], scope, (*steps, length), steered)]
+        if (chosen := branch_of_platform(equation)) is not None:
+            return [self.plan(jaxprs[chosen], scope, steps, steered)]
         if name == "cond":
             before, after, plans = self.counts.copy(), self.counts.copy(), []
             for jaxpr in jaxprs:  # the same module in two branches is one tap
@@ -593,6 +595,8 @@ class Walk:
         name = equation.primitive.name
         if name == "scan":
             return self.scan(equation, plans, inputs)
+        if (chosen := branch_of_platform(equation)) is not None:
+            return self.run(plans[0], equation.params["branches"][chosen].consts, inputs[1:])
         if name == "cond":
             return self.switch(equation, plans, inputs)
         jaxpr = equation.params["jaxpr"] if "jaxpr" in equation.params else first_closed(equation)
@@ -660,6 +664,17 @@ class Walk:
         outputs, records = lax.switch(index, [complete(run) for run in branches], *arguments)
         self.records.update({name: records[name] for name in shapes})
         return outputs
+
+
+def branch_of_platform(equation: JaxprEqn) -> int | None:
+    """Return which branch of `lax.platform_dependent` runs on this platform, or None for every other equation."""
+    platforms = equation.params.get("branches_platforms") if equation.primitive.name == "cond" else None
+    if platforms is None:
+        return None
+    here = {jax.default_backend()}
+    if here == {"gpu"}:
+        here = {"rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"}
+    return next(index for index, names in enumerate(platforms) if names is None or here.intersection(names))
 
 
 def first_closed(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr:

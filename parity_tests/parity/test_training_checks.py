@@ -588,7 +588,7 @@ def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_
     setup, batches = build_normed(), [batch for _, batch in draw_batches((8,))]
     noise, run = training.measure_noise(setup, batches, False, 2.0**-53), TorchRun(setup)
     run.step(batches)
-    start = tensors_of(setup.module)
+    start = setup.start
     moves = {name: np.abs(array - start[name]).max() for name, array in tensors_of(run.module).items()}
     shares = [noise["weights", name] / move for name, move in moves.items() if move]
     shares = [share for share in shares if share < training.MOSTLY_ROUNDING]

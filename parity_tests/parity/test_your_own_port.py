@@ -20,30 +20,41 @@ from torch import nn
 from torch.nn import functional
 
 from jax_cnn.config import UserError
-from parity_tests.command import ReportConfig, load_pair
+from parity_tests.command import ReportConfig, load_pair, plant
 from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case
+from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
-from parity_tests.support import ROOT, assert_slip, run_command
+from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
 
 
-def test_the_readmes_example_works_as_it_stands(tmp_path: Path) -> None:
+def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= LONGEST_EXAMPLE
     (tmp_path / "my_port.py").write_text(example, encoding="utf-8")
-    for fault, status, words in (("none", 0, "no difference"), ("relu-leaky", 1, "outputs: output of ")):
-        result = run_command("parity_report", "my_port:pair", f"--fault={fault}", "--steps=3", cwd=tmp_path)
-        assert words in result.stdout, result.stdout + result.stderr
-        assert result.returncode == status
-        assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
-    result = run_command("parity_report", "my_port:pair", "--fault=fixed-order", cwd=tmp_path)
-    assert_slip(result, "--fault fixed-order cannot be planted: ")
+    faulty = run_command("parity_report", "my_port:pair", "--fault=relu-leaky", "--steps=3", cwd=tmp_path)
+    assert "outputs: output of " in faulty.stdout, faulty.stdout + faulty.stderr
+    assert faulty.returncode == 1
+    assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pair = load_pair(ReportConfig(which="my_port:pair"), Console())
+    assert not examine(pair, names=("parameters", "outputs", "gradients", "trajectory")).divergences
+    with pytest.raises(UserError, match="--fault fixed-order cannot be planted: "):
+        plant(pair, "fixed-order")
 
 
-def test_two_pairs_at_once_are_refused(tmp_path: Path) -> None:
-    assert_slip(run_command("parity_report", "one:pair", "--pair=other:pair", cwd=tmp_path), "one:pair", "other:pair")
+def test_two_pairs_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="one:pair and --pair other:pair"):
+        ReportConfig(which="one:pair", pair="other:pair")
+
+
+def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
+    pair = Pair(nn.Linear(3, 2), lambda tree, x: (x @ tree["weight"].T + tree["bias"], x), np.ones((2, 3)), dict)
+    with pytest.raises(Refused, match="PyTorch returns 1 array, JAX "):
+        examine(pair, names=("outputs",))
 
 
 def test_keyword_arguments_keep_their_order() -> None:

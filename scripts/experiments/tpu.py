@@ -11,13 +11,14 @@ import re
 import time
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import jax
 from jax import numpy as jnp
 from jax.experimental import topologies
 from jax.stages import Wrapped
 
-from jax_cnn import trainer
+from jax_cnn import ops, trainer
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import TRAIN_SIZE, AdamConfig, TpuPrecision, UserError
 from jax_cnn.devices import AnyMesh, make_mesh, replicated
@@ -39,6 +40,8 @@ COLLECTIVE = re.compile(
     r"= (?P<shapes>.*?) (?P<operation>all-reduce|all-gather|reduce-scatter|(ragged-)?all-to-all|"
     r"collective-(permute|broadcast)|send|recv)(-start)?\("
 )
+BODY = re.compile(r"\bbody=%?([\w.-]+)")  # of a loop: `while(…), condition=%name, body=%name`
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 SHAPE = re.compile(r"\b[a-z]+(?P<bits>\d*)\w*\[(?P<sizes>[\d,]*)\]")  # f32[3,3,1,32], bf16[64], u8[], pred[10]
 
 
@@ -52,13 +55,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Compilation:
-    """The compiler's figures for one training program: FLOP of a step, and bytes of memory, on one chip."""
+    """The compiler's figures for one training program: FLOP and cycles of a step, and bytes of memory, on one chip."""
 
     topology: str
     chips: int
     precision: str
     batch_size: int  # of all chips together
+    cpu_operations: bool  # instead of XLA's own convolution and pool
     flops: float
+    cycles: int  # the compiler's estimate for the operations of a step
     arguments: int  # the state and a chunk of images
     outputs: int  # without those that take the place of arguments
     temporaries: int  # in the chip's main memory (HBM)
@@ -104,20 +109,25 @@ def training_program(mesh: AnyMesh, batch_size: int, precision: str) -> tuple[Wr
     return trainer.training_program(mesh, state, shape, optimizer, jnp.dtype(precision))
 
 
-def compile_training(topology: str, batch_size: int, precision: TpuPrecision) -> Compilation:
+def compile_training(
+    topology: str, batch_size: int, precision: TpuPrecision, cpu_operations: bool = False
+) -> Compilation:
     """Compile the training program for all chips of a TPU, which need not be here.
 
     Args:
         topology: `v5e:2x2` means four chips of a TPU v5e.
         batch_size: images in a batch, which all chips share evenly.
         precision: dtype to compute in.
+        cpu_operations: compute the network's blocks as on a CPU, to compare.
 
     Raises:
         UserError: the TPU compiler is not installed or does not know this TPU, or the program does not fit its memory.
     """
     chips = find_chips(topology)
     program, arguments = training_program(make_mesh(chips), batch_size, precision)
-    lowered = program.lower(*arguments)
+    block = ops.cpu_conv_bias_relu_pool if cpu_operations else ops.plain_conv_bias_relu_pool
+    with mock.patch.object(ops, "plain_conv_bias_relu_pool", block):
+        lowered = program.lower(*arguments)
     started = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options("tpu"))
@@ -134,7 +144,9 @@ def compile_training(topology: str, batch_size: int, precision: TpuPrecision) ->
         chips=len(chips),
         precision=precision,
         batch_size=batch_size,
+        cpu_operations=cpu_operations,
         flops=costs["flops"],
+        cycles=count_cycles(text),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -142,6 +154,17 @@ def compile_training(topology: str, batch_size: int, precision: TpuPrecision) ->
         collectives=find_collectives(text),
         compile_seconds=seconds,
     )
+
+
+def count_cycles(hlo: str) -> int:
+    """Return the sum of the compiler's estimates for all operations in the loop over the steps: those of one step."""
+    bodies, cycles, inside = set(BODY.findall(hlo)), 0, False
+    for line in hlo.splitlines():
+        if not line.startswith(" "):  # a computation begins or ends
+            inside = line.split(" ")[0].removeprefix("%") in bodies
+        elif inside:
+            cycles += sum(map(int, CYCLES.findall(line)))
+    return cycles
 
 
 def find_collectives(hlo: str) -> tuple[Collective, ...]:

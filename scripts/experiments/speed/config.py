@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.speed.contenders import CONTENDERS, TRAINING, ContenderName
 from jax_cnn.config import LIMITS, TRAIN_SIZE, FolderConfig, SeedConfig, TrainConfig, UserError, check_limits
@@ -18,6 +18,8 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
 
     quick: bool = False
     """Measure fewer rounds and sizes and no whole commands, unless other flags ask for them: a few minutes."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """gpu: time an epoch on an NVIDIA GPU instead, by --batch-sizes and precision, fed from the GPU's memory."""
     rounds: int = 9
     """How many times the training of every contender is timed, in turns."""
     steps: int = 64
@@ -112,7 +114,7 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
             seed=self.seed,
             data_dir=self.data_dir,
             out_dir=out_dir,
-            device="cpu",
+            device=self.device,
             limit_train=self.command_images,
         )
 
@@ -127,13 +129,13 @@ QUICK: dict[str, Any] = {
     "checkpoint_pairs": 2,
     "command_runs": 0,
 }
+GPU: dict[str, Any] = {"rounds": 5, "batch_sizes": (64, 256, 1024, 4096), "command_runs": 1}
 
 
-def apply_quick(config: BenchmarkConfig) -> BenchmarkConfig:
-    """Return the config with the values of `--quick` in place of all defaults, if the flag was given."""
-    if not config.quick:
-        return config
+def apply_presets(config: BenchmarkConfig) -> BenchmarkConfig:
+    """Return the config with the values of `--device gpu` or `--quick` in place of all defaults, if one was given."""
+    preset = GPU if config.device == "gpu" else QUICK if config.quick else {}
     standard = BenchmarkConfig()
     return replace(
-        config, **{name: value for name, value in QUICK.items() if getattr(config, name) == getattr(standard, name)}
+        config, **{name: value for name, value in preset.items() if getattr(config, name) == getattr(standard, name)}
     )

@@ -1,11 +1,12 @@
 """Which programs are timed, and on what. This file loads no framework: each contender has a process of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from experiments.answers import Framework
-from jax_cnn.config import TrainConfig
+from jax_cnn.config import Device, TrainConfig
 
 ContenderName = Literal[
     "jax",
@@ -55,7 +56,21 @@ CONTENDERS: dict[str, Contender] = {
     STAGE_TIMES: Contender("JAX, stage by stage", "jax"),
     CHECKPOINTS["jax"]: Contender("JAX, saving checkpoints", "jax"),
     CHECKPOINTS["torch"]: Contender("PyTorch, saving checkpoints", "torch"),
+    "gpu-jax-command": Contender("JAX as train_jax.py, fed by the CPU", "jax"),
+    "gpu-jax": Contender("JAX", "jax"),
+    "gpu-jax-plain": Contender("JAX, XLA's own gradients", "jax"),
+    "gpu-torch-adam": Contender("PyTorch, Adam", "torch", competes=True),
+    "gpu-torch-channels-last": Contender("PyTorch, channels_last", "torch", competes=True),
+    "gpu-torch-fused": Contender("PyTorch, fused Adam", "torch", competes=True),
+    "gpu-torch-graph": Contender("PyTorch, CUDA graph", "torch", competes=True),
+    "gpu-torch-graph-channels-last": Contender("PyTorch, CUDA graph, channels_last", "torch", competes=True),
+    "gpu-torch-compile": Contender("PyTorch, compiled", "torch", competes=True),
+    "gpu-torch-max-autotune": Contender("PyTorch, compiled, max-autotune", "torch", competes=True),
 }
+GPU_CONTENDERS = tuple(name for name in CONTENDERS if name.startswith("gpu-"))
+# float32 with products in TensorFloat-32, as both frameworks can do them on a GPU; in float32; weights in float32 and
+# products in bfloat16.
+PRECISIONS = ("tf32", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,9 @@ class Task:
     threads: int
     seed: int
     data_dir: str
+    device: Device = "cpu"
+    batch_sizes: Sequence[int] = ()
+    """The batch sizes that a contender for the GPU trains with, instead of `batch_size`."""
 
     @property
     def config(self) -> TrainConfig:
@@ -77,10 +95,21 @@ class Task:
             batch_size=self.batch_size,
             seed=self.seed,
             data_dir=Path(self.data_dir),
-            device="cpu",
+            device=self.device,
             limit_train=self.images,
             limit_test=TEST_IMAGES,
         )
+
+    @property
+    def points(self) -> list[tuple[str, int]]:
+        """What a contender for the GPU trains with: a precision and a batch size. What compiles for long gets half."""
+        slow = self.contender in ("gpu-torch-compile", "gpu-torch-max-autotune")
+        return [
+            (precision, size)
+            for size in self.batch_sizes[:: 2 if slow else 1]
+            for precision in PRECISIONS
+            if not (slow and precision == "float32")
+        ]
 
 
 class Unavailable(Exception):

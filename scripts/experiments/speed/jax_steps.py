@@ -1,26 +1,32 @@
 """The work of JAX's workers: the training of train_jax.py, a large matrix product, and each stage of a step alone."""
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, UInt8
 
 from experiments.speed.contenders import CHECKPOINTS, STAGE_TIMES, Task
-from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Training, Work, dot_factors
+from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Point, Sweep, Training, Work, dot_factors
 from experiments.spread import order_of_round
 from jax_cnn import ops
 from jax_cnn.compiler import compiler_options
-from jax_cnn.config import AdamConfig
+from jax_cnn.config import AdamConfig, Precision
 from jax_cnn.data import epoch_order, load_fashion_mnist
+from jax_cnn.devices import make_mesh, replicated
 from jax_cnn.model import Params, init_params
 from jax_cnn.train import cross_entropy, init_state, make_optimizer, to_images
-from jax_cnn.trainer import JaxTrainer
+from jax_cnn.trainer import JaxTrainer, training_program
 
 WHOLE = "whole step"
 
@@ -31,6 +37,8 @@ def make(task: Task) -> Work:
         return Dot(task.seed)
     if task.contender == STAGE_TIMES:
         return StageTimes(task)
+    if task.batch_sizes:
+        return make_sweep(task)
     trainer = make_trainer(task)
     if task.contender == CHECKPOINTS["jax"]:
         return Checkpointing(trainer)
@@ -40,6 +48,50 @@ def make(task: Task) -> Work:
 def make_trainer(task: Task) -> JaxTrainer:
     """Build what train_jax.py trains with, on one CPU device."""
     return JaxTrainer(task.config, load_fashion_mnist(task.config.data_dir), jax.devices("cpu")[:1])
+
+
+def make_sweep(task: Task) -> Sweep:
+    """Compile the training for every precision and batch size, and keep its images on the device."""
+    make_point = follow_command if task.contender == "gpu-jax-command" else train_from_memory
+    started = time.perf_counter()
+    points = {}
+    with contextlib.ExitStack() as patched:
+        if task.contender == "gpu-jax-plain":
+            patched.enter_context(mock.patch.object(ops, "conv_bias_relu_pool", ops.plain_conv_bias_relu_pool))
+        for precision, size in task.points:
+            with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
+                points[f"{precision}, {size}"] = make_point(task, precision, size)
+    return Sweep(points, time.perf_counter() - started)
+
+
+def follow_command(task: Task, precision: str, size: int) -> Point:
+    """Train as train_jax.py does: the CPU gathers the next chunk of images while the device computes."""
+    steps, epochs = task.images // size, itertools.count()
+    dtype: Precision = "bfloat16" if precision == "bfloat16" else "float32"
+    config = replace(task.config, batch_size=size, limit_train=steps * size, precision=dtype)
+    trainer = JaxTrainer(config, load_fashion_mnist(config.data_dir), jax.devices(task.device)[:1])
+    return Point(steps, lambda: float(list(trainer.train_epoch(next(epochs)))[-1][1][-1]))
+
+
+def train_from_memory(task: Task, precision: str, size: int) -> Point:
+    """Train with the same program on images that stay on the device: all steps are one call."""
+    steps, mesh = task.images // size, make_mesh(jax.devices(task.device)[:1])
+    data, optimizer = load_fashion_mnist(task.config.data_dir), make_optimizer(AdamConfig())
+    state = jax.device_put(init_state(init_params(jax.random.key(task.seed)), optimizer), replicated(mesh))
+    dtype = jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
+    program, arguments = training_program(mesh, state, (steps, size), optimizer, dtype)
+    compiled = program.lower(*arguments).compile(compiler_options(task.device))
+    pixels, labels = (
+        jax.device_put(array[: steps * size].reshape(steps, size, *array.shape[1:]), shape.sharding)
+        for array, shape in zip((data.train_images, data.train_labels), arguments[1:3], strict=True)
+    )
+
+    def train() -> float:
+        nonlocal state
+        state, losses = compiled(state, pixels, labels, np.int32(steps))
+        return float(losses[-1])
+
+    return Point(steps, train)
 
 
 class Dot(Work):

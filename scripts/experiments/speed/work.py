@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -59,6 +59,32 @@ class Training(Work):
         parts = list(self._train_epoch(1 + number))  # to read a loss earlier would mean to wait for its step
         loss_sum = sum(count * float(np.asarray(losses).mean()) for count, losses in parts)
         return {"loss": loss_sum / sum(count for count, _ in parts)}
+
+
+class Point(NamedTuple):
+    """A training at one precision and batch size."""
+
+    steps: int
+    train: Callable[[], float]
+    """Take the steps, wait for the last one, and return its loss."""
+
+
+class Sweep(Work):
+    """Work whose round trains at every point once, in turns."""
+
+    def __init__(self, points: dict[str, Point], compile_seconds: float) -> None:
+        """Take the points by name."""
+        self.compile_seconds = compile_seconds
+        self._points = points
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Return the seconds of a step, and the last loss, of every point."""
+        seconds, losses = {}, {}
+        for name in order_of_round(list(self._points), number):
+            started = time.perf_counter()
+            losses[name] = self._points[name].train()
+            seconds[name] = (time.perf_counter() - started) / self._points[name].steps
+        return {"seconds_a_step": seconds, "losses": losses}
 
 
 class Checkpointing(Work):

@@ -57,7 +57,7 @@ def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, J
             else:
                 results[task.contender] = {"start": start, "rounds": []}
                 workers[task.contender] = worker
-        for number in range(rounds):
+        for number in range(rounds if workers else 0):
             show(f"round {number + 1} of {rounds}")
             for name in order_of_round(list(workers), number):
                 results[name]["rounds"].append(workers[name].time_round(number))
@@ -81,7 +81,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=worker_environment(task.contender, scratch),
+                env=worker_environment(task, scratch),
                 encoding="utf-8",
                 start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the worker's whole group
             )
@@ -128,21 +128,20 @@ class Worker:
         raise WorkerFailed(f"the worker for {self._name} ended with status {status}\n{errors}")
 
 
-def worker_environment(contender: str, scratch: Path) -> dict[str, str]:
+def worker_environment(task: Task, scratch: Path) -> dict[str, str]:
     """Return the environment of a contender's process."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED)}
-    return (
-        inherited
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH")))),
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-            "TMPDIR": str(scratch),  # torch.compile leaves precompiled headers there, wherever its own folder is
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compiler processes would live on during the rounds
-        }
-        | CONTENDERS[contender].environment
-    )
+    common = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH")))),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TMPDIR": str(scratch),  # torch.compile leaves precompiled headers there, wherever its own folder is
+    }
+    on_cpu = {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compiler processes would live on during the rounds
+    }
+    return inherited | common | (on_cpu if task.device == "cpu" else {}) | CONTENDERS[task.contender].environment
 
 
 # --- The rest runs in the worker's process ---

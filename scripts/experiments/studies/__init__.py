@@ -1,1 +1,1 @@
-"""Studies over many seeds: are the two frameworks equally accurate, and what does convolution gain?"""
+"""Studies: are both frameworks equally accurate, what does convolution gain, and which pictures are recognised?"""
