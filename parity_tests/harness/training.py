@@ -273,6 +273,7 @@ def measure_units(setup: Setup) -> dict[str, float]:
             unit = measure_ratio([(actual, expected) for _, _, actual, (expected,) in matched])
             if unit is None or abs(units.setdefault(kind, unit) - unit) > 1e-9 * abs(unit):
                 units.pop(kind, None)
+        del in_jax  # JAX's next step could not reuse the memory of what has a view
     return units
 
 
@@ -488,6 +489,7 @@ def hand_to_torch(jax_run: JaxRun, torch_run: TorchRun) -> None:
             for array in named.values():
                 array /= unit
             torch_run.load_moments(kind, named.get)
+            del named  # its memory is needed for the next kind
     torch_run.set_count(jax_run.steps)
 
 
