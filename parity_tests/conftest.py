@@ -1,12 +1,13 @@
 """Settings and fixtures that all tests share."""
 
 import atexit
+import gc
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Each of several workers, and the commands that it starts, use cores of their own: on shared cores the threads of one
 # worker would wait for those of another. This comes before the frameworks load, because they count the cores then.
@@ -32,13 +33,15 @@ temporary_files = Path(session_folder.name, "tmp")
 temporary_files.mkdir()
 os.environ["TMPDIR"] = tempfile.tempdir = str(temporary_files)
 
+# Tracing makes millions of small objects, and nearly all of them go without the collector of cycles: at Python's own
+# threshold of 700 it takes a tenth of the time.
+gc.set_threshold(100_000)
+
 # A process that a shell starts in the background ignores Ctrl-C, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import jax
 import numpy as np
 import pytest
-import torch
 from jaxtyping import install_import_hook
 from platformdirs import user_cache_path
 from xdist.scheduler import LoadFileScheduling
@@ -46,16 +49,20 @@ from xdist.scheduler import LoadFileScheduling
 # The tests check all types and shapes in the signatures of jax_cnn at run time.
 install_import_hook("jax_cnn", "beartype.beartype")
 
-from jax_cnn import model
 from jax_cnn.data import FashionMNIST, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.support import ROOT
-from torch_ref.model import SimpleCNN
+
+if TYPE_CHECKING:  # the process that only hands out the tests need not load the frameworks
+    from jax_cnn.model import Params
 
 pytest_plugins = ["parity_tests.experiments.small_comparison"]
 
 MOST_WORKERS = 4  # each loads both frameworks, which takes about 3 GB
-LONGEST = ("test_parity.py", "test_checkpoint.py", "test_devices.py", "test_notebook.py")  # one to three minutes
+LONGEST = (  # a minute and more
+    *("test_parity.py", "test_checkpoint.py", "test_faults.py", "test_adapters.py", "test_notebook.py"),
+    *("test_ports.py", "test_trainers.py", "test_devices.py"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -132,14 +139,22 @@ def data(data_dir: Path) -> FashionMNIST:
 @pytest.fixture
 def torch_weights() -> TorchDict:
     """Return initial weights of PyTorch, by name."""
+    import torch
+
+    from torch_ref.model import SimpleCNN
+
     torch.manual_seed(0)
     return {name: tensor.numpy() for name, tensor in SimpleCNN().state_dict().items()}
 
 
 @pytest.fixture
-def jax_weights() -> model.Params:
+def jax_weights() -> "Params":
     """Return initial weights of JAX, as a Flax tree."""
-    return model.init_params(jax.random.key(0))
+    import jax
+
+    from jax_cnn.model import init_params
+
+    return init_params(jax.random.key(0))
 
 
 @pytest.fixture

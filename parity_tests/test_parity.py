@@ -94,21 +94,22 @@ def test_the_pair_passes_every_check(model: Any, data_dir: Path) -> None:
 @pytest.mark.parametrize("model", ["cnn", "mlp", "linear"])
 @pytest.mark.parametrize("dialect", ["nnx", "plain"])
 def test_the_other_dialects_pass(model: Any, dialect: Dialect, data_dir: Path) -> None:
-    """In float32 the dialects compute the same bits (`test_dialects.py`), so that `precision` is checked in one."""
+    """In training the dialects compute the same bits (`test_dialects.py`), so that it is checked in one."""
     pair = product_pair(Network(model), dialect, data_dir, SHORT)
-    assert_same_network(pair, "parameters", "transfer", "outputs", "loss", "gradients", "trajectory")
+    assert_same_network(pair, "parameters", "transfer", "outputs", "gradients")
 
 
 @pytest.mark.parametrize("dialect", ["linen", "nnx", "plain"])
 def test_the_program_that_trains_passes(dialect: Dialect, data_dir: Path) -> None:
     """Training computes each block as one operation."""
-    assert_same_network(product_pair(CNN, dialect, data_dir, SHORT, fused=True), "outputs", "gradients", "trajectory")
+    checks = ("outputs", "gradients", "trajectory") if dialect == "linen" else ("outputs", "gradients")
+    assert_same_network(product_pair(CNN, dialect, data_dir, SHORT, fused=True), *checks)
 
 
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [
-        (32 * BATCH_SIZE + 32, 100),  # 33 steps an epoch: three epochs and a little
+        (16 * BATCH_SIZE + 32, 40),  # 17 steps an epoch: two epochs and a little
         pytest.param(None, 938, marks=pytest.mark.slow),  # one epoch
         pytest.param(None, 5 * 938, marks=pytest.mark.slow),
     ],
@@ -129,8 +130,9 @@ def test_float64_training_stays_together_and_ends_with_the_same_predictions(
             assert apart <= 1e-10, step
     print(f"{steps} steps: weights {apart:.1e} apart")
     assert distance(actual, expected) <= 1e-14 * steps / 200
-    predictions = compute_logits("jax", actual, data.test_images).argmax(axis=1)
-    assert np.array_equal(predictions, compute_logits("torch", expected, data.test_images).argmax(axis=1))
+    images = data.test_images[: 2_000 if limit else None]
+    predictions = compute_logits("jax", actual, images).argmax(axis=1)
+    assert np.array_equal(predictions, compute_logits("torch", expected, images).argmax(axis=1))
 
 
 def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
 def test_optax_s_float32_bias_correction_is_what_sets_its_updates_apart() -> None:
     """With optax's counters of 32 bits, the first update is far from float64; with exact ones it is near."""
     setup = case_setup(Case(softmax_regression()))
-    start = tensors_of(setup.module)["fc.weight"].T
+    start = setup.start["fc.weight"].T
     gradients = [small_gradients(setup, 0)]
     torch_run = TorchRun(setup)
     torch_run.apply_gradients(gradients)
@@ -208,7 +210,7 @@ def test_no_false_alarm_over_twenty_seeds(network: Any) -> None:
     """However the function is written, outputs, stages and gradients of sound ports agree."""
     pair = product_pair(CNN, "plain")
     pair = replace(pair, jax_model=network, stages={}, jax_init=init_params)
-    sweeper = Sweeper(Case(pair), 8, training=False)
+    sweeper = Sweeper(Case(pair), 4, training=False)
     for seed in range(SEEDS):
         sweeper.load(seed, probing_tensors(pair, seed))
         for steer in (False, True):

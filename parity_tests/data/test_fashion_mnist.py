@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from jax_cnn.config import UserError
+from jax_cnn.config import TRAIN_SIZE, UserError
 from jax_cnn.data import (
     CLASS_NAMES,
     FILES,
     decode_idx,
+    epoch_order,
     load_fashion_mnist,
     other_files,
     prepare_fashion_mnist,
     read_files,
+    split_batches,
 )
 from jax_cnn.data_sources import Source, SourceFailed
 from parity_tests.data.data_files import COMPLETE, IMAGES, LABELS, listing
@@ -225,3 +227,25 @@ def test_without_a_source_the_error_lists_problems_sources_and_what_to_do(raw: P
         f"To supply the data by hand, put these four files, each as it is or as .gz, in {raw}:",
         f"  {', '.join(FILES)}",
     ]
+
+
+# In which order
+
+
+def test_an_epoch_visits_every_image_once() -> None:
+    order = epoch_order(seed=0, epoch=0, size=TRAIN_SIZE)
+    assert np.array_equal(np.sort(order), np.arange(TRAIN_SIZE))
+
+
+def test_every_seed_and_every_epoch_has_an_order_of_its_own_and_keeps_it() -> None:
+    orders = [epoch_order(seed, epoch, 1000) for seed in range(3) for epoch in range(3)]
+    assert len({order.tobytes() for order in orders}) == 9
+    assert np.array_equal(epoch_order(2, 1, 1000), orders[7])
+
+
+@pytest.mark.parametrize(("size", "steps", "remainder"), [(TRAIN_SIZE, 937, 32), (128, 2, 0)])
+def test_the_batches_of_an_epoch_hold_every_image_in_order(size: int, steps: int, remainder: int) -> None:
+    order = epoch_order(0, 0, size)
+    full, rest = split_batches(order, 64)
+    assert (full.shape, rest.shape) == ((steps, 64), (remainder,))
+    assert np.array_equal(np.concatenate([full.ravel(), rest]), order)

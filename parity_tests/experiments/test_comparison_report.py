@@ -65,7 +65,7 @@ def test_both_started_from_pytorchs_weights_and_trained_as_asked(comparison: Com
     for framework, run in comparison.report["runs"].items():
         config = run["record"]["config"]
         assert config["init_weights"] == str(comparison.config.initial_weights)
-        assert (config["epochs"], config["limit_train"], config["limit_test"]) == (1, 3_000, 400)
+        assert (config["epochs"], config["limit_train"], config["limit_test"]) == (1, 1_280, 400)
         assert run["record"]["command"].startswith(f"python scripts/train_{framework}.py ")
         assert run["peak_bytes"] > 100 * 2**20
         assert not run["reused"]

@@ -1,5 +1,6 @@
 """The committed results of the studies: verdicts follow from seeds, pages quote figures, and a new seed fits."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +10,13 @@ from statistics import mean
 import pytest
 
 from experiments.answers import FRAMEWORKS
-from experiments.records import ENVIRONMENT, SLACK, as_json, flags, run_command, train
+from experiments.records import ENVIRONMENT, SLACK, as_json, flags, read_metrics, run_command, train
 from experiments.studies import accuracy, convolution
 from experiments.studies.accuracy import AccuracyConfig
 from experiments.studies.convolution import ENTRIES, ConvolutionConfig, accuracies
 from experiments.studies.runs import Run
 from jax_cnn.config import TEST_SIZE
+from jax_cnn.run.folder import METRICS
 from parity_tests.support import ROOT, read_json
 
 ACCURACY = read_json(ROOT / "docs" / "results" / "accuracy" / "accuracy.json")
@@ -138,6 +140,15 @@ def test_a_new_seed_lies_within_the_studys_spread(new_pair: list[Run]) -> None:
     assert not outliers(*new_pair)
 
 
+def test_a_loss_one_and_a_half_times_as_large_lies_outside(new_pair: list[Run], tmp_path: Path) -> None:
+    jax_run, torch_run = new_pair
+    (row,) = read_metrics(jax_run.config.out_dir)
+    (tmp_path / METRICS).write_text(json.dumps(row | {"test_loss": 1.5 * row["test_loss"]}), encoding="utf-8")
+    findings = outliers(jax_run._replace(config=replace(jax_run.config, out_dir=tmp_path)), torch_run)
+    assert [finding.split(" 0.")[0] for finding in findings] == ["jax loss", "loss difference"]
+
+
+@pytest.mark.slow
 def test_a_learning_rate_ten_times_too_small_lies_outside(new_pair: list[Run], tmp_path: Path) -> None:
     # Ten times too large would not: after 200 steps it costs no more than a bad seed. The trajectory tests see that.
     jax_run, torch_run = new_pair

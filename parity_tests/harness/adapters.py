@@ -598,8 +598,8 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
 
     Args:
         given: a module, or (module, state) as `eqx.nn.make_with_state` returns it, or any tree for a function.
-        function: f(variables, *args, **kwargs) -> outputs, or (outputs, state). None: the module takes one example, and
-            is mapped over the first axis of all arrays.
+        function: f(variables, *args, **kwargs) -> outputs, (outputs, state) or (outputs, variables). None: the module
+            takes one example, and is mapped over the first axis of all arrays.
         kwargs: of the function or of the module.
     """
     import equinox as eqx
@@ -625,7 +625,10 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
         if isinstance(variables, tuple) and isinstance(outputs, tuple) and isinstance(outputs[-1], eqx.nn.State):
             rest = outputs[0] if len(outputs) == 2 else outputs[:-1]
             return rest, (variables[0], outputs[-1]) if training else variables
-        return split_variables(outputs, variables, training)
+        outputs, new = split_variables(outputs, running, training)
+        if new is running:
+            return outputs, variables
+        return outputs, equinox_with_leaves(variables, {name: leaf for name, _, leaf in equinox_leaves(new) if name})
 
     def trainable(variables: Any) -> frozenset[str]:
         named = equinox_leaves(variables)

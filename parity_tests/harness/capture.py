@@ -6,12 +6,13 @@ shows in the stage where it is born, and only there. One compiled program serves
 """
 
 import copy
+import ctypes
 import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -24,7 +25,16 @@ from jax import numpy as jnp
 from torch.overrides import TorchFunctionMode
 
 from parity_tests.harness.adapters import Model, adapt
-from parity_tests.harness.compare import Bound, Refused, find_difference, flat, largest, relative_error, shorten
+from parity_tests.harness.compare import (
+    Bound,
+    Refused,
+    find_difference,
+    flat,
+    keeps_float32,
+    largest,
+    relative_error,
+    shorten,
+)
 from parity_tests.harness.pair import (
     LARGE,
     Inputs,
@@ -50,7 +60,7 @@ from parity_tests.harness.stages import (
 )
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
 from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
-from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function
+from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -81,6 +91,12 @@ def exact_arithmetic(dtype: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(torch_settings[0])
         torch.backends.cudnn.allow_tf32 = torch_settings[1]
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, and what comes next could not use it in one piece."""
+    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Difference(NamedTuple):
@@ -120,7 +136,7 @@ class Comparison(NamedTuple):
     order: tuple[str, ...]  # all of PyTorch's values, in the order of its run
     functions: dict[str, Difference]  # values between modules in the local run; they say where, and never whether
     notes: tuple[str, ...]
-    unseen: frozenset[str] = frozenset()  # PyTorch's operations of whose value JAX has none that is known
+    unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
 
     @property
@@ -215,6 +231,12 @@ class Case:
         return jax.tree.unflatten(structure, zeros)
 
     @cached_property
+    def loaded(self) -> Any:
+        """What the pair's own loader makes of PyTorch's tensors; None if it has none."""
+        state = {name: tensor.detach().numpy() for name, tensor in self.module.state_dict().items()}
+        return self.pair.weights(state) if callable(self.pair.weights) else None
+
+    @cached_property
     def proposal(self) -> Proposal:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
@@ -238,9 +260,9 @@ class Case:
     def variables(self, tensors: Mapping[str, Any], weight_map: WeightMap | None = None) -> Any:
         """Return JAX's variables with PyTorch's tensors in them; what is not mapped stays as JAX made it."""
         leaves = (weight_map or self.weight_map).to_leaves(tensors)
-        own = self.own_variables
+        own = self.loaded if self.own_variables is None else self.own_variables
         if own is None:
-            return leaves_to_tree(leaves)
+            return self.model.with_leaves(None, leaves)
         dtype = next(iter(leaves.values())).dtype
         kept = {
             path: jnp.asarray(leaf, dtype)
@@ -262,23 +284,30 @@ class Case:
     # --- The PyTorch side ---
 
     def make_module(self) -> torch.nn.Module:
-        """Return the reference in float64; its tables are not those of float32 if it can be made in float64 as well."""
+        """Return the reference in float64; its tables are not those of float32 if it can be made in float64 as well.
+
+        A table among its tensors is taken as exact: a port may compute it itself.
+        """
         module = module_with(self.pair, self.tensors, "float64", self.seed)
         if isinstance(self.pair.torch_module, torch.nn.Module):
             return module
         try:
             with fixed_settings(torch.float64):
-                exact = module_with(self.pair, self.tensors, "float64", self.seed)
+                exact = module_with(self.pair, {}, "float64", self.seed)
         except Exception:
             return module
+        for name, array in {name: buffer.numpy() for name, buffer in exact.named_buffers()}.items():
+            if name in self.tensors and np.array_equal(array.astype(np.float32), self.tensors[name]):
+                self.tensors[name] = array.copy()
+        load_tensors(exact, self.tensors)
         buffers = dict(module.named_buffers())
         errors = [relative_error(buffers[name].numpy(), buffer.numpy()) for name, buffer in exact.named_buffers()]
         return exact if max(errors, default=0.0) < LARGEST_OF_TABLES else module  # random ones are others in float64
 
     def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
-        """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
+        """Return a reference in this dtype, with these tensors, in evaluation mode: the case's own if it has them."""
         if dtype == "float64":
-            return load_tensors(copy.deepcopy(self.module), tensors)
+            return self.module if tensors is self.tensors else load_tensors(copy.deepcopy(self.module), tensors)
         return module_with(self.pair, tensors, dtype, self.seed)
 
     def runs_in_float64(self) -> bool:
@@ -322,18 +351,6 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def leaves_to_tree(leaves: Mapping[str, Any]) -> Any:
-    """Build nested dictionaries from leaves by path."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *branches, last = path.split("/")
-        branch = tree
-        for name in branches:
-            branch = branch.setdefault(name, {})
-        branch[last] = leaf
-    return tree
-
-
 def has_training_mode(module: torch.nn.Module) -> bool:
     """Return whether the module computes something else in training mode, apart from dropout."""
     kinds = (torch.nn.modules.batchnorm._BatchNorm,)
@@ -356,7 +373,7 @@ def find_map(case: Case) -> Proposal:
         raise Refused(
             "the JAX side has no variables: give weights=, a function from PyTorch's state dict to them, or jax_init="
         )
-    leaves = case.model.leaves(call_loader(case, loader) if own is None and loader else own)
+    leaves = case.model.leaves(case.loaded if own is None else own)
     try:
         with exact_arithmetic("float64"):
             if loader is not None:
@@ -449,11 +466,6 @@ def distance(case: Case, weight_map: WeightMap) -> float:
         for name, output in align_outputs(expected, actual, case.channels_last).items()
     ]
     return float(np.mean(errors))
-
-
-def call_loader(case: Case, loader: Callable[[Any], Any]) -> Any:
-    """Return the variables that the pair's own loader makes of PyTorch's tensors."""
-    return loader({name: tensor.detach().numpy() for name, tensor in case.module.state_dict().items()})
 
 
 def difference(actual: np.ndarray, expected: np.ndarray, floor: float, bound: Bound = STAGE_BOUND) -> Difference:
@@ -549,11 +561,14 @@ class Sweeper:
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
             run = case.run(training)
-            self.traced: Traced = trace(run, self.tensors, self.call, context=case.model.context, verify=False)
+            stacks = find_stacks(case.weight_map)
+            self.traced: Traced = trace(
+                run, self.tensors, self.call, context=case.model.context, verify=False, stacks=stacks
+            )
             self.shapes = flat(self.traced.outputs)
             case.coarse |= bool(self.traced.float32_constants)
             self.outputs = align_outputs(flat(self.reference.outputs), self.shapes, case.channels_last)
-            matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, set())
+            matched, self.operations = match_stages(case, self.reference, self.traced) if inside else ({}, {})
             self.stages = {name: stage for name, stage in matched.items() if stage.kind != "function"}
             self.functions = {name: stage for name, stage in matched.items() if stage.kind == "function"}
             self.sweep = make_sweep(self.traced, {stage.jax for stage in matched.values()})
@@ -564,6 +579,7 @@ class Sweeper:
 
     def load(self, seed: int, tensors: Mapping[str, np.ndarray], *, verify: bool = False) -> None:
         """Take the weights and inputs of a seed, and run PyTorch with them; JAX's program stays."""
+        release_memory()
         case, dtype = self.case, self.dtype
         self.seed = seed
         self.inputs = case.pair.draw_inputs(seed, self.size)
@@ -619,13 +635,18 @@ class Sweeper:
         with exact_arithmetic("float64"):
             return self.capture(module, self.case.cast(self.inputs, self.dtype), dtype="float64")
 
-    def in_jax(self, values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Return PyTorch's values of stages and functions under JAX's names and in its layouts."""
-        return {
-            stage.jax: jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
-            for name, stage in {**self.stages, **self.functions}.items()
-            if name in values
-        }
+    def in_jax(self, values: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Return PyTorch's values of stages and functions under JAX's names and in its layouts.
+
+        The given arrays are replaced by views of what is returned, so that no value is held twice.
+        """
+        found = {}
+        for name, stage in {**self.stages, **self.functions}.items():
+            if name in values:
+                found[stage.jax] = jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
+                if found[stage.jax].dtype == values[name].dtype:
+                    values[name] = stage.carry.to_torch(np.asarray(found[stage.jax]))
+        return found
 
     def cotangents(self) -> dict[str, jax.Array]:
         """Return the random numbers that JAX's float outputs are multiplied with: those of PyTorch's."""
@@ -642,16 +663,17 @@ class Sweeper:
         self, forward: Callable[[str], bool], backward: Callable[[str], bool], given: TorchCapture | None = None
     ) -> Sweep:
         """Run JAX; stages for which the functions are true go on with PyTorch's value or gradient."""
-        given = given or self.reference
+        given, both = given or self.reference, {**self.stages, **self.functions}
         with exact_arithmetic(self.dtype):
-            values, gradients = self.in_jax(given.values), self.in_jax(given.gradients)
+            values = self.in_jax(given.values) if any(map(forward, both)) else {}
+            gradients = self.in_jax(given.gradients) if any(map(backward, self.stages)) else {}
             return self.sweep(
                 self.tensors,
                 self.call,
                 self.cotangents(),
                 values,
                 gradients,
-                {stage.jax: forward(name) for name, stage in {**self.stages, **self.functions}.items()},
+                {stage.jax: forward(name) for name, stage in both.items()},
                 {stage.jax: backward(name) and stage.jax in gradients for name, stage in self.stages.items()},
             )
 
@@ -769,7 +791,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
-    unseen = frozenset(sweeper.operations - sweeper.stages.keys() - functions.keys())
+    unseen = {name: why for name, why in sweeper.operations.items() if name not in {**sweeper.stages, **functions}}
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen)
     if not any_problem(inherited, local):
         return comparison
@@ -788,13 +810,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     either by more than the bound allows, they may be as far apart, times a factor. And some references keep float32
     inside a float64 run, or have a gradient that is off by more than rounding: JAX may be as far off there, and after.
     """
-    reference, moved = sweeper.reference, move_reference(sweeper)
-    allowed = {
-        "outputs": movement(flat(reference.outputs), flat(moved.outputs)),
-        "values": movement(reference.values, moved.values),
-        "gradients": movement(reference.gradients, moved.gradients),
-        "weights": movement(reference.weight_gradients, moved.weight_gradients),
-    }
+    allowed = movement_in_torch(sweeper, move_reference(sweeper))
     in_jax = move_jax(sweeper)
     limits = {
         kind: {
@@ -802,7 +818,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         }
         for kind, errors in allowed.items()
     }
-    comparison = excuse_constants(sweeper, take_back(sweeper, comparison, limits))
+    comparison = excuse_tables(sweeper, excuse_constants(sweeper, take_back(sweeper, comparison, limits)))
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -823,19 +839,42 @@ def excuse_constants(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     traced, rng = sweeper.traced, np.random.default_rng(sweeper.seed)
     if not traced.float32_constants or not any_problem(comparison.inherited):
         return comparison
-    constants, other = list(traced.constants), copy.copy(sweeper)
-    for number in traced.float32_constants:
-        array = np.asarray(constants[number])
-        signs = rng.choice((-1.0, 1.0), array.shape)
-        constants[number] = jnp.asarray((array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32))
+    moved, other = {}, copy.copy(sweeper)
     with exact_arithmetic("float64"):
-        other.traced = replace(traced, constants=constants)
+        for key, constant in traced.float32_constants.items():
+            moved[key] = jnp.asarray(nudge_float32(np.asarray(constant), rng), constant.dtype)
+        other.traced = replace(traced, moved=moved)
         other.sweep = make_sweep(other.traced, {stage.jax for stage in sweeper.stages.values()})
-    limits = {
-        kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in errors.items()}
-        for kind, errors in movement_in_jax(sweeper, other).items()
-    }
     note = f"JAX keeps {len(traced.float32_constants)} of its own constants in float32: judged by their rounding"
+    return take_back_own(sweeper, comparison, movement_in_jax(sweeper, other), note)
+
+
+def excuse_tables(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Take back differences that the rounding of PyTorch's own tables explains, where the port computes them itself.
+
+    PyTorch runs again with what nothing carries to JAX moved by one unit in the last place of float32.
+    """
+    case, rng = sweeper.case, np.random.default_rng(sweeper.seed)
+    own = [name for name in sorted(case.weight_map.unused & case.tensors.keys()) if keeps_float32(case.tensors[name])]
+    if not own or not any_problem(comparison.inherited):
+        return comparison
+    module = case.reference(case.tensors | {name: nudge_float32(case.tensors[name], rng) for name in own})
+    with exact_arithmetic("float64"):
+        moved = movement_in_torch(sweeper, sweeper.capture(module, case.cast(sweeper.inputs, "float64")))
+    return take_back_own(sweeper, comparison, moved, f"PyTorch keeps {shorten(own)} in float32: judged by the rounding")
+
+
+def nudge_float32(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the array with every value moved by one unit in the last place of float32."""
+    return (array * (1 + np.finfo(np.float32).eps * rng.choice((-1.0, 1.0), array.shape))).astype(np.float32)
+
+
+def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note: str) -> Comparison:
+    """Take back differences that a rounding to float32 on one side explains, and say so."""
+    limits = {
+        kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in found.items()}
+        for kind, found in errors.items()
+    }
     return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
 
 
@@ -917,8 +956,7 @@ def nudge(sweeper: Sweeper) -> Callable[[Any], Any]:
 def move_reference(sweeper: Sweeper) -> TorchCapture:
     """Run the reference with every float input and weight moved by one unit in the last place."""
     case, move = sweeper.case, nudge(sweeper)
-    tensors = {name: move(array.astype(np.float64)) for name, array in case.tensors.items()}
-    module = case.reference(tensors)
+    module = case.reference({name: move(array.astype(np.float64)) for name, array in case.tensors.items()})
     with exact_arithmetic("float64"):
         return sweeper.capture(module, case.cast(sweeper.inputs, "float64").map(move))
 
@@ -930,6 +968,17 @@ def move_jax(sweeper: Sweeper) -> dict[str, dict[str, float]]:
         other.tensors = {name: move(array) for name, array in sweeper.tensors.items()}
         other.call = jax.tree.map(lambda leaf: move(leaf) if is_array(leaf) else leaf, sweeper.call)
     return movement_in_jax(sweeper, other)
+
+
+def movement_in_torch(sweeper: Sweeper, moved: TorchCapture) -> dict[str, dict[str, float]]:
+    """Return how far the values of another run of the reference are from those of the first."""
+    reference = sweeper.reference
+    return {
+        "outputs": movement(flat(reference.outputs), flat(moved.outputs)),
+        "values": movement(reference.values, moved.values),
+        "gradients": movement(reference.gradients, moved.gradients),
+        "weights": movement(reference.weight_gradients, moved.weight_gradients),
+    }
 
 
 def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, float]]:
@@ -998,7 +1047,7 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         else:
             kept = {name: value for name, value in comparison.functions.items() if name != place}
             del sweeper.functions[place]
-            comparison = comparison._replace(functions=kept, unseen=comparison.unseen | {place})
+            comparison = comparison._replace(functions=kept, unseen={**comparison.unseen, place: ""})
     return comparison
 
 
@@ -1032,10 +1081,11 @@ def behind_last_given(comparison: Comparison, name: str) -> list[str]:
 
 
 def gap_before(comparison: Comparison, place: str) -> list[str]:
-    """Return the operations in which a difference may be born as well: JAX has no value that tells."""
+    """Return the operations in which a difference may be born as well, with the reason why JAX has no value of them."""
     gap: list[str] = []
     for name in behind_last_given(comparison, place):
-        gap = [] if name in comparison.functions else [*gap, *({name} & comparison.unseen)]
+        why = comparison.unseen.get(name)
+        gap = [] if name in comparison.functions else gap if why is None else [*gap, f"{name}{why}"]
     return gap
 
 
@@ -1044,8 +1094,11 @@ def has_problem(part: Mapping[str, Difference]) -> bool:
     return any(difference.problem for difference in part.values())
 
 
-def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], set[str]]:
-    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations."""
+def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[dict[str, Stage], dict[str, str]]:
+    """Return the values that both sides have, by PyTorch's names, in the order of its run, and all its operations.
+
+    Beside an operation stands the size of JAX's value, where that is another.
+    """
     shapes = {name: tuple(array.shape) for name, array in reference.values.items()}
     modules = dict(case.module.named_modules(remove_duplicate=False))
     in_torch = {
@@ -1053,10 +1106,11 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
         for name, stage in torch_stages(reference.kinds, shapes, modules).items()
     }
     in_jax = jax_stages(traced.taps)
+    owners = find_owners(case.weight_map)
     found = match(
         in_torch,
         in_jax,
-        find_owners(case.weight_map),
+        owners,
         case.pair.stages,
         case.channels_last,
         find_holders(case.weight_map),
@@ -1067,7 +1121,26 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
             way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
             if way is not None:
                 stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
-    return stages, {stage.name for stage in find_parts(in_torch.values()) if kind_of(stage) not in IDENTITIES}
+    sizes: dict[Any, tuple[int, ...]] = {
+        (stage.owner, stage.call, stage.place): stage.shape
+        for stage in in_jax.values()
+        if not stage.label and not stage.steps
+    }
+    operations = {}
+    for stage in find_parts(in_torch.values()):
+        key = owners.get(stage.owner), stage.call, stage.place
+        size = stage.shape if stage.label else sizes.get(key, stage.shape)
+        if kind_of(stage) not in IDENTITIES:
+            why = f" ({size_of(size)} in JAX, {size_of(stage.shape)} in PyTorch)"
+            operations[stage.name] = why if prod(size) != prod(stage.shape) else ""
+    return stages, operations
+
+
+def find_stacks(weight_map: WeightMap) -> set[tuple[int, ...]]:
+    """Return the shapes of JAX's leaves that stack the tensors of several layers."""
+    leaves = {path: len(entry.torch) for entry in weight_map.entries for path in entry.jax if len(entry.torch) > 1}
+    shapes = ((weight_map.leaves[path], count) for path, count in leaves.items())
+    return {shape for shape, count in shapes if shape and shape[0] > 1 and count % shape[0] == 0}
 
 
 def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
@@ -1082,10 +1155,15 @@ def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
 def find_owners(weight_map: WeightMap) -> dict[str, str]:
     """Return the JAX module that holds all weights of each of PyTorch's modules, itself or in its parts.
 
-    A module of several parts is one only if no other module of PyTorch's has weights there.
+    A module of several parts is one only if no other module of PyTorch's has weights there. Nor is one that has only
+    the module's own parameter, such as a factor, and not the parts of the module.
     """
     holders = find_holders(weight_map)
-    owners = {name: next(iter(paths)) for name, paths in holders.items() if len(paths) == 1}
+    owners = {}
+    for name, (path, *more) in holders.items():
+        parts = (part for other in holders if other.startswith(f"{name}.") or not name for part in holders[other])
+        if not more and (not path or all(is_part(part, path) for part in parts)):
+            owners[name] = path
     for name, paths in holders.items():
         if len(paths) == 1:
             continue

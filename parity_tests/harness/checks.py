@@ -5,9 +5,7 @@ compute in float64, where a difference is a bug. A stage alone never raises an a
 end to end, in an output, the loss, a weight's gradient, the statistics or the training; stages say where it is born.
 """
 
-import contextlib
 import copy
-import ctypes
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +59,7 @@ from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
 from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture, fixed_settings
-from parity_tests.harness.weights import check_complete
+from parity_tests.harness.weights import check_complete, size_of
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
 EPOCHS_COMPARED = 2
@@ -83,11 +81,13 @@ def parameters(case: Case) -> Iterator[Divergence]:
     paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
-    hint = "; if the port computes it itself, declare unused() for its module in weights="
     for name in gaps.torch:
-        yield Divergence("parameters", name, f"PyTorch has it and nothing carries it to JAX ({counts}){hint}")
+        size = size_of(weight_map.tensors[name])
+        hint = f"; if the port needs none, declare weights={{{name!r}: unused()}}, of parity_tests.harness.weights"
+        yield Divergence("parameters", name, f"PyTorch has it, {size}, and nothing carries it to JAX ({counts}){hint}")
     for path in gaps.jax:
-        yield Divergence("parameters", path, f"JAX has it and no tensor of PyTorch's fills it ({counts})")
+        size = size_of(weight_map.leaves[path])
+        yield Divergence("parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts})")
     for path in gaps.twice:
         yield Divergence("parameters", path, "two tensors of PyTorch's fill it")
     with exact_arithmetic("float64"):
@@ -298,7 +298,6 @@ def setup_of(case: Case) -> Setup:
     """Return what the checks of training work on: both sides with the reference's initial weights in float64."""
     pair = case.pair
     tensors = draw_tensors(pair, case.seed)
-    module = case.reference(tensors)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
@@ -315,7 +314,9 @@ def setup_of(case: Case) -> Setup:
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),
     )
-    return Setup(module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse)
+    return Setup(
+        case.module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse, tensors
+    )
 
 
 def case_setup(case: Case) -> Setup:
@@ -523,7 +524,7 @@ def compare_tables(
             alike.setdefault(name.rpartition(".")[2], []).append((name, f"{path} otherwise than PyTorch: {problem}"))
     for found in alike.values():  # such as the running variances of all norms
         first = "JAX builds " if len(found) == 1 else "JAX builds the first of them, "
-        yield Divergence("tables", shorten([name for name, _ in found]), first + found[0][1])
+        yield Divergence("tables", shorten([*dict.fromkeys(name for name, _ in found)]), first + found[0][1])
 
 
 def statistics(case: Case) -> Iterator[Divergence]:
@@ -719,7 +720,6 @@ def examine(
             result.not_checked[name] = reason
             continue
         progress(name)
-        release_memory()
         found = list(check(case))
         result.divergences += found
         if found:
@@ -735,12 +735,6 @@ def examine(
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
     return result
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, and the next check could not use it in one piece."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:

@@ -247,7 +247,7 @@ def judge(actual: np.ndarray, expected: np.ndarray, limit: float, source: str) -
     error = largest_error(actual, expected)
     if error <= limit:
         return error, ""
-    errors = np.abs(actual.astype(np.float64) - expected)
+    errors = np.abs(widened(actual) - expected)
     worst = np.where(np.isnan(errors), np.inf, errors)
     index = tuple(int(place) for place in np.unravel_index(int(worst.argmax()), errors.shape))
     return error, (
@@ -258,7 +258,7 @@ def judge(actual: np.ndarray, expected: np.ndarray, limit: float, source: str) -
 
 def slope(values: np.ndarray, by: np.ndarray) -> float | None:
     """Return c if `values` are c times `by`, but for a thousandth."""
-    values, by = values.ravel().astype(np.float64), by.ravel().astype(np.float64)
+    values, by = (array.ravel().astype(np.float64, copy=False) for array in (values, by))
     square = float(by @ by)
     if not square or not np.isfinite(values).all():
         return None

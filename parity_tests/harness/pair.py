@@ -234,13 +234,12 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def draw_tensors(pair: Pair, seed: int) -> TorchDict:
-    """Return the reference's own weights and float buffers in float32, by name.
+    """Return the reference's own weights and float buffers in float32, by name: views, where they are float32.
 
     A reference that cannot be made anew has one set of weights: for seeds above 0 each tensor's values change places.
     """
     tensors = {
-        name: np.array(tensor.detach().cpu().float().numpy())
-        for name, tensor in tensors_of(pair.new_module(seed)).items()
+        name: tensor.detach().cpu().float().numpy() for name, tensor in tensors_of(pair.new_module(seed)).items()
     }
     if isinstance(pair.torch_module, nn.Module) and seed:
         rng = np.random.default_rng(seed)
@@ -266,10 +265,12 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
         elif array.size > 1 and np.all(array == 0):
             tensors[name] = (0.2 * rng.standard_normal(array.shape)).astype(np.float32)
         if name in parameters and name.endswith("bias") and array.ndim == 1:
+            tensors[name] = tensors[name].copy()
             tensors[name][::2] = 0
     for name, layer in module.named_modules():
         scale, bias = f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")
         if isinstance(layer, NORMS) and {scale, bias} <= tensors.keys() and tensors[scale].size >= 4:
+            tensors |= {own: tensors[own].copy() for own in (scale, bias)}
             tensors[scale].reshape(-1)[:2] = 0
             tensors[bias].reshape(-1)[1] = 0.2
     return tensors

@@ -43,6 +43,7 @@ from parity_tests.harness.weights import (
     rule_for,
     same,
     same_names,
+    size_of,
     stacked,
     torch_side,
     words,
@@ -59,6 +60,7 @@ SYNONYMS = {
     **dict.fromkeys(("att", "attention"), "attn"),
     **dict.fromkeys(("backward", "reversed", "bwd", "bw"), "reverse"),
     **dict.fromkeys(("feed", "ff", "ffn"), "mlp"),
+    **{"src": "source", "dst": "target"},
     **dict.fromkeys(("query", "wq"), "q"),
     **dict.fromkeys(("key", "wk"), "k"),
     **dict.fromkeys(("value", "wv"), "v"),
@@ -330,10 +332,13 @@ def natural(path: str) -> list[tuple[int, str]]:
 
 
 def stack_units(units: list[Unit], places: Sequence[Place]) -> list[Unit]:
-    """Put layers that JAX stacks in one leaf into one unit: `layers.0.fc` and `layers.1.fc` into `layers.{i}.fc`."""
+    """Put layers that JAX stacks in one leaf into one unit: `layers.0.fc` and `layers.1.fc` into `layers.{i}.fc`.
+
+    The number may be a part of a name: `critic0.fc` and `critic1.fc` are `critic{i}.fc`.
+    """
     lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
     for unit in units:
-        for found in re.finditer(r"(?<![^.])[0-9]+(?![^.])", unit.name):
+        for found in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
             lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
     result = list(units)
     for front, families in lists.items():
@@ -978,7 +983,7 @@ def table(result: WeightMap, given: WeightMap, matches: Sequence[Match]) -> tupl
     evidence |= {entry.jax: one.evidence for one in matches for entry in one.options[0].entries}
 
     def shapes(names: Sequence[str], of: Mapping[str, Shape]) -> str:
-        return ", ".join("x".join(map(str, of[name])) or "scalar" for name in names)
+        return ", ".join(size_of(of[name]) for name in names)
 
     return tuple(
         Row(

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from jax.tree_util import GetAttrKey
 from torch import nn
 
-from parity_tests.harness.capture import exact_arithmetic
+from parity_tests.harness.capture import exact_arithmetic, release_memory
 from parity_tests.harness.taps import compiled, rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
@@ -56,7 +56,7 @@ class Setup:
     """Both sides of a pair, ready to be trained.
 
     Attributes:
-        module: the reference in float64, with the weights that training starts from. It is not changed.
+        module: the reference in float64. It is not changed.
         model: the JAX side's functions (adapters.Model).
         variables: JAX's variables. The values of leaves that the map fills are not read.
         weight_map: carries PyTorch's tensors to JAX's leaves (weights.WeightMap).
@@ -64,6 +64,7 @@ class Setup:
         torch_objective: (module, batch of tensors) -> loss.
         jax_objective: (variables, batch, training) -> loss and the new variables.
         coarse: whether the JAX model keeps float32 constants.
+        weights: the tensors with which training starts in the place of the module's.
         kept: what the checks of one setup share, such as compiled programs.
     """
 
@@ -75,7 +76,13 @@ class Setup:
     torch_objective: Callable[[nn.Module, Nest], torch.Tensor]
     jax_objective: Callable[[Any, Nest, bool], tuple[jax.Array, Any]]
     coarse: bool = False
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Arrays:
+        """Views of all tensors that training starts from, by every name that they have."""
+        return {**tensors_of(self.module), **under_every_name(self.module, self.weights)}
 
     @cached_property
     def links(self) -> list[Link]:
@@ -179,10 +186,11 @@ class TorchRun:
     def __init__(
         self, setup: Setup, *, dtype: str = "float64", training: bool = False, weights: Mapping[str, np.ndarray] = {}
     ) -> None:
+        release_memory()
         self.setup, self.dtype, self.training = setup, dtype, training
         self.module = fresh_copy(setup.module, training, getattr(torch, dtype))
-        self.load(weights)
-        self.start = {**tensors_of(setup.module), **under_every_name(setup.module, weights)}
+        self.start = {**setup.start, **under_every_name(setup.module, weights)}
+        self.load(self.start)
         self.parameters = dict(self.module.named_parameters())
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if name in setup.held[0]:
@@ -395,7 +403,7 @@ class JaxRun:
             leaves = {
                 path: jnp.array(cast(np.asarray(leaf), dtype)) for path, leaf in given.items() if path not in mapped
             }
-            leaves |= self._carry({**tensors_of(setup.module), **under_every_name(setup.module, weights)})
+            leaves |= self._carry({**setup.start, **under_every_name(setup.module, weights)})
             self.params = [leaves.pop(name) for name in self.names]
             self.rest = leaves
             self.opt_state = own_memory(self.programs.init(self.params), self.params, exact)
@@ -439,7 +447,7 @@ class JaxRun:
         """Take one step of the optimizer with these gradients, one for each micro-batch, by PyTorch's names."""
         kept = []
         for draw in gradients:
-            leaves = self._carry(draw, set(self.names))
+            leaves = dict(self._carry(draw, set(self.names)))
             with jax.enable_x64(True):
                 leaves |= {name: jnp.zeros_like(leaves[name]) for name in self.silent}
             kept.append([leaves[name] for name in self.names])
@@ -478,17 +486,21 @@ class JaxRun:
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Set the leaves of every entry whose tensors are all given."""
-        leaves = self._carry(weights)
-        self.params = [leaves.pop(name, old) for name, old in zip(self.names, self.params, strict=True)]
-        self.rest |= leaves
+        places = {name: place for place, name in enumerate(self.names)}
+        for path, leaf in self._carry(weights):
+            if path in places:
+                self.params[places[path]] = leaf
+            else:
+                self.rest[path] = leaf
 
     def load_moments(self, kind: str, get: Gradient) -> None:
         """Set the moments of this kind to what `get` gives for PyTorch's name, in JAX's unit."""
         unit = self.setup.kept.get("units", {}).get(kind, 1.0)
         leaves, treedef = jax.tree.flatten(self.opt_state)
+        self.opt_state = None  # so that each leaf is freed where it is replaced
         places = self.moment_places.get(FIELD_OF[kind], {})
         with jax.enable_x64(True):
-            for path, leaf in self._carry(get, set(places)).items():
+            for path, leaf in self._carry(get, set(places)):
                 if path in places:
                     leaves[places[path]] = leaf if unit == 1 else leaf * unit
         self.opt_state = jax.tree.unflatten(treedef, leaves)
@@ -509,17 +521,17 @@ class JaxRun:
 
     def _carry(
         self, tensors: Mapping[str, np.ndarray] | Gradient, paths: Collection[str] | None = None
-    ) -> dict[str, jax.Array]:
+    ) -> Iterator[tuple[str, jax.Array]]:
         """Carry tensors to leaves of their own memory: all whose tensors are there, or those with such paths."""
         get = tensors.get if isinstance(tensors, Mapping) else tensors
-        leaves: dict[str, Any] = {}
         for entry in self.setup.weight_map.entries:
             if paths is None or not set(entry.jax).isdisjoint(paths):
                 arrays = [cast(array, self.dtype) for name in entry.torch if (array := get(name)) is not None]
                 if len(arrays) == len(entry.torch):
-                    with jax.enable_x64(True):
-                        leaves |= {path: jnp.array(leaf) for path, leaf in convert(entry, arrays)}
-        return leaves
+                    for path, leaf in convert(entry, arrays):
+                        with jax.enable_x64(True):
+                            carried = jnp.array(leaf)
+                        yield path, carried
 
     def _to_arrays(self, batch: Nest) -> Nest:
         """Turn arrays into JAX's, floating-point ones in the dtype of the run."""

@@ -281,13 +281,28 @@ def match_outputs(matcher: Matcher) -> None:
 
 
 def match_owners(matcher: Matcher, owners: Mapping[str, str]) -> None:
-    """Match the outputs of modules that hold the same weights, call by call, if both are called equally often."""
+    """Match the outputs of modules that hold the same weights, call by call, if both are called equally often.
+
+    Where JAX stacks layers, its one module is called for all of them, one after the other.
+    """
     torch, jax = group_calls(matcher.torch.values()), group_calls(matcher.jax.values())
+    layers: dict[str, list[list[Stage]]] = defaultdict(list)  # the calls of all modules that share one in JAX
     for owner, path in owners.items():
         calls, other_calls = torch.get(owner, {}), jax.get(path, {})
+        if any(stages[0].kind in ("GRUCell", "RNNCell") for stages in calls.values()):  # JAX's return the state twice
+            other_calls = {
+                number: [stage for stage in stages if stage.place == output_place(stage, matcher.jax)]
+                for number, stages in other_calls.items()
+            }
+        layers[path] += calls.values()
         if calls.keys() == other_calls.keys():
             for number, stages in calls.items():
                 matcher.add_nests(stages, other_calls[number], "weights", sure=True)
+    for path, called in layers.items():
+        others = list(jax.get(path, {}).values())
+        if len(others) == len(called) > 1:
+            for stages, theirs in zip(called, others, strict=True):
+                matcher.add_nests(stages, theirs, "weights", sure=True)
 
 
 def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) -> None:
@@ -579,8 +594,9 @@ def candidates(
 ) -> list[Carry]:
     """Return the ways in which a value of one shape can be carried to another, the likeliest first.
 
-    These are known: the axes as they are, channels last, and the axes of heads and positions exchanged, each with
-    neighbouring axes merged or split afterwards. A batch that is not first and the steps of a scan are not guessed.
+    These are known: the axes as they are, channels last, channels first where JAX has images so, and the axes of heads
+    and positions exchanged, each with neighbouring axes merged or split afterwards. A batch that is not first and the
+    steps of a scan are not guessed.
 
     Args:
         torch_shape: PyTorch's shape, batch first.
@@ -597,6 +613,8 @@ def candidates(
     if rank > 2:
         last = ("channels last", (0, *range(2, rank), 1))
         ways = [last, same] if channels_last and rank > 3 else [same, last]
+    if rank > 3 and not channels_last:
+        ways.append(("channels first", (0, rank - 1, *range(1, rank - 1))))
     if rank == 4:
         ways.append(("heads and positions exchanged", (0, 2, 1, 3)))
     found: dict[tuple[int, ...], Carry] = {}

@@ -253,7 +253,9 @@ def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
 class Planner:
     """Number the taps of a traced program in the order of the walk, and name the functions between modules."""
 
-    def __init__(self, modules: Mapping[str, Module]) -> None:
+    def __init__(self, modules: Mapping[str, Module], stacks: Collection[tuple[int, ...]] = ()) -> None:
+        self.stacks = stacks
+        self.constants: list[Any] = []  # of the jaxprs that are walked, but for the outermost
         self.counts: Counter[str] = Counter()
         self.taps: dict[str, TapInfo] = {}
         self.notes: dict[str, None] = {}
@@ -277,8 +279,11 @@ class Planner:
         scopes = [find_scope(equation, scope) for equation in jaxpr.eqns]
         entered = [self.enters(equation, at) for equation, at in zip(jaxpr.eqns, scopes, strict=True)]
         functions = self.find_functions(jaxpr, scopes, entered)
+        idle = find_idle_taps(jaxpr)
         for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
             parameters = equation.params
+            if index in idle:
+                continue
             if equation.primitive is tap_p:
                 plan.taps[index] = self.add_module(equation, steps, steered)
             elif equation.primitive.name in NAMED and at not in self.closed:
@@ -317,8 +322,13 @@ class Planner:
     def plan_inner(self, equation: JaxprEqn, scope: str | None, steps: tuple[int, ...], steered: bool) -> list[Plan]:
         """Plan the walk through the jaxprs of one equation."""
         name, jaxprs = equation.primitive.name, list(inner_jaxprs(equation))
+        for closed in jax.tree.leaves([*equation.params.values()], is_leaf=lambda part: isinstance(part, ClosedJaxpr)):
+            self.constants += closed.consts if isinstance(closed, ClosedJaxpr) else []
         if name == "scan":
-            return [self.plan(jaxprs[0], scope, (*steps, equation.params["length"]), steered)]
+            length = equation.params["length"]
+            if self.is_stack(equation):
+                return [self.plan(jaxprs[0], scope, steps, steered) for _ in range(length)]
+            return [self.plan(jaxprs[0], scope, (*steps, length), steered)]
         if (chosen := branch_of_platform(equation)) is not None:
             return [self.plan(jaxprs[chosen], scope, steps, steered)]
         if name == "cond":
@@ -333,6 +343,12 @@ class Planner:
             self.notes[f"{name}{in_scope(scope)} has a rule of its own: the values inside it are recorded only"] = None
             return [self.plan(jaxprs[0], scope, steps, False)]
         return [self.plan(jaxprs[0], scope, steps, steered)]
+
+    def is_stack(self, equation: JaxprEqn) -> bool:
+        """Say whether a scan goes through stacked layers: all floats that it is given for each step are such leaves."""
+        first = equation.params["num_consts"] + equation.params["num_carry"]
+        shapes = [value.shape for value in shapes_of(equation.invars[first:]) if is_float(value)]
+        return len(shapes) > 1 and {*shapes} <= {*self.stacks} and not equation.params["reverse"]
 
     def add_module(self, equation: JaxprEqn, steps: tuple[int, ...], steered: bool) -> str:
         """Add the tap of a module's output, and the call of the module if this is the first leaf of the output."""
@@ -496,6 +512,22 @@ def find_last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
     return uses
 
 
+def find_idle_taps(jaxpr: Jaxpr) -> set[int]:
+    """Return the indices of taps whose value no output needs, where another call of the same module gives one."""
+    needed = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    idle: dict[int, tuple[str, str]] = {}
+    used: set[tuple[str, str]] = set()
+    for index in reversed(range(len(jaxpr.eqns))):
+        equation = jaxpr.eqns[index]
+        place = (equation.params["path"], equation.params["place"]) if equation.primitive is tap_p else ("", "")
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            needed.update(variable for variable in equation.invars if not isinstance(variable, Literal))
+            used.add(place)
+        elif equation.primitive is tap_p:
+            idle[index] = place
+    return {index for index, place in idle.items() if place in used}
+
+
 def find_value(jaxpr: Jaxpr, indices: Sequence[int], last_uses: Mapping[Var, int]) -> int | None:
     """Return the index of the equation whose output is the value of a function, or None if it only rearranges."""
     if all(jaxpr.eqns[index].primitive.name in REARRANGING for index in indices):
@@ -520,15 +552,18 @@ class Walk:
         slots: name of a tap -> arrays for the rule; those of taps in a scan have the steps in front.
         steered: False where what the rule hands on is not used.
         records: what the rule recorded, in the order of the walk.
+        moved: constants of the program, by their ids, and what takes their places.
     """
 
     rule: Rule
     slots: Mapping[str, Any]
     steered: bool = True
     records: dict[str, Any] = field(default_factory=dict)
+    moved: Mapping[int, Any] = field(default_factory=dict)
 
     def run(self, plan: Plan, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         """Evaluate a jaxpr."""
+        constants = [self.moved.get(id(constant), constant) for constant in constants]
         values: dict[Var, Any] = dict(zip(plan.jaxpr.constvars, constants, strict=True))
         values.update(zip(plan.jaxpr.invars, arguments, strict=True))
 
@@ -559,7 +594,7 @@ class Walk:
         """Evaluate an equation whose jaxprs are walked."""
         name = equation.primitive.name
         if name == "scan":
-            return self.scan(equation, plans[0], inputs)
+            return self.scan(equation, plans, inputs)
         if (chosen := branch_of_platform(equation)) is not None:
             return self.run(plans[0], equation.params["branches"][chosen].consts, inputs[1:])
         if name == "cond":
@@ -567,20 +602,32 @@ class Walk:
         jaxpr = equation.params["jaxpr"] if "jaxpr" in equation.params else first_closed(equation)
         constants = jaxpr.consts if isinstance(jaxpr, ClosedJaxpr) else ()
         if name in CUSTOM:
-            aside = Walk(self.rule, self.slots, False, self.records)
+            aside = Walk(self.rule, self.slots, False, self.records, self.moved)
             aside.run(plans[0], constants, [lax.stop_gradient(value) for value in inputs])
             return bind(equation, inputs)
         return self.run(plans[0], constants, inputs)
 
-    def scan(self, equation: JaxprEqn, plan: Plan, inputs: list[Any]) -> list[Any]:
-        """Evaluate a scan: slots go in as one more input of each step, and records come out stacked."""
+    def scan(self, equation: JaxprEqn, plans: Sequence[Plan], inputs: list[Any]) -> list[Any]:
+        """Evaluate a scan: slots go in as one more input of each step, and records come out stacked.
+
+        With a plan for each step, the steps are layers, which run one after the other.
+        """
         parameters = equation.params
         first, second = parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
         constants, carry, sequences = inputs[:first], inputs[first:second], inputs[second:]
+        if len(plans) > 1:
+            results = []
+            for number, plan in enumerate(plans):
+                layer = [sequence[number] for sequence in sequences]
+                outputs = self.run(plan, parameters["jaxpr"].consts, [*constants, *carry, *layer])
+                carry = outputs[: second - first]
+                results.append(outputs[second - first :])
+            return [*carry, *map(jnp.stack, zip(*results, strict=True))]
+        (plan,) = plans
         slots = {name: self.slots[name] for name in plan.names() if name in self.slots}
 
         def step(carry: list[Any], inputs: tuple[list[Any], dict[str, Any]]) -> tuple[list[Any], Any]:
-            walk = Walk(self.rule, inputs[1], self.steered)
+            walk = Walk(self.rule, inputs[1], self.steered, moved=self.moved)
             outputs = walk.run(plan, parameters["jaxpr"].consts, [*constants, *carry, *inputs[0]])
             return outputs[: second - first], (outputs[second - first :], walk.records)
 
@@ -595,7 +642,7 @@ class Walk:
 
         def branch(plan: Plan, constants: Sequence[Any]) -> Callable[..., tuple[list[Any], dict[str, Any]]]:
             def run(*arguments: Any) -> tuple[list[Any], dict[str, Any]]:
-                walk = Walk(self.rule, self.slots, self.steered)
+                walk = Walk(self.rule, self.slots, self.steered, moved=self.moved)
                 return walk.run(plan, constants, arguments), walk.records
 
             return run
@@ -653,6 +700,8 @@ class Traced:
         structure: of the outputs.
         shapes: of the arguments' arrays.
         plain: the function without taps, of the arguments' arrays; None if the model has taps of its own.
+        inner_constants: of the jaxprs inside that are walked.
+        moved: what takes the places of constants, by their ids.
     """
 
     taps: dict[str, TapInfo]
@@ -663,11 +712,14 @@ class Traced:
     structure: Any
     shapes: list[tuple[int, ...]]
     plain: Callable[..., Any] | None
+    inner_constants: list[Any] = field(default_factory=list)
+    moved: Mapping[int, Any] = field(default_factory=dict)
 
     @property
-    def float32_constants(self) -> list[int]:
-        """Return the numbers of the constants that stay float32 in any run, such as a table of sines."""
-        return [n for n, c in enumerate(self.constants) if is_array(c) and c.dtype == np.float32 and keeps_float32(c)]
+    def float32_constants(self) -> dict[int, Any]:
+        """Return the constants that were rounded to float32 in any run, such as a table of sines, by their ids."""
+        constants = {id(constant): constant for constant in [*self.constants, *self.inner_constants]}
+        return {key: constant for key, constant in constants.items() if is_array(constant) and keeps_float32(constant)}
 
     @property
     def outputs(self) -> Any:
@@ -691,7 +743,7 @@ class Traced:
         arrays = arrays_of(args)
         if [np.shape(array) for array in arrays] != self.shapes:
             raise Refused("the function was traced on arguments of other shapes")
-        walk = Walk(rule, slots or {})
+        walk = Walk(rule, slots or {}, moved=self.moved)
         outputs = walk.run(self.plan, self.constants, arrays)
         return jax.tree.unflatten(self.structure, outputs), {
             name: walk.records[name] for name in self.taps if name in walk.records
@@ -720,7 +772,13 @@ class Traced:
 Context = Callable[[], AbstractContextManager[Modules | None]]
 
 
-def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, verify: bool = True) -> Traced:
+def trace(
+    fn: Callable[..., Any],
+    *args: Any,
+    context: Context = nullcontext,
+    verify: bool = True,
+    stacks: Collection[tuple[int, ...]] = (),
+) -> Traced:
     """Trace a function once, with the outputs of all modules tapped and the functions between them named.
 
     Args:
@@ -729,6 +787,7 @@ def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, ve
         context: opens the taps of a library; what it yields fills with the modules that ran. None for functions
             without a library, in which taps are placed by hand.
         verify: compare the function with and without taps (`Traced.verify`).
+        stacks: the shapes of leaves that stack layers. A scan through them is run layer by layer.
 
     Raises:
         Refused: no module of a library ran, or the outputs differ by more than rounding.
@@ -742,7 +801,7 @@ def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, ve
     arrays = arrays_of(args)
     with session(object()), context() as modules:
         closed, shape = jax.make_jaxpr(lambda *arrays: on_arrays(*arrays), return_shape=True)(*arrays)
-    planner = Planner(modules or {})
+    planner = Planner(modules or {}, stacks)
     plan = planner.plan(closed.jaxpr, None)
     if modules is not None and modules.required and not planner.calls:
         raise Refused("the JAX model ran without calling a module that can be seen: none of its values has a name")
@@ -755,6 +814,7 @@ def trace(fn: Callable[..., Any], *args: Any, context: Context = nullcontext, ve
         jax.tree.structure(shape),
         [np.shape(array) for array in arrays],
         on_arrays if modules is None or modules.places_taps else None,
+        planner.constants,
     )
     if verify:
         traced.verify(*args)

@@ -195,10 +195,11 @@ def compare_optimizers(setup: Setup, seed: int, notes: list[str], batch: BatchPa
 
 def away_from_constants(setup: Setup, seed: int) -> Arrays:
     """Return values for the parameters that are constant, as a bias of zeros, on which no decay would show."""
+    start = setup.start
     return {
-        name: np.random.default_rng((seed, *name.encode())).uniform(0.5, 1.5, tuple(parameter.shape))
-        for name, parameter in setup.module.named_parameters()
-        if not parameter.detach().numpy().size or np.ptp(parameter.detach().numpy()) == 0
+        name: np.random.default_rng((seed, *name.encode())).uniform(0.5, 1.5, start[name].shape)
+        for name, _ in setup.module.named_parameters()
+        if not start[name].size or np.ptp(start[name]) == 0
     }
 
 
@@ -394,17 +395,18 @@ def measure_noise(setup: Setup, batches: Sequence[Nest], training: bool, unit: f
     """Return how much PyTorch's own state changes, by part and name, if all weights move by a rounding error."""
     size, noise = setup.micro_batches, dict[tuple[str, str], float]()
 
-    def train(weights: Arrays) -> tuple[TorchRun, float]:
-        run, losses = TorchRun(setup, training=training, weights=weights), [0.0]
-        run.start = {}  # the memory of the weights is needed
+    def train(seed: int | None = None) -> tuple[TorchRun, float]:
+        run, losses = TorchRun(setup, training=training), [0.0]
+        if seed is not None:
+            nudge(run.module, seed, unit)
         for begin in range(0, len(batches), size):
             losses = run.step(batches[begin : begin + size])
         return run, losses[-1]
 
-    plain, loss = train({})
+    plain, loss = train()
     buffers = {name for name, _ in setup.module.named_buffers(remove_duplicate=False)}
     for seed in range(2):
-        nudged, nudged_loss = train(nudge(setup, seed, unit))
+        nudged, nudged_loss = train(seed)
         pairs = {"weights": (tensors_of(nudged.module), tensors_of(plain.module))}
         pairs |= {kind: (named, plain.moments()[kind]) for kind, named in nudged.moments().items()}
         for part, (moved, still) in pairs.items():
@@ -413,21 +415,21 @@ def measure_noise(setup: Setup, batches: Sequence[Nest], training: bool, unit: f
                     key = ("statistics" if part == "weights" and name in buffers else part, name)
                     noise[key] = max(noise.get(key, 0.0), largest_error(moved[name], still[name]))
         noise["loss", ""] = max(noise.get(("loss", ""), 0.0), abs(nudged_loss - loss))
+        del nudged, pairs, moved, still  # their memory is needed for the next run
     # Of millions of weights, Adam turns the rounding of a few into a step. In which tensor they are is chance.
-    start, trained = tensors_of(setup.module), tensors_of(plain.module)
+    start, trained = setup.start, tensors_of(plain.module)
     moves = {name: largest_error(trained[name], start[name]) for part, name in noise if part == "weights"}
     shares = [noise["weights", name] / move for name, move in moves.items() if move]
     share = max((share for share in shares if share < MOSTLY_ROUNDING), default=0.0)
     return noise | {("weights", name): max(noise["weights", name], share * move) for name, move in moves.items()}
 
 
-def nudge(setup: Setup, seed: int, unit: float) -> Arrays:
-    """Return all parameters, each value moved up or down by this relative amount; zeros stay."""
+def nudge(module: torch.nn.Module, seed: int, unit: float) -> None:
+    """Move each value of all parameters up or down by this relative amount; zeros stay."""
     rng = np.random.default_rng(seed)
-    return {
-        name: parameter.detach().numpy() * (1 + 2 * unit * rng.choice([-1.0, 1.0], size=tuple(parameter.shape)))
-        for name, parameter in setup.module.named_parameters()
-    }
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= torch.as_tensor(1 + 2 * unit * rng.choice([-1.0, 1.0], size=tuple(parameter.shape)))
 
 
 def handover(
@@ -534,7 +536,7 @@ def draw_statistics(setup: Setup, batch: BatchPair, seed: int) -> Arrays:
     """Return values for the buffers that a step in training mode changes: away from 0 and 1, and of the same sign."""
     run, rng = TorchRun(setup, training=True), np.random.default_rng(seed)
     run.observe(batch[1])
-    before, after = tensors_of(setup.module), tensors_of(run.module)
+    before, after = setup.start, tensors_of(run.module)
     changed = [
         name
         for name, _ in setup.module.named_buffers()
@@ -572,7 +574,7 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
         jax_run.load(tensors_of(torch_run.module))
         jax_run.observe(batch[0])
         torch_run.observe(batch[1])
-        matched = match(links, jax_run.leaves(), tensors_of(torch_run.module), tensors_of(setup.module) | start)
+        matched = match(links, jax_run.leaves(), tensors_of(torch_run.module), setup.start | start)
         steps.append({name: (actual, *values) for name, _, actual, values in matched if name in start})
     causes: dict[str, list[tuple[str, str]]] = {}
     for name, (actual, expected, old) in steps[0].items():
@@ -581,6 +583,8 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
         share = slope(actual - keeps[0] * old, expected - keeps[1] * old)
         if abs(keeps[0] - keeps[1]) > 1e-6:
             sense = ": the momentum is meant in the other sense" if abs(keeps[0] + keeps[1] - 1) < 1e-6 else ""
+            if abs(keeps[0] - 1) < 1e-12:
+                sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
         elif share and abs(share - 1) > 1e-9:
             size = round(1 / abs(1 - share)) if share < 1 else 0
@@ -764,7 +768,7 @@ def measure(
 def measure_updates(setup: Setup, seeds: Sequence[int], notes: list[str]) -> dict[str, Error]:
     """Measure what one float32 step of the optimizer adds to every weight when it has taken some steps before."""
     errors: dict[str, Error] = {}
-    start = {name: array.astype(np.float32) for name, array in tensors_of(setup.module).items() if is_float(array)}
+    start = {name: array.astype(np.float32) for name, array in setup.start.items() if is_float(array)}
     for seed in seeds:
         jax_run = JaxRun(setup, dtype="float32")
         torch_runs = [TorchRun(setup, dtype=dtype, weights=start) for dtype in ("float32", "float64")]
@@ -833,7 +837,7 @@ def drift(
         (ULP), up or down at random. With the truth also: the frameworks in float64, and each framework's float32 and
         its own float64.
     """
-    start = {name: array.astype(np.float32) for name, array in tensors_of(setup.module).items() if is_float(array)}
+    start = {name: array.astype(np.float32) for name, array in setup.start.items() if is_float(array)}
     trained = {name for name, _ in setup.module.named_parameters()}
     weights = {"float64": start} if with_truth else {}
     weights |= {"float32": start} | {f"nudge {seed}": start | one_ulp(start, trained, seed) for seed in range(nudges)}

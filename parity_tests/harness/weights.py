@@ -152,6 +152,11 @@ def join(front: str, separator: str, back: str) -> str:
     return f"{front}{separator}{back}" if front and back else front or back
 
 
+def size_of(shape: Shape) -> str:
+    """Return a shape in words: "64x3x7x7"."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def parent(path: str) -> str:
     """Return the path of the module that holds this leaf."""
     return path.rpartition("/")[0]

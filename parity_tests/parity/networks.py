@@ -14,17 +14,20 @@ import jax
 import numpy as np
 import optax
 import torch
-from flax import nnx
+from flax import linen, nnx
 from jax import numpy as jnp
 from torch import nn
 from torch.nn import functional
 
+from experiments.large_ports import BatchNorm
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.pair import Batch, Inputs, Pair, as_inputs
 from parity_tests.harness.weights import linear
-from parity_tests.parity.ports import networks as ports
+from parity_tests.parity.ports.registry import network
 
-VOCABULARY, LENGTH, FEATURES, HEADS = ports.VOCABULARY, ports.LENGTH, ports.FEATURES, ports.HEADS
+CLASSES = 5
+VOCABULARY, LENGTH = 13, 6
+FEATURES, HEADS = 8, 2
 LENGTHS = (6, 3, 5, 1)  # of the sequences; what is behind is padding
 IGNORED = -100  # the label of padding
 EXAMPLES, BATCH_SIZE = 20, 8
@@ -57,7 +60,7 @@ def draw_token_labels(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def draw_labels(rng: np.random.Generator, size: int) -> np.ndarray:
     """Return a class for each image, int64 [size]."""
-    return rng.integers(ports.CLASSES, size=size)
+    return rng.integers(CLASSES, size=size)
 
 
 def batches(inputs: Callable[..., Any], targets: Callable[..., np.ndarray], seed: int, epoch: int) -> Iterator[Batch]:
@@ -159,7 +162,7 @@ def complete(pair: Pair, inputs: Callable[..., Any], targets: Callable[..., np.n
 def convolutional() -> Pair:
     """Return a network for images with batch norm, a residual block and a flatten, trained by SGD with momentum."""
     return complete(
-        ports.convolutional(),
+        Pair(torch_convolutional, LinenConvolutional(), None, name="convolutional"),
         draw_images,
         draw_labels,
         weights={
@@ -181,7 +184,7 @@ def make_sgd(module: nn.Module) -> torch.optim.Optimizer:
 def recurrent() -> Pair:
     """Return a language model with an LSTM, trained by Adam with clipped gradients."""
     return complete(
-        ports.recurrent(),
+        Pair(TorchRecurrent, LinenRecurrent(), None, name="recurrent"),
         draw_tokens,
         draw_token_labels,
         weights={"embed": "embed", "lstm": "lstm", "norm": "norm", "head": "head"},
@@ -227,6 +230,103 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "recurrent": recurrent,
     "attention": attention,
 }
+
+
+# --- A network for images ---
+
+
+class TorchResidual(nn.Module):
+    """A residual block that halves the image."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.norm1, self.relu = nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, outputs, row, column] from images [batch, inputs, row, column]."""
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
+class LinenResidual(linen.Module):
+    """The same with the channels last."""
+
+    outputs: int
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Compute [batch, row, column, outputs] from images [batch, row, column, inputs]."""
+        conv = partial(linen.Conv, self.outputs, padding=1, use_bias=False)
+        norm = partial(BatchNorm, use_running_average=not train, momentum=0.9)
+        out = linen.relu(norm(name="norm1")(conv(kernel_size=(3, 3), strides=2, name="conv1")(x)))
+        out = norm(name="norm2")(conv(kernel_size=(3, 3), name="conv2")(out))
+        return linen.relu(out + linen.Conv(self.outputs, (1, 1), strides=2, name="shortcut")(x))
+
+
+class LinenConvolutional(linen.Module):
+    """A convolution, a max-pool, a residual block and a linear layer."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Compute the logits [batch, class] of images [batch, row, column, 3]."""
+        x = linen.Conv(4, (3, 3), padding=1, use_bias=False, name="conv")(x)
+        x = linen.relu(BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x))
+        x = linen.max_pool(x, (2, 2), strides=(2, 2))
+        x = LinenResidual(6, name="block")(x, train)
+        x = linen.Dropout(0.2, deterministic=not train)(x.reshape(len(x), -1))
+        return linen.Dense(CLASSES, name="head")(x)
+
+
+def torch_convolutional() -> nn.Module:
+    """Return the same network in PyTorch."""
+    return network(
+        conv=nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        norm=nn.BatchNorm2d(4),
+        relu=nn.ReLU(inplace=True),
+        pool=nn.MaxPool2d(2),
+        block=TorchResidual(4, 6),
+        flatten=nn.Flatten(),
+        dropout=nn.Dropout(0.2),
+        head=nn.Linear(6 * 2 * 2, CLASSES),
+    )
+
+
+# --- A language model with an LSTM ---
+
+
+class TorchRecurrent(nn.Module):
+    """An embedding, an LSTM and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, FEATURES)
+        self.lstm = nn.LSTM(FEATURES, FEATURES, batch_first=True)
+        self.norm = nn.LayerNorm(FEATURES)
+        self.head = nn.Linear(FEATURES, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Compute logits [batch, time, token] of token ids [batch, time]."""
+        states, _ = self.lstm(self.embed(ids))
+        return self.head(self.norm(states))
+
+
+class LinenRecurrent(linen.Module):
+    """The same in Linen."""
+
+    @linen.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Compute logits [batch, time, token] of token ids [batch, time]."""
+        x = linen.Embed(VOCABULARY, FEATURES, name="embed")(ids)
+        cell = linen.OptimizedLSTMCell(FEATURES, name="lstm")
+        zeros = jnp.zeros((len(ids), FEATURES), x.dtype)
+        states = linen.RNN(cell)(x, initial_carry=(zeros, zeros))
+        states = linen.LayerNorm(epsilon=1e-5, name="norm")(states)
+        return linen.Dense(VOCABULARY, name="head")(states)
 
 
 # --- A language model with attention ---

@@ -91,8 +91,14 @@ def with_a_fault(dialect: Dialect, right: str, wrong: str) -> Any:
     return make(CNN, fused=False)
 
 
-@pytest.mark.parametrize("dialect", SOURCES)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("dialect", "fault"),
+    [
+        pytest.param(dialect, fault, marks=() if number == place else pytest.mark.slow)
+        for number, dialect in enumerate(SOURCES)
+        for place, fault in enumerate(FAULTS)
+    ],
+)
 def test_a_fault_in_the_text_of_a_dialect_is_found_there(dialect: Dialect, fault: str) -> None:
     right, wrong, where = FAULTS[fault]
     pair = replace(product_pair(CNN, dialect), jax_model=with_a_fault(dialect, right, wrong), batch_sizes=(2,))

@@ -567,6 +567,33 @@ def mixing_in_a_stack() -> Port:
     return Port(randomise(module), (inputs,), Side(leaves, run), [])
 
 
+def critics_in_a_stack() -> Port:
+    """Return a port that stacks two networks, whose number is a part of their names in PyTorch."""
+
+    class Critic(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.Dense(1)(linen.Dense(4)(linen.tanh(linen.Dense(4)(x))))
+
+    class Critics(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            both = linen.vmap(Critic, {"params": 0}, {"params": True}, in_axes=None, axis_size=2)
+            return both()(x)
+
+    class Reference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for number in range(2):
+                layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 1)
+                self.add_module(f"qf{number}", nn.Sequential(*layers))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([network(x) for network in self.children()])
+
+    return linen_port(Reference(), Critics(), draw(2, 3))
+
+
 def layers_that_add_up() -> Port:
     """Return a port whose first two layers have as many values as the third, and keep their names."""
 
@@ -594,6 +621,7 @@ SURE: dict[str, Callable[[], Port]] = {
         resnet18_shortcut_first,
         gpt2_in_functions,
         mixing_in_a_stack,
+        critics_in_a_stack,
         layers_that_add_up,
         bert,
         lstm_in_flax,

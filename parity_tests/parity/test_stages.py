@@ -18,6 +18,7 @@ from parity_tests.harness.compare import Refused
 from parity_tests.harness.stages import Match, Stage, candidates, carry, jax_stages, match, torch_stages
 from parity_tests.harness.taps import trace
 from parity_tests.harness.torch_side import capture_torch
+from parity_tests.parity.test_propose import ResNet18
 
 
 class Inputs:
@@ -61,83 +62,28 @@ def partners(matches: Mapping[str, Match]) -> dict[str, str]:
     return {name: found.jax for name, found in matches.items()}
 
 
-class ConvNorm(linen.Module):
-    """A convolution and its batch norm."""
-
-    features: int
-    size: int = 3
-    stride: int = 1
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the normalised convolution."""
-        kernel = (self.size, self.size)
-        x = linen.Conv(self.features, kernel, self.stride, self.size // 2, use_bias=False, name="conv")(x)
-        return linen.BatchNorm(use_running_average=True, name="norm")(x)
-
-
-class Residual(linen.Module):
-    """A block of a ResNet, whose shortcut is computed first."""
-
-    features: int
-    stride: int
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the block of images."""
-        shortcut = x
-        if self.stride != 1:
-            shortcut = ConvNorm(self.features, 1, self.stride, name="shortcut")(x)
-        y = linen.relu(ConvNorm(self.features, stride=self.stride, name="first")(x))
-        y = ConvNorm(self.features, name="second")(y)
-        return linen.relu(y + shortcut)
-
-
-class ResNet(linen.Module):
-    """A ResNet-18 in Linen, with names of its own."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the logits."""
-        x = linen.relu(ConvNorm(64, 7, 2, name="stem")(x))
-        x = linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage in range(4):
-            for block in range(2):
-                stride = 2 if stage and not block else 1
-                x = Residual(64 * 2**stage, stride, name=f"stages_{stage}_blocks_{block}")(x)
-        return linen.Dense(1000, name="head")(jnp.mean(x, axis=(1, 2)))
-
-
-def owners_of_resnet() -> dict[str, str]:
-    owners = {"conv1": "stem/conv", "bn1": "stem/norm", "fc": "head"}
-    for stage in range(4):
-        for block in range(2):
-            torch_name, path = f"layer{stage + 1}.{block}", f"stages_{stage}_blocks_{block}"
-            owners |= {f"{torch_name}.conv1": f"{path}/first/conv", f"{torch_name}.bn1": f"{path}/first/norm"}
-            owners |= {f"{torch_name}.conv2": f"{path}/second/conv", f"{torch_name}.bn2": f"{path}/second/norm"}
-            if stage and not block:
-                owners |= {f"{torch_name}.downsample.0": f"{path}/shortcut/conv"}
-                owners |= {f"{torch_name}.downsample.1": f"{path}/shortcut/norm"}
-    return owners
-
-
 def test_a_resnet_whose_shortcut_comes_first_is_matched_whole() -> None:
     images = np.zeros((1, 3, 32, 32), np.float32)
-    torch_side = stages_of_torch(torchvision.models.resnet18(), images)
-    jax_side = stages_of_jax(ResNet(), images.transpose(0, 2, 3, 1))
-    owners = owners_of_resnet()
+    torch_side = stages_of_torch(torchvision.models.resnet18(num_classes=10), images)
+    jax_side = stages_of_jax(ResNet18(shortcut_first=True), images.transpose(0, 2, 3, 1))
+    owners = {"conv1": "Conv_0", "bn1": "BatchNorm_0", "fc": "Dense_0"}
+    expected = {"": "", "relu": "relu", "maxpool": "max_pool", "avgpool": "mean"}
+    for number in range(8):
+        name, path = f"layer{number // 2 + 1}.{number % 2}", f"Basic_{number}"
+        shortcut = number in (2, 4, 6)
+        for part in (1, 2):
+            owners[f"{name}.conv{part}"] = f"{path}/Conv_{part - 1 + shortcut}"
+            owners[f"{name}.bn{part}"] = f"{path}/BatchNorm_{part - 1 + shortcut}"
+        if shortcut:
+            owners |= {f"{name}.downsample.0": f"{path}/Conv_0", f"{name}.downsample.1": f"{path}/BatchNorm_0"}
+        expected |= {name: path, f"{name}.relu": f"{path}.relu", f"{name}.relu#2": f"{path}.relu#2"}
+        expected[f"{name}.add"] = f"{path}.add"
     matches = match(torch_side, jax_side, owners)
-    expected = owners | {"": "", "relu": "relu", "maxpool": "max_pool", "avgpool": "mean"}
-    for stage in range(4):
-        for block in range(2):
-            name, path = f"layer{stage + 1}.{block}", f"stages_{stage}_blocks_{block}"
-            expected |= {name: path, f"{name}.relu": f"{path}.relu", f"{name}.relu#2": f"{path}.relu#2"}
-            expected |= {f"{name}.add": f"{path}.add"}
-            if stage and not block:
-                expected |= {f"{name}.downsample": f"{path}/shortcut"}
-    assert partners(matches) == expected
+    assert partners(matches) == owners | expected
     assert {name for name, found in matches.items() if found.sure} == {*owners, ""}
-    assert set(torch_side) - set(matches) == {"layer1", "layer2", "layer3", "layer4"}  # nothing in JAX returns these
+    # Nothing in JAX returns these.
+    alone = {"layer1", "layer2", "layer3", "layer4", *(f"layer{layer}.0.downsample" for layer in (2, 3, 4))}
+    assert set(torch_side) - set(matches) == alone
 
 
 class TorchBlock(nn.Module):
@@ -376,6 +322,11 @@ def test_values_are_carried_there_and_back(torch_shape: Any, jax_shape: Any, way
         assert way.to_jax(array).shape == jax_shape
         np.testing.assert_array_equal(way.to_torch(way.to_jax(array)), array)
         np.testing.assert_array_equal(way.to_torch(way.to_jax(jnp.asarray(array))), array)
+
+
+def test_channels_may_be_last_in_pytorch_and_first_in_jax() -> None:
+    (way,) = candidates((2, 4, 5, 3), (2, 3, 4, 5), channels_last=False)
+    assert (way.how, way.axes) == ("channels first", (0, 3, 1, 2))
 
 
 def test_a_flattened_image_is_carried_if_its_shape_is_known() -> None:

@@ -23,7 +23,7 @@ from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
-from parity_tests.harness.weights import Entry, WeightMap
+from parity_tests.harness.weights import Entry, WeightMap, unused
 
 Tree = dict[str, Any]
 SEEDS = range(3)
@@ -588,7 +588,7 @@ def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_
     setup, batches = build_normed(), [batch for _, batch in draw_batches((8,))]
     noise, run = training.measure_noise(setup, batches, False, 2.0**-53), TorchRun(setup)
     run.step(batches)
-    start = tensors_of(setup.module)
+    start = setup.start
     moves = {name: np.abs(array - start[name]).max() for name, array in tensors_of(run.module).items()}
     shares = [noise["weights", name] / move for name, move in moves.items() if move]
     shares = [share for share in shares if share < training.MOSTLY_ROUNDING]
@@ -604,9 +604,10 @@ def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_
     [
         ({}, []),
         ({"keep": 0.1}, ["JAX keeps 0.1 of the old value, PyTorch 0.9: the momentum is meant in the other sense"]),
+        ({"keep": 1.0}, ["JAX keeps 1 of the old value, PyTorch 0.9: a JAX function returns new statistics as"]),
         ({"biased": True}, ["norm.running_var after step 1, batch of 8: ", "JAX takes 0.875 times", "7/8"]),
     ],
-    ids=["sound", "momentum", "biased"],
+    ids=["sound", "momentum", "not returned", "biased"],
 )
 def test_statistics_are_compared_and_explained(options: dict[str, Any], expected: list[str]) -> None:
     def function(variables: Tree, inputs: Any, train: bool = False) -> Any:
@@ -758,27 +759,65 @@ class Positions(nn.Module):
 
 
 class PositionsPort(linen.Module):
-    """The same, with a table of float32 that NumPy made."""
+    """The same, with a table that NumPy made and rounded to float32."""
 
     base: float = 10_000.0
+    dtype: str = "float32"  # of the array that holds the table
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the product [batch, 8] of the sum."""
         table = np.sin(np.arange(500)[:, None] * self.base ** -(np.arange(8) / 8)).astype(np.float32)
-        return linen.Dense(8, name="fc")(x + table[-1])
+        return linen.Dense(8, name="fc")(x + jnp.asarray(table.astype(self.dtype))[-1])
 
 
-@pytest.mark.parametrize("base", [10_000.0, 10_001.0])
-def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float) -> None:
+@pytest.mark.parametrize(("base", "dtype"), [(10_000.0, "float32"), (10_000.0, "float64"), (10_001.0, "float32")])
+def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float, dtype: str) -> None:
     names = ("parameters", "outputs", "gradients", "trajectory")
-    pair = Pair(Positions, PositionsPort(base), np.ones((2, 8), np.float32), batch_sizes=(2,))
+    pair = Pair(Positions, PositionsPort(base, dtype), np.ones((2, 8), np.float32), batch_sizes=(2,))
     result = examine(pair, names=names)
     if base == 10_000:
         assert not result.divergences
         assert "JAX keeps 1 of its own constants in float32: judged by their rounding" in result.notes
     else:
         assert result.divergences[0].check == "outputs"
+
+
+class Rates(nn.Module):
+    """Adds sines of rates that are part of the state dict, and can be made in float32 alone if they come from NumPy."""
+
+    rates: torch.Tensor
+
+    def __init__(self, numpy: bool) -> None:
+        super().__init__()
+        rates = 10_000.0 ** -(torch.arange(8) / 8)
+        self.register_buffer("rates", torch.FloatTensor(10_000.0 ** -(np.arange(8) / 8)) if numpy else rates)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum [batch, 8]."""
+        return x + torch.sin(500 * self.rates)
+
+
+class RatesPort(linen.Module):
+    """The same behind a linear layer, with rates that it computes itself."""
+
+    base: float = 10_000.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sum [batch, 8]."""
+        return linen.Dense(8, name="0")(x) + jnp.sin(500 * self.base ** -(jnp.arange(8) / 8))
+
+
+@pytest.mark.parametrize(("numpy", "base"), [(False, 10_000.0), (True, 10_000.0), (True, 10_001.0)])
+def test_a_table_in_the_state_dict_may_be_one_that_jax_computes(numpy: bool, base: float) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), Rates(numpy))
+
+    pair = Pair(make, RatesPort(base), np.ones((2, 8), np.float32), {"1": unused()}, batch_sizes=(2,))
+    result = examine(pair, names=("parameters", "outputs"))
+    assert bool(result.divergences) == (base != 10_000)
+    assert any("PyTorch keeps 1.rates in float32" in note for note in result.notes) == numpy
 
 
 @pytest.mark.parametrize("base", [10_000.0, 10_010.0])

@@ -54,10 +54,6 @@ def faulty_port(params, x):
     return port(params, x) + 0.01 * x[:, :1]
 
 
-def other_outputs(params, x):
-    return port(params, x), x
-
-
 def broken_port(params, x):
     raise ValueError("nothing works yet")
 
@@ -77,7 +73,6 @@ def draw(key):
 example = np.ones((2, 3), np.float32)
 pair = Pair(Reference, port, example, weights)
 faulty = Pair(Reference, faulty_port, example, weights)
-without_mate = Pair(Reference, other_outputs, example, weights)
 proposed = Pair(Reference, port, example, jax_init=draw)
 broken = Pair(Reference, broken_port, example, weights)
 """
@@ -200,18 +195,9 @@ def test_the_command_says_with_its_status_where_a_port_is_different(environment:
     assert read_json(folder / "faulty" / "report.json")["divergences"]
 
 
-@pytest.mark.parametrize(
-    ("pair", "words"),
-    [
-        ("without_mate", ["--pair my_port:without_mate cannot be compared", "PyTorch returns 1 array"]),
-        ("broken", ["--pair my_port:broken cannot be compared: ValueError: nothing works yet (my_port.py, line "]),
-        ("absent", ["--pair my_port:absent cannot be made", "absent"]),
-    ],
-)
-def test_the_command_says_with_its_status_that_nothing_can_be_compared(
-    pair: str, words: list[str], environment: Path, folder: Path
-) -> None:
-    assert_slip(run(environment, folder, "parity-report", f"my_port:{pair}", "--steps=0"), *words)
+def test_the_command_says_with_its_status_that_nothing_can_be_compared(environment: Path, folder: Path) -> None:
+    done = run(environment, folder, "parity-report", "my_port:broken", "--steps=0")
+    assert_slip(done, "--pair my_port:broken cannot be compared: ValueError: nothing works yet (my_port.py, line ")
 
 
 def test_the_command_proposes_the_map_of_the_weights(environment: Path, folder: Path) -> None:

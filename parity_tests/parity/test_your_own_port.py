@@ -20,30 +20,41 @@ from torch import nn
 from torch.nn import functional
 
 from jax_cnn.config import UserError
-from parity_tests.command import ReportConfig, load_pair
+from parity_tests.command import ReportConfig, load_pair, plant
 from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case
+from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
-from parity_tests.support import ROOT, assert_slip, run_command
+from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
 
 
-def test_the_readmes_example_works_as_it_stands(tmp_path: Path) -> None:
+def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= LONGEST_EXAMPLE
     (tmp_path / "my_port.py").write_text(example, encoding="utf-8")
-    for fault, status, words in (("none", 0, "no difference"), ("relu-leaky", 1, "outputs: output of ")):
-        result = run_command("parity_report", "my_port:pair", f"--fault={fault}", "--steps=3", cwd=tmp_path)
-        assert words in result.stdout, result.stdout + result.stderr
-        assert result.returncode == status
-        assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
-    result = run_command("parity_report", "my_port:pair", "--fault=fixed-order", cwd=tmp_path)
-    assert_slip(result, "--fault fixed-order cannot be planted: ")
+    faulty = run_command("parity_report", "my_port:pair", "--fault=relu-leaky", "--steps=3", cwd=tmp_path)
+    assert "outputs: output of " in faulty.stdout, faulty.stdout + faulty.stderr
+    assert faulty.returncode == 1
+    assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pair = load_pair(ReportConfig(which="my_port:pair"), Console())
+    assert not examine(pair, names=("parameters", "outputs", "gradients", "trajectory")).divergences
+    with pytest.raises(UserError, match="--fault fixed-order cannot be planted: "):
+        plant(pair, "fixed-order")
 
 
-def test_two_pairs_at_once_are_refused(tmp_path: Path) -> None:
-    assert_slip(run_command("parity_report", "one:pair", "--pair=other:pair", cwd=tmp_path), "one:pair", "other:pair")
+def test_two_pairs_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="one:pair and --pair other:pair"):
+        ReportConfig(which="one:pair", pair="other:pair")
+
+
+def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
+    pair = Pair(nn.Linear(3, 2), lambda tree, x: (x @ tree["weight"].T + tree["bias"], x), np.ones((2, 3)), dict)
+    with pytest.raises(Refused, match="PyTorch returns 1 array, JAX "):
+        examine(pair, names=("outputs",))
 
 
 def test_keyword_arguments_keep_their_order() -> None:
@@ -439,3 +450,156 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
     gap = "; or in conv2 before it, of which JAX has no value to compare"
     assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of relu#2")
     assert (gap in found.problem) == (faulty == "conv")
+
+
+def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.Conv(2, (3, 3), padding="VALID", name="0")(x).mean((1, 2))
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pair = Pair(network, Port(), np.ones((4, 1, 6, 6), np.float32), batch_sizes=(4,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert "; or in 0 (4x4x4x2 in JAX, 4x2x6x6 in PyTorch) before it" in found.problem
+
+
+def test_the_sizes_of_what_is_not_carried_are_told() -> None:
+    pair = Pair(nn.Linear(4, 2), linen.Dense(3), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    found = {divergence.where: divergence.problem for divergence in examine(pair, names=("parameters",)).divergences}
+    assert "PyTorch has it, 2x4, and nothing" in found["weight"]
+    assert "JAX has it, 4x3, and no tensor" in found["kernel"]
+
+
+class Blocks(nn.Module):
+    """Two residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sums [batch, 4]."""
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class BlockPort(linen.Module):
+    """One of them for a scan, with another activation."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """Return the sum."""
+        return x + linen.Dense(4, name="second")(jax.nn.silu(linen.Dense(6, name="first")(x))), None
+
+
+class BlocksPort(linen.Module):
+    """Both, with their weights stacked."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sums [batch, 4]."""
+        scan = linen.scan(BlockPort, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(name="blocks")(x, None)[0]
+
+
+def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
+    result = examine(Pair(Blocks, BlocksPort(), np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
+    assert [found.where for found in result.divergences] == [f"output of blocks.{number}.2" for number in range(2)]
+
+
+class Cell(nn.Module):
+    """One step of a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 2]."""
+        return self.head(self.cell(x, state))
+
+
+class CellPort(linen.Module):
+    """The same, with gates of another kind."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
+        """Return [batch, 2]."""
+        cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
+        return linen.Dense(2, name="head")(cell(state, x)[1])
+
+
+def test_a_fault_in_a_cell_is_found_there() -> None:
+    inputs = np.ones((4, 3), np.float32), np.ones((4, 4), np.float32)
+    result = examine(Pair(Cell, CellPort(), inputs, batch_sizes=(4,)), names=("outputs",))
+    assert [found.where for found in result.divergences] == ["output of cell"]
+
+
+class Scaled(nn.Module):
+    """A residual block with a factor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum [batch, 4]."""
+        return x + self.gamma * self.fc(x)
+
+
+class FactorPort(linen.Module):
+    """The factor."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the product [batch, 4]."""
+        return x * self.param("gamma", linen.initializers.ones, (4,))
+
+
+class ScaledPort(linen.Module):
+    """The same block, whose factor is a module."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the sum [batch, 4]."""
+        return x + FactorPort(name="scale")(linen.Dense(4, name="fc")(x))
+
+
+def test_a_module_is_not_the_one_that_holds_its_factor_alone() -> None:
+    port = linen.Sequential([ScaledPort(), linen.Dense(2)])
+    network = nn.Sequential(Scaled(), nn.Linear(4, 2))
+    result = examine(Pair(network, port, np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
+    assert not result.divergences
+    assert result.comparisons[0].stages["0"].jax == "layers_0"
+
+
+class IdlePort(linen.Module):
+    """A port with a fault, which calls a norm once in vain."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [batch, 2]."""
+        norm = linen.LayerNorm(epsilon=1e-5, name="1")
+        x = linen.Dense(4, name="0")(x).at[:, 0].add(0.1)
+        norm(x)
+        return linen.Dense(2, name="2")(norm(x))
+
+
+def test_a_call_in_vain_gets_no_gradient() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    pair = Pair(network, IdlePort(), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    assert [found.where for found in examine(pair, names=("outputs", "gradients")).divergences] == ["output of 1"]
+
+
+def test_a_loader_may_return_lists_and_tuples() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        ((kernel, bias),) = params
+        return x @ kernel + bias
+
+    def load(state: dict[str, Any]) -> Any:
+        return [(state["weight"].T, state["bias"])]
+
+    pair = Pair(nn.Linear(4, 2), apply, np.ones((4, 4), np.float32), load, batch_sizes=(4,))
+    assert not examine(pair, names=("parameters", "outputs", "optimizer")).divergences
