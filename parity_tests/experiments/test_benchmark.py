@@ -20,9 +20,8 @@ import torch
 from rich.console import Console, RenderableType
 
 from experiments.records import Json, Show
-from experiments.speed import benchmark, gpu, sections, torch_steps
-from experiments.speed.config import QUICK, BenchmarkConfig, apply_presets
-from experiments.speed.contenders import CHECKPOINTS, DOTS, Task, Unavailable
+from experiments.speed import benchmark, gpu, torch_steps
+from experiments.speed.config import CHECKPOINTS, DOTS, QUICK, BenchmarkConfig, Task, Unavailable, apply_presets
 from experiments.speed.tables import checkpoint_table, sentence, short, tables
 from experiments.speed.work import DOT_FLOP
 from experiments.speed.workers import WorkerFailed, time_in_turns
@@ -44,8 +43,8 @@ def test_a_step_of_64_images_needs_as_many_operations_as_counted_by_hand() -> No
         "fc1": 2 * (7 * 7 * 64) * 512 * 3,
         "fc2": 2 * 512 * 10 * 3,
     }
-    assert sections.count_flop(64) == {layer: 64 * count for layer, count in by_hand.items()}
-    assert sum(sections.count_flop(64).values()) == pytest.approx(2.06e9, rel=0.005)
+    assert benchmark.count_flop(64) == {layer: 64 * count for layer, count in by_hand.items()}
+    assert sum(benchmark.count_flop(64).values()) == pytest.approx(2.06e9, rel=0.005)
 
 
 def test_median_and_quartiles_are_those_of_the_rounds() -> None:
@@ -102,14 +101,14 @@ def plant(patch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
             results[name] = {"start": {}, "rounds": [answer(seconds[name], number) for number in range(rounds)]}
         return results
 
-    patch.setattr(sections, "time_in_turns", planted)
+    patch.setattr(benchmark, "time_in_turns", planted)
 
 
 def contest(seconds: dict[str, float], *names: Any) -> Json:
     """Return the result of a contest of three rounds of ten steps with planted times."""
     with pytest.MonkeyPatch.context() as patch:
         plant(patch, seconds)
-        return sections.measure_contest(BenchmarkConfig(rounds=3, steps=10, contenders=names), print)
+        return benchmark.measure_contest(BenchmarkConfig(rounds=3, steps=10, contenders=names), print)
 
 
 def test_the_fastest_pytorch_that_competes_is_the_best() -> None:
@@ -140,7 +139,7 @@ def test_without_any_pytorch_there_is_no_comparison() -> None:
 def test_the_growth_chart_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, PLANTED)
     changes = ({"batch_size": size, "images": 640} for size in (16, 64))
-    points = [sections.measure_point(BenchmarkConfig(), "torch-fused", change, 3, print) for change in changes]
+    points = [benchmark.measure_point(BenchmarkConfig(), "torch-fused", change, 3, print) for change in changes]
     assert [point["jax_speed_to_torch"]["median"] for point in points] == [2, 2]
     assert [point["contenders"]["jax"]["steps"] for point in points] == [40, 10]
     result = benchmark.EMPTY_SECTIONS | {"contest": contest(PLANTED, "jax", "torch-fused"), "batch_sizes": points}
@@ -161,8 +160,8 @@ def test_a_checkpoint_that_takes_300_ms_slows_training_by_one_percent(monkeypatc
         for busy, extra in ((1.0, 0.3), (3.0, 0.2), (2.0, 0.6))
     ]
     measured = {contender: {"rounds": pairs} for contender in CHECKPOINTS.values()}
-    monkeypatch.setattr(sections, "time_in_turns", lambda tasks, rounds, show: measured)
-    costs = sections.measure_checkpoints(BenchmarkConfig(steps=10), print)
+    monkeypatch.setattr(benchmark, "time_in_turns", lambda tasks, rounds, show: measured)
+    costs = benchmark.measure_checkpoints(BenchmarkConfig(steps=10), print)
     assert costs["interval_seconds"] == 30
     medians = {name: figure["median"] for name, figure in costs["torch"].items() if name != "rounds"}
     assert medians == pytest.approx({"ms_per_step": 200, "copy_ms": 4, "extra_ms": 300, "slower_by": 0.01})
@@ -182,7 +181,7 @@ def test_a_round_with_checkpoints_trains_twice_and_writes_one(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = BenchmarkConfig(batch_size=32, steps=2, threads=1, data_dir=data_dir)
-    work = torch_steps.make(sections.make_task(config, CHECKPOINTS["torch"]))
+    work = torch_steps.make(benchmark.make_task(config, CHECKPOINTS["torch"]))
     seconds = [work.round(number) for number in range(2)]
     assert all(0 < answer["copy_seconds"] < answer["with_seconds"] for answer in seconds)
     written = [load_checkpoint(path).state.step for path in tmp_path.rglob("*.safetensors")]
@@ -308,14 +307,14 @@ def test_no_worker_outlives_the_benchmark(data_dir: Path, tmp_path: Path, end: s
 @pytest.mark.slow
 def test_without_a_compiler_that_contender_is_not_available(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
-    task = sections.make_task(BenchmarkConfig(steps=1, data_dir=data_dir), "torch-compile")
+    task = benchmark.make_task(BenchmarkConfig(steps=1, data_dir=data_dir), "torch-compile")
     assert "compiler" in time_in_turns([task], 0, print)["torch-compile"]["unavailable"]
 
 
 @pytest.mark.slow
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the data folder should be")
-    task = sections.make_task(BenchmarkConfig(data_dir=tmp_path / "taken"), "torch-fused")
+    task = benchmark.make_task(BenchmarkConfig(data_dir=tmp_path / "taken"), "torch-fused")
     with pytest.raises(WorkerFailed, match=r"torch-fused ended with status 1\n(.*\n)*.*UserError.*taken"):
         time_in_turns([task], 0, print)
 
@@ -352,7 +351,7 @@ def test_every_section_of_the_command(data_dir: Path, tmp_path: Path) -> None:
 def gpu_task(data_dir: Path, contender: str) -> Task:
     """Return two steps of eight images."""
     config = BenchmarkConfig(data_dir=data_dir, threads=1)
-    return sections.make_task(config, contender, images=16, batch_sizes=(8,))
+    return benchmark.make_task(config, contender, images=16, batch_sizes=(8,))
 
 
 @pytest.fixture

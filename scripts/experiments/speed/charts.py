@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.records import Json
-from experiments.speed.contenders import CONTENDERS
+from experiments.speed.config import CONTENDERS
 from experiments.spread import error_bars
 from jax_cnn.run.display import BLUE, GREY, VERMILION, save_figure
 

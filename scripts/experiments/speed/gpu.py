@@ -11,9 +11,8 @@ from statistics import median
 from rich.table import Table
 
 from experiments.records import PACKAGES, Json
-from experiments.speed import sections
-from experiments.speed.config import BenchmarkConfig
-from experiments.speed.contenders import CONTENDERS, GPU_CONTENDERS, PRECISIONS
+from experiments.speed import benchmark
+from experiments.speed.config import CONTENDERS, GPU_CONTENDERS, PRECISIONS, BenchmarkConfig
 from experiments.speed.tables import command_table, plain, short
 from experiments.speed.workers import WorkerFailed, time_in_turns
 from jax_cnn.config import TRAIN_SIZE, UserError
@@ -67,7 +66,7 @@ def run(config: BenchmarkConfig, card: str, progress: ProgressBar) -> Json:
         )
         write(config, result)
         if number == 0 and config.command_runs:  # what matters most comes first
-            result["commands"] = sections.measure_commands(config, progress.report)
+            result["commands"] = benchmark.measure_commands(config, progress.report)
             write(config, result)
     return result
 
@@ -75,7 +74,7 @@ def run(config: BenchmarkConfig, card: str, progress: ProgressBar) -> Json:
 def measure(config: BenchmarkConfig, name: str, progress: ProgressBar) -> Json:
     """Return the milliseconds a step of a contender in every round by precision and batch size, or why it has none."""
     images = max(config.train_sizes, default=TRAIN_SIZE)
-    task = sections.make_task(config, name, images=images, device=config.device, batch_sizes=config.batch_sizes)
+    task = benchmark.make_task(config, name, images=images, device=config.device, batch_sizes=config.batch_sizes)
     try:
         measured = time_in_turns([task], config.rounds, progress.report)[name]
     except WorkerFailed as failure:  # the others can be measured all the same

@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, UInt8
 
-from experiments.speed.contenders import CHECKPOINTS, STAGE_TIMES, Task
+from experiments.speed.config import CHECKPOINTS, STAGE_TIMES, Task
 from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Point, Sweep, Training, Work, dot_factors
 from experiments.spread import order_of_round
 from jax_cnn import ops

@@ -6,7 +6,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from experiments.records import MIB, Json
-from experiments.speed.contenders import CONTENDERS
+from experiments.speed.config import CONTENDERS
 from experiments.spread import Spread
 
 WIDTH = 79

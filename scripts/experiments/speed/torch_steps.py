@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.speed.contenders import CHECKPOINTS, Task, Unavailable
+from experiments.speed.config import CHECKPOINTS, Task, Unavailable
 from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Point, Sweep, Training, Work, dot_factors
 from jax_cnn.data import epoch_order, load_fashion_mnist
 from torch_ref.model import SimpleCNN

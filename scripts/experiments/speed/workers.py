@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Self
 
 from experiments.records import RSS_UNIT, SCRIPTS, Json, Show
-from experiments.speed.contenders import CONTENDERS, Task, Unavailable
+from experiments.speed.config import CONTENDERS, Task, Unavailable
 from experiments.speed.work import Work
 from experiments.spread import order_of_round
 
