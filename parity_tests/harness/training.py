@@ -429,7 +429,7 @@ def nudge(module: torch.nn.Module, seed: int, unit: float) -> None:
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter *= torch.as_tensor(1 + 2 * unit * rng.choice([-1.0, 1.0], size=tuple(parameter.shape)))
+            parameter.mul_(torch.as_tensor(1 + 2 * unit * rng.choice([-1.0, 1.0], size=tuple(parameter.shape))))
 
 
 def handover(
