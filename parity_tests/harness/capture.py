@@ -59,7 +59,7 @@ from parity_tests.harness.stages import (
     torch_stages,
 )
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, copy_module, fixed_settings, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
@@ -307,7 +307,7 @@ class Case:
     def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
         """Return a reference in this dtype, with these tensors, in evaluation mode: the case's own if it has them."""
         if dtype == "float64":
-            return self.module if tensors is self.tensors else load_tensors(copy.deepcopy(self.module), tensors)
+            return self.module if tensors is self.tensors else load_tensors(copy_module(self.module), tensors)
         return module_with(self.pair, tensors, dtype, self.seed)
 
     def runs_in_float64(self) -> bool:
@@ -321,7 +321,7 @@ class Case:
 
     def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None) -> Any:
         """Return what the reference, or a copy of it, returns in evaluation mode and float64, without gradients."""
-        given, module = self.torch_inputs(inputs).map(torch.from_numpy), module or self.module
+        given, module = self.torch_inputs(inputs).map(torch.from_numpy), self.module if module is None else module
         with exact_arithmetic("float64"), fixed_settings(torch.float64, module), torch.no_grad():
             return module(*given.args, **given.kwargs)
 
@@ -417,7 +417,7 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     """
     order: list[tuple[str, str]] = []
     flattened: set[str] = set()
-    module, sizes = copy.deepcopy(case.module), Sizes()
+    module, sizes = copy_module(case.module), Sizes()
 
     def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
         order.append((name, type(child).__name__))

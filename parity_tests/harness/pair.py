@@ -4,7 +4,6 @@ Only the first three fields have to be given. All others have a default that fit
 port needs another. Nothing is guessed in silence: what a default chose stands in the report.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +14,9 @@ import torch
 from jax import numpy as jnp
 from torch import nn
 
+from parity_tests.harness.compare import Refused, flat
 from parity_tests.harness.taps import in_float64
+from parity_tests.harness.torch_side import copy_module
 
 TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
 
@@ -278,7 +279,11 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
 
 def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
     """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
-    return load_tensors(copy.deepcopy(pair.new_module(seed)).cpu().to(getattr(torch, dtype)).eval(), tensors)
+    module = copy_module(pair.new_module(seed))
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise Refused(f"PyTorch's {name} is complex: hold it as a last axis of 2, for torch.view_as_complex")
+    return load_tensors(module.cpu().to(getattr(torch, dtype)).eval(), tensors)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
@@ -321,7 +326,6 @@ def default_jax_loss(outputs: Any, targets: Any) -> jax.Array:
 
 def float_leaves(outputs: Any) -> list[Any]:
     """Return the float arrays of a nest of outputs, of either framework."""
-    from parity_tests.harness.compare import flat
 
     def is_float(leaf: Any) -> bool:
         if isinstance(leaf, torch.Tensor):

@@ -461,12 +461,19 @@ class Run(NamedTuple):
         }
 
 
-def fresh_copy(module: nn.Module, training: bool, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of the module on the CPU in the asked mode and dtype, without dropout."""
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy of a module. A tensor that it computed of its parameters, as weight_norm does, loses its graph."""
+    held = [value for child in module.modules() for value in vars(child).values() if isinstance(value, torch.Tensor)]
+    computed = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
     try:
-        model = copy.deepcopy(module).cpu()
+        return copy.deepcopy(module, computed)
     except Exception as error:
         raise Refused(f"the reference cannot be copied: {describe(error)}. Give a function that makes it") from error
+
+
+def fresh_copy(module: nn.Module, training: bool, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the module on the CPU in the asked mode and dtype, without dropout."""
+    model = copy_module(module).cpu()
     # Complex parameters keep their imaginary part, which `Module.to(dtype)` would drop.
     model._apply(lambda tensor: cast(tensor, dtype))
     for part in model.modules():
