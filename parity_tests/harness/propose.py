@@ -30,6 +30,7 @@ from parity_tests.harness.weights import (
     conv1d,
     conv_transpose,
     declare,
+    embedding,
     expression,
     groups,
     gru,
@@ -744,7 +745,9 @@ def left_over(
     units, places = [], []
     for position, name in enumerate(side.shapes):
         owner = side.owner(name)
+        usual = name.rpartition(".")[2] in ("weight", "bias")  # a layer's own rule knows no others, such as weight_g
         make = rule_for(side.modules[owner])
+        make = same if make in (linear, conv1d, conv, conv_transpose, embedding) and not usual else make
         if name not in carried and make not in (lstm, gru, attention):
             layer = Layer(owner, {name.removeprefix(f"{owner}."): side.shapes[name]}, (), leaves, side.modules[owner])
             units.append(Unit(name, (layer,), make, position, *scope_of(name, [front for front, _ in scopes], ".")))

@@ -432,7 +432,7 @@ def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed
 def conv(to: str | None = None) -> Rule:
     """Carry a convolution of any rank, grouped or not: [out, in / groups, …] is […, in / groups, out] in Flax.
 
-    Equinox keeps PyTorch's layout, with a bias [out, 1, …].
+    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -441,6 +441,16 @@ def conv(to: str | None = None) -> Rule:
         shape = layer.tensors["weight"]
         last = (*shape[2:], shape[1], shape[0])
         leaf = layer.find(WEIGHT, math.prod(shape))
+        biases = vector(layer, "bias", BIAS, how)
+        if leaf is not None and len(layer.leaves[leaf]) == len(shape[:2]) < len(shape) and math.prod(shape[2:]) == 1:
+            turned = is_transposed(layer, leaf, shape[1], shape[0], None)  # a dense layer, which sees one pixel too
+            as_matrix = Entry(
+                (layer.tensor("weight"),),
+                (leaf,),
+                lambda weight: (weight.reshape(shape[:2]).T if turned else weight.reshape(shape[:2]),),
+                how,
+            )
+            return [as_matrix, *biases]
         if leaf is None or layer.leaves[leaf] not in (shape, last):
             raise layer.problem(f"there is no leaf of shape {last}, nor {shape}, for the weight")
         stays = layer.leaves[leaf] == shape and (last != shape or leaf.rpartition("/")[2] == AS_IT_IS)
@@ -448,7 +458,7 @@ def conv(to: str | None = None) -> Rule:
         def convert(weight: Array) -> tuple[Array, ...]:
             return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0),)
 
-        return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *vector(layer, "bias", BIAS, how)]
+        return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *biases]
 
     how = "conv()"
     return Rule(carry, paths(to), how)
