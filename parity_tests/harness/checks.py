@@ -84,7 +84,10 @@ def parameters(case: Case) -> Iterator[Divergence]:
     for name in gaps.torch:
         size = size_of(weight_map.tensors[name])
         hint = f"; if the port needs none, declare weights={{{name!r}: unused()}}, of parity_tests.harness.weights"
-        yield Divergence("parameters", name, f"PyTorch has it, {size}, and nothing carries it to JAX ({counts}){hint}")
+        what = "a part of it" if name in weight_map.lost else "it"
+        yield Divergence(
+            "parameters", name, f"PyTorch has it, {size}, and nothing carries {what} to JAX ({counts}){hint}"
+        )
     for path in gaps.jax:
         size = size_of(weight_map.leaves[path])
         yield Divergence("parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts})")

@@ -222,6 +222,24 @@ class WeightMap:
         return uses
 
     @cached_property
+    def lost(self) -> frozenset[str]:
+        """The tensors of which some value has no influence on any leaf."""
+        reached = {name: count > 0 for name, count in self.uses.items() if count is not None}
+        for entry in self.entries:
+            if not set(entry.torch) - reached.keys():
+                continue
+            rng = np.random.default_rng(0)
+            given = [jnp.asarray(rng.normal(size=self.tensors[name])) for name in entry.torch]
+            leaves, back = jax.vjp(
+                lambda *tensors, entry=entry: tuple(map(jnp.asarray, entry.convert(*tensors))), *given
+            )
+            slopes = back(tuple(jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves))
+            for name, slope in zip(entry.torch, slopes, strict=True):
+                if self.uses[name] is None:
+                    reached[name] = reached.get(name, False) | (np.asarray(slope) != 0)
+        return frozenset(name for name, values in reached.items() if not values.all())
+
+    @cached_property
     def rearranges(self) -> frozenset[str]:
         """The tensors of which every value stands in JAX as it is: moments are carried by the same map, and back."""
         return frozenset(name for name, count in self.uses.items() if count is not None and count.min(initial=1) > 0)
@@ -335,7 +353,6 @@ def check_complete(weights: WeightMap, torch_names: Sequence[str], jax_paths: Se
     """
     filled = [path for entry in weights.entries for path in entry.jax]
     used = {name for entry in weights.entries for name in entry.torch}
-    partly = {name for name, count in weights.uses.items() if count is not None and count.min(initial=1) == 0}
     leaves_of = {
         name: tuple(path for entry in weights.entries if name in entry.torch for path in entry.jax)
         for name, count in weights.counts.items()
@@ -343,7 +360,9 @@ def check_complete(weights: WeightMap, torch_names: Sequence[str], jax_paths: Se
     }
     untied = {name: paths for name, paths in leaves_of.items() if len(paths) > 1}
     return Gaps(
-        tuple(name for name in torch_names if (name not in used or name in partly) and name not in weights.unused),
+        tuple(
+            name for name in torch_names if (name not in used or name in weights.lost) and name not in weights.unused
+        ),
         tuple(path for path in jax_paths if path not in set(filled)),
         tuple(sorted({path for path in filled if filled.count(path) > 1})),
         untied,
