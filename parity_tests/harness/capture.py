@@ -382,14 +382,16 @@ def find_map(case: Case) -> Proposal:
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
             order, flattened = torch_order(case)
+            calls, turns = jax_order(case, own)
             return propose(
                 module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
                 pair.weights,
                 order,
-                jax_order(case, own),
+                calls,
                 lambda other: distance(case, other),
                 flattened,
+                None if turns else case.channels_last,
             )
     except CannotCarry as error:
         raise Refused(str(error)) from error
@@ -431,8 +433,11 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     return order, flattened
 
 
-def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:
-    """Return paths and classes of JAX's modules in the order of their calls; nothing for a plain function."""
+def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
+    """Return paths and classes of JAX's modules in the order of their calls, and whether the program turns images.
+
+    A plain function has no modules.
+    """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
         path: jnp.asarray(leaf, jnp.float64 if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
@@ -445,7 +450,7 @@ def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:
     arguments = jax.tree.map(to_jnp, (call.args, call.kwargs))
     traced = trace(run, leaves, arguments, context=case.model.context, verify=False)
     case.coarse |= bool(traced.float32_constants)
-    return traced.calls
+    return traced.calls, traced.turns_images
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:
