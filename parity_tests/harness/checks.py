@@ -363,7 +363,27 @@ def tables(case: Case) -> Iterator[Divergence]:
             undrawn = case.model.variables is None and bool(paths & case.model.trainable(own))  # these are zeros
             made = case.draw_variables(case.seed) if undrawn and case.can_draw else own
             exact = {} if isinstance(case.pair.torch_module, nn.Module) else exact_buffers(case, buffers)
-            yield from compare_tables(case.weight_map, buffers, to_numpy_leaves(case, made), exact)
+            leaves = to_numpy_leaves(case, made)
+            found = list(compare_tables(case.weight_map, buffers, leaves, exact))
+            if found and (of_a_batch := made_of_a_batch(case, leaves)):
+                entries = tuple(entry for entry in case.weight_map.entries if of_a_batch.isdisjoint(entry.jax))
+                add_note(
+                    case.notes,
+                    f"tables: not tried for {shorten(sorted(of_a_batch))}: JAX makes them of its first batch",
+                )
+                found = list(compare_tables(replace(case.weight_map, entries=entries), buffers, leaves, exact))
+            yield from found
+
+
+def made_of_a_batch(case: Case, leaves: Arrays) -> set[str]:
+    """Return the leaves that are others if a model's `init` is given another batch, as Haiku's averages are."""
+    if case.model.variables is not None or case.model.init is None or callable(case.pair.jax_init):
+        return set()
+    other = copy.copy(case)
+    other.seed += 1
+    again = to_numpy_leaves(case, other.initialise(jax.random.key(case.seed)))
+    trained = case.model.trainable(case.own_variables)
+    return {path for path, leaf in leaves.items() if path not in trained and not np.array_equal(leaf, again[path])}
 
 
 def buffers_of(module: nn.Module) -> dict[str, np.ndarray]:
