@@ -49,7 +49,6 @@ from parity_tests.harness.stages import (
     IDENTITIES,
     Carry,
     candidates,
-    carry,
     carry_stage,
     find_parts,
     is_part,
@@ -467,7 +466,7 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     actual = flat(program(model.leaves(own), jax.tree.map(to_jnp, (call.args, call.kwargs))))
     expected = flat(case.torch_outputs(inputs))
     errors = [
-        relative_error(carried(actual[output.jax], output.carry), expected[name].numpy())
+        min(relative_error(carried(actual[output.jax], way), expected[name].numpy()) for way in output.ways or (None,))
         for name, output in align_outputs(expected, actual, case.channels_last).items()
     ]
     return float(np.mean(errors))
@@ -490,7 +489,7 @@ def differences(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 
     The large constant of a mask is no measure: no value counts as zero that is as large as most.
     """
-    sizes = [largest(array) for array in expected.values()]
+    sizes = [size for array in expected.values() if (size := largest(array))]
     floor = min(SMALL * max(sizes, default=0.0), float(np.median(sizes or [0.0])))
     return {name: difference(actual[name], expected[name], floor) for name in expected if name in actual}
 
@@ -521,6 +520,7 @@ class Output(NamedTuple):
 
     jax: str
     carry: Carry | None
+    ways: tuple[Carry, ...] = ()  # all that the shapes allow
 
 
 def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channels_last: bool) -> dict[str, Output]:
@@ -536,10 +536,11 @@ def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channe
             "the rest from it in jax_model=, a function or (module, function)"
         )
     names = dict(zip(expected, expected if expected.keys() == actual.keys() else actual, strict=True))
-    return {
-        name: Output(other, carry(tuple(expected[name].shape), tuple(actual[other].shape), channels_last))
-        for name, other in names.items()
-    }
+    aligned = {}
+    for name, other in names.items():
+        ways = candidates(tuple(expected[name].shape), tuple(actual[other].shape), channels_last)
+        aligned[name] = Output(other, ways[0] if ways else None, tuple(ways))
+    return aligned
 
 
 def names_of(outputs: Mapping[str, Any]) -> str:
@@ -606,10 +607,18 @@ class Sweeper:
             for name, stage in both.items()
             if stage.carry in (found := candidates(stage.shape, stage.carry.jax_shape, prefer))
         }
-        if all(len(found) == 1 for found in ways.values()):
+        outputs = {name: output for name, output in self.outputs.items() if len(output.ways) > 1}
+        if not outputs and all(len(found) == 1 for found in ways.values()):
             return
+        sweep = self.steered(False, False)
+        actual, expected_outputs = flat(sweep.outputs), flat(self.reference.outputs)
+        for name, output in outputs.items():
+            expected = np.asarray(expected_outputs[name])
+            errors = [relative_error(carried(actual[output.jax], way), expected) for way in output.ways]
+            if min(errors) < SAME_VALUES:
+                self.outputs[name] = output._replace(carry=output.ways[int(np.argmin(errors))])
         sure = Counter((len(found[0].axes), found[0].axes) for found in ways.values() if len(found) == 1)
-        values = self.steered(False, False).values
+        values = sweep.values
         for name, found in ways.items():
             stage, expected = both[name], self.reference.values[name]
             errors = [relative_error(way.to_torch(np.asarray(values[stage.jax])), expected) for way in found]
@@ -689,7 +698,7 @@ class Sweeper:
         outputs = {name: carried(actual_outputs[output.jax], output.carry) for name, output in self.outputs.items()}
         weights = {
             name: np.asarray(sweep.weight_gradients[name])
-            for name in reference.weight_gradients
+            for name in self.expected_gradients
             if name in sweep.weight_gradients
         }
         stages, functions = self.stages, self.functions
@@ -697,12 +706,19 @@ class Sweeper:
             differences(outputs, {name: np.asarray(array) for name, array in expected_outputs.items()}),
             differences(take(sweep.values, stages), take_expected(reference.values, stages)),
             differences(take(sweep.gradients, stages), take_expected(reference.gradients, stages)),
-            differences(weights, reference.weight_gradients),
+            differences(weights, self.expected_gradients),
         )
         of_functions = differences(take(sweep.values, functions), take_expected(reference.values, functions))
         for limits in self.limits:
             side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
         return side, of_functions
+
+    @property
+    def expected_gradients(self) -> Mapping[str, np.ndarray]:
+        """PyTorch's gradients by all parameters that it trains; one that it detaches has a gradient of 0."""
+        trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        zeros = {name: np.zeros(tuple(value.shape)) for name, value in trained.items()}
+        return {**zeros, **self.reference.weight_gradients}
 
     def steered(
         self,

@@ -225,6 +225,8 @@ def jax_loss_of(case: Case, batch: Batch, results: Mapping[str, Any]) -> tuple[n
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
     shapes = jax.eval_shape(case.run(training=False), tensors, jax.tree.map(to_jnp, (call.args, call.kwargs)))
     aligned = align_outputs(results, flat(shapes), case.channels_last)
+    if any(len(output.ways) > 1 for output in aligned.values()):
+        aligned = Sweeper(case, case.sizes[0], False, verify=False, inside=False).outputs
     names = {output.jax: name for name, output in aligned.items()}
     constants = {
         output.jax: jnp.asarray(output.carry.to_jax(results[name].numpy()))
@@ -277,7 +279,8 @@ def padding_cause(module: nn.Module, place: str, problem: str) -> str:
 def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the gradients is born: stages from the last one back, then weights."""
     if wrong_outputs:
-        right = {name for name, difference in comparison.local.values.items() if not difference.problem}
+        wrong = {name.partition("#")[0] for name, value in comparison.local.values.items() if value.problem}  # any call
+        right = comparison.local.values.keys() - wrong
         for name, difference in comparison.local.weights.items():
             if difference.problem and name.rpartition(".")[0] in right:
                 yield f"gradient by {name}", difference.problem
