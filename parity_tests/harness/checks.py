@@ -56,7 +56,7 @@ from parity_tests.harness.pair import (
     torch_objective,
 )
 from parity_tests.harness.report import header, sentences
-from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, link, match
+from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, cast, link, match
 from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture, fixed_settings
 from parity_tests.harness.weights import check_complete, size_of
@@ -198,7 +198,7 @@ def loss(case: Case) -> Iterator[Divergence]:
         results = case.torch_outputs(as_inputs(batch.inputs))
         with exact_arithmetic("float64"), fixed_settings(torch.float64, case.module):
             leaves = map_leaves(lambda name, leaf: leaf.clone().requires_grad_() if is_real(leaf) else leaf, results)
-            targets = jax.tree.map(lambda leaf: torch.from_numpy(np.asarray(leaf)), batch.targets)
+            targets = jax.tree.map(lambda leaf: torch.from_numpy(cast(np.asarray(leaf), "float64")), batch.targets)
             expected = torch_objective(pair)(leaves, targets)
             reals = {name: leaf for name, leaf in flat(leaves).items() if is_real(leaf)}
             grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
@@ -234,7 +234,7 @@ def jax_loss_of(case: Case, batch: Batch, results: Mapping[str, Any]) -> tuple[n
         if output.carry is not None
     }
     reals = {name: value for name, value in constants.items() if jnp.issubdtype(value.dtype, jnp.floating)}
-    targets = jax.tree.map(to_jnp, batch.targets)
+    targets = jax.tree.map(lambda leaf: jnp.asarray(cast(np.asarray(leaf), "float64")), batch.targets)
 
     def objective(reals: dict[str, jax.Array]) -> jax.Array:
         values = {**constants, **reals}

@@ -212,7 +212,7 @@ def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: 
         drawn = rng.choice(array.reshape(-1), size=rows.shape)
         drawn[: min(batch, size)] = rows[: min(batch, size)]
         return drawn.astype(array.dtype)
-    is_mask = mask or (np.isin(array, (0, 1)).all() and np.ptp(array) > 0)
+    is_mask = mask or (np.isin(array, (0, 1)).all() and array.min() < array.max())
     if not np.issubdtype(array.dtype, np.floating) or is_mask:
         return rows
     spread = float(array.std()) or 1.0

@@ -547,7 +547,13 @@ class Widened(TorchFunctionMode):
             new_args, new_kwargs["eps"], changed = new_args[:3], FINFO(torch.float32).eps, True
         if changed:
             self.changed.add(label)
-        outputs = func(*new_args, **new_kwargs)
+        try:
+            outputs = func(*new_args, **new_kwargs)
+        except RuntimeError:  # some functions do not promote a float32 tensor, such as the weights of a loss's classes
+            tensors = [value.dtype for value in (*new_args, *new_kwargs.values()) if isinstance(value, torch.Tensor)]
+            if not {torch.float32, torch.float64} <= set(tensors):
+                raise
+            outputs = func(*map(to_double, new_args), **{name: to_double(value) for name, value in new_kwargs.items()})
         if label in ("tensor", "as_tensor", "asarray"):  # may take the dtype of an array
             return cast(outputs, torch.float64)
         return outputs
@@ -567,6 +573,11 @@ FINFO = torch.finfo
 def wider(value: Any) -> Any:
     """Return float64 for float32, and anything else as it is."""
     return WIDER.get(value, value) if isinstance(value, torch.dtype | str) else value
+
+
+def to_double(value: Any) -> Any:
+    """Return a float32 tensor in float64, and anything else as it is."""
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype is torch.float32 else value
 
 
 @contextmanager
