@@ -66,6 +66,7 @@ EPOCHS_COMPARED = 2
 INITIALISATION_SEEDS, TRAJECTORY_STEPS, HANDOVER_STEPS = 20, 12, 6
 FEW_SEEDS, FEW_STEPS = 6, 3  # for a large network
 INITIALISATION_SAMPLE = 2_000  # values of a tensor and seed: 40,000 in all show a difference of 2 % in distribution
+LARGEST_GRAM = 64  # rows of a matrix of which all products are taken
 FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions are the same
 FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
 PRECISION_SEEDS = 2
@@ -438,10 +439,11 @@ def compare_distributions(
 ) -> Iterator[Divergence]:
     """Compare the distributions of both sides' initial weights, tensor by tensor, by statistical tests.
 
-    The tests are Kolmogorov-Smirnov's on the shape, Welch's t on the mean and the mean square, and the number of values
-    beyond the other side's extremes. Each may fail by chance with probability `FALSE_ALARMS` / (number of tests), so
-    that the check as a whole fails by chance with probability `FALSE_ALARMS` (Bonferroni). Values that are the same
-    for all seeds are constants, and compared as such.
+    The tests are Kolmogorov-Smirnov's on the shape, Welch's t on the mean and the mean square, the number of values
+    beyond the other side's extremes, and Kolmogorov-Smirnov's on how even the singular values of a matrix are, which
+    tells orthogonal weights from normal ones. Each may fail by chance with probability `FALSE_ALARMS` / (number of
+    tests), so that the check as a whole fails by chance with probability `FALSE_ALARMS` (Bonferroni). Values that are
+    the same for all seeds are constants, and compared as such.
 
     Args:
         weight_map: carries PyTorch's tensors to JAX's leaves.
@@ -452,6 +454,7 @@ def compare_distributions(
     """
     in_torch: dict[tuple[str, str], list[np.ndarray]] = {}
     in_jax: dict[tuple[str, str], list[np.ndarray]] = {}
+    evenness: dict[tuple[str, str], list[tuple[float, float]]] = {}
     links: list[Link] = []
     for seed in seeds:
         tensors, leaves = draw_torch(seed), draw_jax(seed)
@@ -466,11 +469,29 @@ def compare_distributions(
             stride = -(-actual.size // INITIALISATION_SAMPLE)
             in_jax.setdefault((name, path), []).append(actual.ravel()[::stride].astype(np.float64))
             in_torch.setdefault((name, path), []).append(expected.ravel()[::stride].astype(np.float64))
-    level = FALSE_ALARMS / max(5 * len(in_torch), 1)
+            if actual.ndim > 1 and actual.shape == expected.shape:
+                evenness.setdefault((name, path), []).append((evenness_of(actual), evenness_of(expected)))
+    level = FALSE_ALARMS / max(6 * len(in_torch), 1)
     for (name, path), draws in in_torch.items():
         problem = find_difference_of_distributions(np.stack(in_jax[name, path]), np.stack(draws), level)
+        if not problem and (name, path) in evenness:
+            ours, theirs = np.transpose(evenness[name, path])
+            if (p_value := stats.ks_2samp(ours, theirs).pvalue) < level:
+                even = "JAX's" if ours.mean() < theirs.mean() else "PyTorch's"
+                problem = f"singular values differ: p = {p_value:.1e} < {level:.1e}; {even} are more even (orthogonal?)"
         if problem:
             yield Divergence("initialisation", name, problem)
+
+
+def evenness_of(array: np.ndarray) -> float:
+    """Return the sum of squares of a matrix's squared singular values, relative to the square of their sum.
+
+    It is smallest where all are equal. Rounding is cut off, and of a large matrix a part has to do.
+    """
+    matrix = array.reshape(-1, array.shape[-1]).astype(np.float64)
+    matrix = (matrix if len(matrix) < matrix.shape[1] else matrix.T)[:LARGEST_GRAM]
+    gram = matrix @ matrix.T
+    return round(float(np.square(gram).sum() / (np.trace(gram) ** 2 or 1.0)), 6)
 
 
 def find_difference_of_distributions(actual: np.ndarray, expected: np.ndarray, level: float) -> str:
