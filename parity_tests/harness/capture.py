@@ -71,6 +71,8 @@ OWN_FACTOR = 8.0  # JAX may be this many times as far off as float32 inside the 
 LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 MASK = 1e30  # no activation is so large; the smallest float32 and the smallest float64 are
 SAME_VALUES = 1e-3  # a relative error below this, in float32 too, means that a layout is right
+KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activation
+ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
@@ -839,7 +841,8 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         }
         for kind, errors in allowed.items()
     }
-    comparison = excuse_tables(sweeper, excuse_constants(sweeper, take_back(sweeper, comparison, limits)))
+    comparison = excuse_constants(sweeper, take_back(sweeper, comparison, limits))
+    comparison = excuse_kinks(sweeper, excuse_tables(sweeper, comparison))
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -899,9 +902,45 @@ def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note
     return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
 
 
+def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Take back differences of gradients where both sides take a slope at a kink, but the slopes of its two sides.
+
+    An activation such as leaky ReLU has two slopes at 0, and either is right. Both sides run again with every weight of
+    0, such as a bias, a little above and a little below: there they agree, and at 0 each has one of these gradients.
+    """
+    gradients = [part for side in (comparison.inherited, comparison.local) for part in (side.gradients, side.weights)]
+    if not any(map(has_problem, gradients)) or any_wrong_value(comparison) or sweeper.dtype != "float64":
+        return comparison
+    runs = []
+    for move in (0.0, KINK, -KINK):
+        other = copy.copy(sweeper)
+        moved = {name: np.where(array == 0, move, array) for name, array in sweeper.case.tensors.items()}
+        other.load(sweeper.seed, moved)
+        sweep = other.steered(False, False)
+        if move and has_problem(other.side(sweep)[0].weights):
+            return comparison
+        runs.append((sweep.weight_gradients, other.reference.weight_gradients))
+    for at_0, *beside in zip(*runs, strict=True):
+        distances = [max(movement(at_0, run).values(), default=0.0) for run in beside]
+        if min(distances) > ONE_SIDED:
+            return comparison
+    sweeper.case.shared["kinks"] = True
+    everything = {name: np.inf for part in gradients for name in part}
+    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
+    comparison = take_back(
+        sweeper, comparison, {"outputs": {}, "values": {}} | dict.fromkeys(("gradients", "weights"), everything)
+    )
+    return comparison._replace(notes=(*comparison.notes, note))
+
+
+def any_wrong_value(comparison: Comparison) -> bool:
+    """Return whether an output or a stage differs, and not gradients alone."""
+    return any(has_problem(part) for side in (comparison.inherited, comparison.local) for part in side[:2])
+
+
 def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Take back differences that come from float32 inside the reference, or from its own wrong gradient."""
-    asked = [name for name, difference in comparison.local.gradients.items() if difference.problem]
+    asked = any(has_problem(part) for part in (comparison.local.gradients, comparison.local.weights))
     with exact_arithmetic("float64"):
         errors = reference_error(
             sweeper.module,

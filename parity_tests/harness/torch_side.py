@@ -876,7 +876,8 @@ def gradient_error(function: Callable[..., Any], args: Any, kwargs: Any) -> floa
     total = sum(((c * leaf).sum() for c, leaf in zip(cotangents, outputs, strict=True)), torch.zeros(()))
     if not points or not total.requires_grad:
         return None
-    gradients = torch.autograd.grad(total, zeros, allow_unused=True)
+    engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(total)  # as in `run_backward`
+    gradients = engine.run_backward((total,), (one,), False, False, tuple(zeros), True, accumulate_grad=False)
     slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(points, gradients, strict=True)]
     errors = []
     for _ in range(8):
