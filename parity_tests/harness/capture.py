@@ -39,6 +39,7 @@ from parity_tests.harness.pair import (
     LARGE,
     Inputs,
     Pair,
+    find_slip,
     is_array,
     load_tensors,
     module_with,
@@ -158,8 +159,8 @@ class Case:
         self.notes: list[str] = []
         self.shared: dict[str, Any] = {}  # what several checks use
         self.coarse = False  # whether the JAX model keeps float32 constants
-        if (pair.torch_loss is None) != (pair.jax_loss is None):
-            raise Refused("the pair declares the loss of one side only: give torch_loss and jax_loss, or neither")
+        if slip := find_slip(pair):
+            raise Refused(slip)
         model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
         self.model: Model = model._replace(apply=in_float64(model.apply))
         self.tensors = probing_tensors(pair, seed)

@@ -36,6 +36,7 @@ from parity_tests.harness.compare import (
     EXACT,
     Bound,
     Divergence,
+    Refused,
     add_note,
     compare,
     flat,
@@ -202,6 +203,8 @@ def loss(case: Case) -> Iterator[Divergence]:
             leaves = map_leaves(lambda name, leaf: leaf.clone().requires_grad_() if is_real(leaf) else leaf, results)
             targets = jax.tree.map(lambda leaf: torch.from_numpy(cast(np.asarray(leaf), "float64")), batch.targets)
             expected = torch_objective(pair)(leaves, targets)
+            if expected.ndim:
+                raise Refused(f"torch_loss gives values of the shape {list(expected.shape)}, and one number is needed")
             reals = {name: leaf for name, leaf in flat(leaves).items() if is_real(leaf)}
             grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
             value, actual_grads = jax_loss_of(case, batch, flat(results))
@@ -808,6 +811,8 @@ def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:
             return "the pair declares no jax_init"
         if isinstance(pair.torch_module, torch.nn.Module):
             return "the PyTorch side is one module, not a function that makes one"
+    if name in ("optimizer", "trajectory", "handover") and not any(p.requires_grad for p in case.module.parameters()):
+        return "the reference trains no parameter"
     if name == "statistics" and True not in case.modes:
         return "the network has no running statistics"
     return ""

@@ -132,10 +132,13 @@ class Pair:
 
     def new_module(self, seed: int = 0) -> nn.Module:
         """Return a new reference, drawn with this seed, or the given one if the pair has no way to make another."""
-        if isinstance(self.torch_module, nn.Module):
-            return self.torch_module
-        torch.manual_seed(seed)
-        return self.torch_module()
+        module: Any = self.torch_module
+        if not isinstance(module, nn.Module):
+            torch.manual_seed(seed)
+            module = module()
+        if not isinstance(module, nn.Module):
+            raise Refused(f"the function of the PyTorch side makes a {type(module).__name__}, not a torch.nn.Module")
+        return getattr(module, "_orig_mod", module)  # the one that torch.compile was given
 
     def sizes(self) -> tuple[int, ...]:
         """Return the sizes of the batches that are compared."""
@@ -159,6 +162,33 @@ class Pair:
     def draw_batch(self, seed: int, size: int) -> Batch:
         """Return inputs and targets of this batch size."""
         return Batch(self.draw_inputs(seed, size), self.draw_targets(seed, size))
+
+
+def find_slip(pair: Pair) -> str:
+    """Return what is wrong with a declaration in any case, or an empty string."""
+    reference, sizes = pair.torch_module, pair.batch_sizes
+    libraries = {base.__module__.partition(".")[0] for base in type(reference).__mro__}
+    if not callable(reference) or libraries & {"flax", "equinox", "haiku"}:
+        return f"the first field is a {type(reference).__name__}, not a torch.nn.Module or a function that makes one"
+    if isinstance(reference, torch.jit.ScriptModule):
+        return "the PyTorch module is scripted, and nothing is seen inside: give the module that it was made of"
+    if isinstance(pair.jax_model, type):
+        return f"the JAX model is the class {pair.jax_model.__name__}: give a model, {pair.jax_model.__name__}(...)"
+    if pair.inputs is None:
+        return "inputs= is None: give an example of what PyTorch takes"
+    if (pair.torch_loss is None) != (pair.jax_loss is None):
+        return "the pair declares the loss of one side only: give torch_loss and jax_loss, or neither"
+    if pair.torch_optimizer is not None and pair.jax_optimizer is None:
+        return "the pair declares PyTorch's optimizer alone: give jax_optimizer= too"
+    if pair.torch_optimizer is not None and not callable(pair.torch_optimizer):
+        return "torch_optimizer= is an optimizer: give a function that makes one for a module"
+    if isinstance(pair.jax_inputs, str) and pair.jax_inputs not in ("same", "channels_last"):
+        return f'jax_inputs={pair.jax_inputs!r} is unknown: give "same", "channels_last" or a function'
+    if sizes is not None and not (
+        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, int) for size in sizes)
+    ):
+        return f"batch_sizes={sizes!r} is no tuple of sizes, such as (8, 5)"
+    return ""
 
 
 def is_array(leaf: Any) -> bool:

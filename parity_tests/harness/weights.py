@@ -1049,6 +1049,9 @@ def declare(mapping: Mapping[str, str | Rule], module: Any, leaves: Mapping[str,
     claimed: set[str] = set()
     unused: set[str] = set()
     for key, value in sorted(mapping.items(), key=lambda item: (not item[0], -item[0].count("."), item[0].count("{"))):
+        if not isinstance(value, str | Rule):
+            kind = type(value).__name__
+            raise CannotCarry(f"weights: {key!r} leads to a {kind}: give the path of a JAX module, or a rule")
         rule = None if isinstance(value, str) else value
         targets = (value,) if isinstance(value, str) else value.to or (key.replace(".", "/"),)
         for stack, places in groups(key, targets, side):
@@ -1078,6 +1081,12 @@ def declare(mapping: Mapping[str, str | Rule], module: Any, leaves: Mapping[str,
     return WeightMap(tuple(entries.values()), side.shapes, shapes, side.parameters, frozenset(unused))
 
 
+def closest(name: str, names: Sequence[str]) -> str:
+    """Return what a message adds of the names that are like a wrong one."""
+    close = difflib.get_close_matches(name, names, 3, 0.5)
+    return f"; close are {', '.join(close)}" if close else ""
+
+
 def groups(
     key: str, targets: tuple[str, ...], side: TorchSide
 ) -> Iterator[tuple[bool, list[tuple[str, tuple[str, ...]]]]]:
@@ -1088,8 +1097,8 @@ def groups(
         if (match := re.fullmatch(expression(key), name))
     ]
     if not matches:
-        close = difflib.get_close_matches(key, [*side.modules, *side.alias], 3, 0.5)
-        raise CannotCarry(f"weights: {key!r} names no module and no tensor of PyTorch; close are {', '.join(close)}")
+        close = closest(key, [*side.modules, *side.alias])
+        raise CannotCarry(f"weights: {key!r} names no module and no tensor of PyTorch{close}")
     used = {name for target in targets for text in re.findall(r"\{([^{}]+)\}", target) for name in names_in(text)}
     found: dict[tuple[tuple[str, int], ...], list[tuple[str, tuple[str, ...]]]] = {}
     for name, numbers in sorted(matches, key=lambda match: tuple(match[1].values())):
@@ -1153,8 +1162,7 @@ def carry_place(
     modules = module_paths(leaves)
     for path in to:
         if path not in modules and path not in leaves and rule != UNUSED:
-            close = difflib.get_close_matches(path, [*modules, *leaves], 3, 0.5)
-            raise CannotCarry(f"weights: {path!r} is no module and no leaf of JAX; close are {', '.join(close)}")
+            raise CannotCarry(f"weights: {path!r} is no module and no leaf of JAX{closest(path, [*modules, *leaves])}")
 
     def left(name: str, tensors: Mapping[str, Shape]) -> dict[str, Shape]:
         return {tensor: shape for tensor, shape in tensors.items() if join(name, ".", tensor) not in claimed}
