@@ -830,7 +830,8 @@ def test_a_tied_head_that_jax_does_not_tie_is_named() -> None:
     carried = weights.to_leaves(tensors)
     assert np.array_equal(weights.to_torch(carried)["embed.weight"], tensors["embed.weight"])
     moved = carried | {"head/kernel": carried["head/kernel"] + 1}
-    np.testing.assert_allclose(weights.to_torch(moved)["embed.weight"], tensors["embed.weight"] + 0.5, rtol=1e-6)
+    back, expected = weights.to_torch(moved)["embed.weight"], tensors["embed.weight"] + 0.5
+    assert np.abs(back - expected).max() < 1e-6 * np.abs(expected).max()  # a value near -0.5 cancels
 
 
 def test_tensors_that_nothing_maps_are_named_on_both_sides() -> None:
