@@ -643,7 +643,8 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
 
     return Model(
         library="Equinox",
-        variables=given,
+        # A counter of a weak type would change its type when it counts in a float64 run, which Equinox does not allow.
+        variables=jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype) if is_weak(leaf) else leaf, given),
         init=None,
         apply=apply,
         leaves=lambda variables: {name: leaf for name, _, leaf in equinox_leaves(variables) if name},
@@ -653,6 +654,11 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
         with_params=with_params,
         context=watch,
     )
+
+
+def is_weak(leaf: Any) -> bool:
+    """Say whether a leaf is an array of JAX's that takes the dtype of what it is combined with."""
+    return bool(getattr(leaf, "weak_type", False))
 
 
 def model_of(variables: Any) -> Any:
@@ -713,11 +719,14 @@ def equinox_leaves(variables: Any) -> list[tuple[str, bool, Any]]:
     return named
 
 
+MANY_BATCHES = 1_000_000
+
+
 def equinox_with_leaves(variables: Any, leaves: Mapping[str, Any]) -> Any:
     """Return the tree with these leaves in their places.
 
-    A batch norm that gets its statistics has seen a batch before: its next one is not the first, which it would take
-    in the place of the mean of all.
+    A batch norm that gets its statistics has seen batches before: its next one is not the first, which it would take
+    in the place of the mean of all, and it need not correct for a start at 0.
 
     Raises:
         Refused: the tree has no leaf of such a path.
@@ -725,13 +734,15 @@ def equinox_with_leaves(variables: Any, leaves: Mapping[str, Any]) -> Any:
     import equinox as eqx
 
     whole = put_back(variables, [(name, leaf) for name, _, leaf in equinox_leaves(variables)], leaves)
-    if model_of(whole) is whole or not any("ema_state_index" in path for path in leaves):
+    if model_of(whole) is whole or not any("_state_index" in path for path in leaves):
         return whole
     model, state = whole
     is_norm = functools.partial(is_instance, eqx.nn.BatchNorm)
     for norm in filter(is_norm, jax.tree.leaves(model, is_leaf=is_norm)):
         if getattr(norm, "ema_first_time_index", None) is not None:
             state = state.set(norm.ema_first_time_index, jnp.array(False))
+        if (counter := getattr(norm, "batch_counter", None)) is not None:
+            state = state.set(counter, jnp.full_like(state.get(counter), MANY_BATCHES))
     return model, state
 
 

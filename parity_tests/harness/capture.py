@@ -39,6 +39,7 @@ from parity_tests.harness.pair import (
     LARGE,
     Inputs,
     Pair,
+    find_slip,
     is_array,
     load_tensors,
     module_with,
@@ -49,7 +50,6 @@ from parity_tests.harness.stages import (
     IDENTITIES,
     Carry,
     candidates,
-    carry,
     carry_stage,
     find_parts,
     is_part,
@@ -59,7 +59,7 @@ from parity_tests.harness.stages import (
     torch_stages,
 )
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, fixed_settings, reference_error
+from parity_tests.harness.torch_side import TorchCapture, capture_torch, copy_module, fixed_settings, reference_error
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
@@ -72,6 +72,8 @@ OWN_FACTOR = 8.0  # JAX may be this many times as far off as float32 inside the 
 LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 MASK = 1e30  # no activation is so large; the smallest float32 and the smallest float64 are
 SAME_VALUES = 1e-3  # a relative error below this, in float32 too, means that a layout is right
+KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activation
+ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
@@ -157,8 +159,8 @@ class Case:
         self.notes: list[str] = []
         self.shared: dict[str, Any] = {}  # what several checks use
         self.coarse = False  # whether the JAX model keeps float32 constants
-        if (pair.torch_loss is None) != (pair.jax_loss is None):
-            raise Refused("the pair declares the loss of one side only: give torch_loss and jax_loss, or neither")
+        if slip := find_slip(pair):
+            raise Refused(slip)
         model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
         self.model: Model = model._replace(apply=in_float64(model.apply))
         self.tensors = probing_tensors(pair, seed)
@@ -307,7 +309,7 @@ class Case:
     def reference(self, tensors: Mapping[str, np.ndarray], dtype: str = "float64") -> torch.nn.Module:
         """Return a reference in this dtype, with these tensors, in evaluation mode: the case's own if it has them."""
         if dtype == "float64":
-            return self.module if tensors is self.tensors else load_tensors(copy.deepcopy(self.module), tensors)
+            return self.module if tensors is self.tensors else load_tensors(copy_module(self.module), tensors)
         return module_with(self.pair, tensors, dtype, self.seed)
 
     def runs_in_float64(self) -> bool:
@@ -321,7 +323,7 @@ class Case:
 
     def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None) -> Any:
         """Return what the reference, or a copy of it, returns in evaluation mode and float64, without gradients."""
-        given, module = self.torch_inputs(inputs).map(torch.from_numpy), module or self.module
+        given, module = self.torch_inputs(inputs).map(torch.from_numpy), self.module if module is None else module
         with exact_arithmetic("float64"), fixed_settings(torch.float64, module), torch.no_grad():
             return module(*given.args, **given.kwargs)
 
@@ -382,14 +384,16 @@ def find_map(case: Case) -> Proposal:
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
             order, flattened = torch_order(case)
+            calls, turns = jax_order(case, own)
             return propose(
                 module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
                 pair.weights,
                 order,
-                jax_order(case, own),
+                calls,
                 lambda other: distance(case, other),
                 flattened,
+                None if turns else case.channels_last,
             )
     except CannotCarry as error:
         raise Refused(str(error)) from error
@@ -417,7 +421,7 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     """
     order: list[tuple[str, str]] = []
     flattened: set[str] = set()
-    module, sizes = copy.deepcopy(case.module), Sizes()
+    module, sizes = copy_module(case.module), Sizes()
 
     def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
         order.append((name, type(child).__name__))
@@ -431,8 +435,11 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     return order, flattened
 
 
-def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:
-    """Return paths and classes of JAX's modules in the order of their calls; nothing for a plain function."""
+def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
+    """Return paths and classes of JAX's modules in the order of their calls, and whether the program turns images.
+
+    A plain function has no modules.
+    """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
         path: jnp.asarray(leaf, jnp.float64 if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
@@ -445,7 +452,7 @@ def jax_order(case: Case, variables: Any) -> list[tuple[str, str]]:
     arguments = jax.tree.map(to_jnp, (call.args, call.kwargs))
     traced = trace(run, leaves, arguments, context=case.model.context, verify=False)
     case.coarse |= bool(traced.float32_constants)
-    return traced.calls
+    return traced.calls, traced.turns_images
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:
@@ -462,7 +469,7 @@ def distance(case: Case, weight_map: WeightMap) -> float:
     actual = flat(program(model.leaves(own), jax.tree.map(to_jnp, (call.args, call.kwargs))))
     expected = flat(case.torch_outputs(inputs))
     errors = [
-        relative_error(carried(actual[output.jax], output.carry), expected[name].numpy())
+        min(relative_error(carried(actual[output.jax], way), expected[name].numpy()) for way in output.ways or (None,))
         for name, output in align_outputs(expected, actual, case.channels_last).items()
     ]
     return float(np.mean(errors))
@@ -485,7 +492,7 @@ def differences(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 
     The large constant of a mask is no measure: no value counts as zero that is as large as most.
     """
-    sizes = [largest(array) for array in expected.values()]
+    sizes = [size for array in expected.values() if (size := largest(array))]
     floor = min(SMALL * max(sizes, default=0.0), float(np.median(sizes or [0.0])))
     return {name: difference(actual[name], expected[name], floor) for name in expected if name in actual}
 
@@ -516,6 +523,7 @@ class Output(NamedTuple):
 
     jax: str
     carry: Carry | None
+    ways: tuple[Carry, ...] = ()  # all that the shapes allow
 
 
 def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channels_last: bool) -> dict[str, Output]:
@@ -531,10 +539,11 @@ def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channe
             "the rest from it in jax_model=, a function or (module, function)"
         )
     names = dict(zip(expected, expected if expected.keys() == actual.keys() else actual, strict=True))
-    return {
-        name: Output(other, carry(tuple(expected[name].shape), tuple(actual[other].shape), channels_last))
-        for name, other in names.items()
-    }
+    aligned = {}
+    for name, other in names.items():
+        ways = candidates(tuple(expected[name].shape), tuple(actual[other].shape), channels_last)
+        aligned[name] = Output(other, ways[0] if ways else None, tuple(ways))
+    return aligned
 
 
 def names_of(outputs: Mapping[str, Any]) -> str:
@@ -601,10 +610,18 @@ class Sweeper:
             for name, stage in both.items()
             if stage.carry in (found := candidates(stage.shape, stage.carry.jax_shape, prefer))
         }
-        if all(len(found) == 1 for found in ways.values()):
+        outputs = {name: output for name, output in self.outputs.items() if len(output.ways) > 1}
+        if not outputs and all(len(found) == 1 for found in ways.values()):
             return
+        sweep = self.steered(False, False)
+        actual, expected_outputs = flat(sweep.outputs), flat(self.reference.outputs)
+        for name, output in outputs.items():
+            expected = np.asarray(expected_outputs[name])
+            errors = [relative_error(carried(actual[output.jax], way), expected) for way in output.ways]
+            if min(errors) < SAME_VALUES:
+                self.outputs[name] = output._replace(carry=output.ways[int(np.argmin(errors))])
         sure = Counter((len(found[0].axes), found[0].axes) for found in ways.values() if len(found) == 1)
-        values = self.steered(False, False).values
+        values = sweep.values
         for name, found in ways.items():
             stage, expected = both[name], self.reference.values[name]
             errors = [relative_error(way.to_torch(np.asarray(values[stage.jax])), expected) for way in found]
@@ -684,7 +701,7 @@ class Sweeper:
         outputs = {name: carried(actual_outputs[output.jax], output.carry) for name, output in self.outputs.items()}
         weights = {
             name: np.asarray(sweep.weight_gradients[name])
-            for name in reference.weight_gradients
+            for name in self.expected_gradients
             if name in sweep.weight_gradients
         }
         stages, functions = self.stages, self.functions
@@ -692,12 +709,19 @@ class Sweeper:
             differences(outputs, {name: np.asarray(array) for name, array in expected_outputs.items()}),
             differences(take(sweep.values, stages), take_expected(reference.values, stages)),
             differences(take(sweep.gradients, stages), take_expected(reference.gradients, stages)),
-            differences(weights, reference.weight_gradients),
+            differences(weights, self.expected_gradients),
         )
         of_functions = differences(take(sweep.values, functions), take_expected(reference.values, functions))
         for limits in self.limits:
             side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
         return side, of_functions
+
+    @property
+    def expected_gradients(self) -> Mapping[str, np.ndarray]:
+        """PyTorch's gradients by all parameters that it trains; one that it detaches has a gradient of 0."""
+        trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        zeros = {name: np.zeros(tuple(value.shape)) for name, value in trained.items()}
+        return {**zeros, **self.reference.weight_gradients}
 
     def steered(
         self,
@@ -818,7 +842,8 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         }
         for kind, errors in allowed.items()
     }
-    comparison = excuse_tables(sweeper, excuse_constants(sweeper, take_back(sweeper, comparison, limits)))
+    comparison = excuse_constants(sweeper, take_back(sweeper, comparison, limits))
+    comparison = excuse_kinks(sweeper, excuse_tables(sweeper, comparison))
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -878,9 +903,45 @@ def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note
     return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
 
 
+def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Take back differences of gradients where both sides take a slope at a kink, but the slopes of its two sides.
+
+    An activation such as leaky ReLU has two slopes at 0, and either is right. Both sides run again with every weight of
+    0, such as a bias, a little above and a little below: there they agree, and at 0 each has one of these gradients.
+    """
+    gradients = [part for side in (comparison.inherited, comparison.local) for part in (side.gradients, side.weights)]
+    if not any(map(has_problem, gradients)) or any_wrong_value(comparison) or sweeper.dtype != "float64":
+        return comparison
+    runs = []
+    for move in (0.0, KINK, -KINK):
+        other = copy.copy(sweeper)
+        moved = {name: np.where(array == 0, move, array) for name, array in sweeper.case.tensors.items()}
+        other.load(sweeper.seed, moved)
+        sweep = other.steered(False, False)
+        if move and has_problem(other.side(sweep)[0].weights):
+            return comparison
+        runs.append((sweep.weight_gradients, other.reference.weight_gradients))
+    for at_0, *beside in zip(*runs, strict=True):
+        distances = [max(movement(at_0, run).values(), default=0.0) for run in beside]
+        if min(distances) > ONE_SIDED:
+            return comparison
+    sweeper.case.shared["kinks"] = True
+    everything = {name: np.inf for part in gradients for name in part}
+    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
+    comparison = take_back(
+        sweeper, comparison, {"outputs": {}, "values": {}} | dict.fromkeys(("gradients", "weights"), everything)
+    )
+    return comparison._replace(notes=(*comparison.notes, note))
+
+
+def any_wrong_value(comparison: Comparison) -> bool:
+    """Return whether an output or a stage differs, and not gradients alone."""
+    return any(has_problem(part) for side in (comparison.inherited, comparison.local) for part in side[:2])
+
+
 def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Take back differences that come from float32 inside the reference, or from its own wrong gradient."""
-    asked = [name for name, difference in comparison.local.gradients.items() if difference.problem]
+    asked = any(has_problem(part) for part in (comparison.local.gradients, comparison.local.weights))
     with exact_arithmetic("float64"):
         errors = reference_error(
             sweeper.module,

@@ -4,7 +4,6 @@ Only the first three fields have to be given. All others have a default that fit
 port needs another. Nothing is guessed in silence: what a default chose stands in the report.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +14,9 @@ import torch
 from jax import numpy as jnp
 from torch import nn
 
+from parity_tests.harness.compare import Refused, flat
 from parity_tests.harness.taps import in_float64
+from parity_tests.harness.torch_side import copy_module
 
 TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
 
@@ -131,10 +132,13 @@ class Pair:
 
     def new_module(self, seed: int = 0) -> nn.Module:
         """Return a new reference, drawn with this seed, or the given one if the pair has no way to make another."""
-        if isinstance(self.torch_module, nn.Module):
-            return self.torch_module
-        torch.manual_seed(seed)
-        return self.torch_module()
+        module: Any = self.torch_module
+        if not isinstance(module, nn.Module):
+            torch.manual_seed(seed)
+            module = module()
+        if not isinstance(module, nn.Module):
+            raise Refused(f"the function of the PyTorch side makes a {type(module).__name__}, not a torch.nn.Module")
+        return getattr(module, "_orig_mod", module)  # the one that torch.compile was given
 
     def sizes(self) -> tuple[int, ...]:
         """Return the sizes of the batches that are compared."""
@@ -158,6 +162,33 @@ class Pair:
     def draw_batch(self, seed: int, size: int) -> Batch:
         """Return inputs and targets of this batch size."""
         return Batch(self.draw_inputs(seed, size), self.draw_targets(seed, size))
+
+
+def find_slip(pair: Pair) -> str:
+    """Return what is wrong with a declaration in any case, or an empty string."""
+    reference, sizes = pair.torch_module, pair.batch_sizes
+    libraries = {base.__module__.partition(".")[0] for base in type(reference).__mro__}
+    if not callable(reference) or libraries & {"flax", "equinox", "haiku"}:
+        return f"the first field is a {type(reference).__name__}, not a torch.nn.Module or a function that makes one"
+    if isinstance(reference, torch.jit.ScriptModule):
+        return "the PyTorch module is scripted, and nothing is seen inside: give the module that it was made of"
+    if isinstance(pair.jax_model, type):
+        return f"the JAX model is the class {pair.jax_model.__name__}: give a model, {pair.jax_model.__name__}(...)"
+    if pair.inputs is None:
+        return "inputs= is None: give an example of what PyTorch takes"
+    if (pair.torch_loss is None) != (pair.jax_loss is None):
+        return "the pair declares the loss of one side only: give torch_loss and jax_loss, or neither"
+    if pair.torch_optimizer is not None and pair.jax_optimizer is None:
+        return "the pair declares PyTorch's optimizer alone: give jax_optimizer= too"
+    if pair.torch_optimizer is not None and not callable(pair.torch_optimizer):
+        return "torch_optimizer= is an optimizer: give a function that makes one for a module"
+    if isinstance(pair.jax_inputs, str) and pair.jax_inputs not in ("same", "channels_last"):
+        return f'jax_inputs={pair.jax_inputs!r} is unknown: give "same", "channels_last" or a function'
+    if sizes is not None and not (
+        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, int) for size in sizes)
+    ):
+        return f"batch_sizes={sizes!r} is no tuple of sizes, such as (8, 5)"
+    return ""
 
 
 def is_array(leaf: Any) -> bool:
@@ -211,7 +242,7 @@ def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: 
         drawn = rng.choice(array.reshape(-1), size=rows.shape)
         drawn[: min(batch, size)] = rows[: min(batch, size)]
         return drawn.astype(array.dtype)
-    is_mask = mask or (np.isin(array, (0, 1)).all() and np.ptp(array) > 0)
+    is_mask = mask or (np.isin(array, (0, 1)).all() and array.min() < array.max())
     if not np.issubdtype(array.dtype, np.floating) or is_mask:
         return rows
     spread = float(array.std()) or 1.0
@@ -278,7 +309,11 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
 
 def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
     """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
-    return load_tensors(copy.deepcopy(pair.new_module(seed)).cpu().to(getattr(torch, dtype)).eval(), tensors)
+    module = copy_module(pair.new_module(seed))
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise Refused(f"PyTorch's {name} is complex: hold it as a last axis of 2, for torch.view_as_complex")
+    return load_tensors(module.cpu().to(getattr(torch, dtype)).eval(), tensors)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
@@ -321,7 +356,6 @@ def default_jax_loss(outputs: Any, targets: Any) -> jax.Array:
 
 def float_leaves(outputs: Any) -> list[Any]:
     """Return the float arrays of a nest of outputs, of either framework."""
-    from parity_tests.harness.compare import flat
 
     def is_float(leaf: Any) -> bool:
         if isinstance(leaf, torch.Tensor):

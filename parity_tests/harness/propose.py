@@ -30,6 +30,7 @@ from parity_tests.harness.weights import (
     conv1d,
     conv_transpose,
     declare,
+    embedding,
     expression,
     groups,
     gru,
@@ -182,6 +183,7 @@ def propose(
     jax_order: Sequence[tuple[str, str]] = (),
     judge: Judge | None = None,
     flattened: Collection[str] | None = None,
+    channels_last: bool | None = None,
 ) -> Proposal:
     """Propose the map of weights from PyTorch to JAX.
 
@@ -193,6 +195,7 @@ def propose(
         jax_order: paths and classes of JAX's modules, in the order of the calls. Empty for a plain function.
         judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
         flattened: names of modules that were called with what may be a flattened image. None: any may be.
+        channels_last: whether JAX's images have their channels last everywhere; None if it turns some.
 
     Raises:
         CannotCarry: what the user declared does not fit.
@@ -216,7 +219,7 @@ def propose(
     rest = stack_units(*rest), rest[1]
     matches = settle_layouts([*matches, *match(*rest, values, ordered=False)], given)
     choices = open_choices([*units, *rest[0]], [*places, *rest[1]], matches)
-    matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge)
+    matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge, channels_last)
     result = assemble(given, matches, side)
     gaps = check_complete(result, list(side.shapes), list(shapes))
     return Proposal(result, table(result, given, matches), ambiguous, write_python(declared or {}, matches), gaps)
@@ -295,7 +298,8 @@ def list_places(
     places: list[Place] = []
 
     def add(path: str, own: Mapping[str, Shape]) -> None:
-        number, kind = called.get(path, (len(order) + len(places), ""))
+        seen_as = re.sub("(^|/)__layer_stack[^/]*/", r"\1", path)  # the name of a module in Haiku's layer_stack
+        number, kind = called.get(path) or called.get(seen_as, (len(order) + len(places), ""))
         places.append(Place(path, own, number, kind, *scope_of(path, fronts, "/")))
 
     for path, own in compound_places(free, units):
@@ -744,7 +748,9 @@ def left_over(
     units, places = [], []
     for position, name in enumerate(side.shapes):
         owner = side.owner(name)
+        usual = name.rpartition(".")[2] in ("weight", "bias")  # a layer's own rule knows no others, such as weight_g
         make = rule_for(side.modules[owner])
+        make = same if make in (linear, conv1d, conv, conv_transpose, embedding) and not usual else make
         if name not in carried and make not in (lstm, gru, attention):
             layer = Layer(owner, {name.removeprefix(f"{owner}."): side.shapes[name]}, (), leaves, side.modules[owner])
             units.append(Unit(name, (layer,), make, position, *scope_of(name, [front for front, _ in scopes], ".")))
@@ -916,8 +922,12 @@ def decide(
     choices: Sequence[Choice],
     assembled: Callable[[Sequence[Match]], WeightMap],
     judge: Judge | None,
+    channels_last: bool | None,
 ) -> tuple[list[Match], tuple[str, ...]]:
-    """Answer what is open by the outputs of both sides; return what stays open, in words."""
+    """Answer what is open by the outputs of both sides; return what stays open, in words.
+
+    The outputs of a port with a fault before a flatten do not tell how it flattens, but the layout of its images does.
+    """
     if judge is None or not choices:
         return list(matches), tuple(", or ".join(choice.texts) for choice in choices)
     ask = judge
@@ -946,11 +956,16 @@ def decide(
         len(choice.groups[0]) > 1 and of_one_recurrent_module([matches[n] for group in choice.groups for n in group])
         for choice in choices
     ]
-    best = tuple(0 if o and u else answer for answer, o, u in zip(best, ordered, open_still, strict=True))
+    by_layout = [answer_by_layout(matches, choice, channels_last) for choice in choices]
+    known_otherwise = [0 if o else answer for o, answer in zip(ordered, by_layout, strict=True)]
+    best = tuple(
+        other if u and other is not None else answer
+        for answer, other, u in zip(best, known_otherwise, open_still, strict=True)
+    )
     settled = apply(matches, choices, best)
     unsettled = []
     for number, (choice, rival) in enumerate(zip(choices, rivals, strict=True)):
-        if open_still[number] and ordered[number]:
+        if open_still[number] and known_otherwise[number] is not None:
             continue
         if open_still[number]:
             unsettled.append(
@@ -960,6 +975,15 @@ def decide(
             evidence = f"outputs: {distance(best):.0e} against {rival:.0e}"
             settled[index] = settled[index]._replace(evidence=evidence)
     return settled, tuple(unsettled)
+
+
+def answer_by_layout(matches: Sequence[Match], choice: Choice, channels_last: bool | None) -> int | None:
+    """Return the answer that the layout of the images gives to how a layer behind a flatten is carried, or None."""
+    one = matches[choice.groups[0][0]]
+    if channels_last is None or not one.units[0].flatten or len(choice.groups[0]) > 1:
+        return None
+    fits = [n for n, option in enumerate(one.options) if ("flatten" in option.rule.how) == channels_last]
+    return fits[0] if len(fits) == 1 else None
 
 
 # What comes out

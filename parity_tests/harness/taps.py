@@ -233,6 +233,7 @@ JITTED = {"jit", "pjit", "closed_call"}
 INLINED = JITTED | {"core_closed_call", "core_call", "checkpoint", "remat", "remat2"}
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
 NAMED = {"name", "checkpoint_name3"}
+IMAGE_AXES = 4  # batch, channel, row, column in some order
 # A value that is only rearranged says nothing new of where an error is born.
 REARRANGING = {
     *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "iota", "reshape", "rev"),
@@ -248,6 +249,19 @@ def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
                 yield part.jaxpr
             elif isinstance(part, Jaxpr):
                 yield part
+
+
+def turns_images(jaxpr: Jaxpr) -> bool:
+    """Return whether a program transposes arrays of four axes or more, or has a convolution with another layout."""
+    for equation in jaxpr.eqns:
+        layout = equation.params.get("dimension_numbers")
+        if equation.primitive.name == "transpose" and len(equation.params["permutation"]) >= IMAGE_AXES:
+            return True
+        if layout is not None and equation.primitive.name == "conv_general_dilated" and layout[0] != layout[2]:
+            return True
+        if any(map(turns_images, inner_jaxprs(equation))):
+            return True
+    return False
 
 
 class Planner:
@@ -720,6 +734,11 @@ class Traced:
         """Return the constants that were rounded to float32 in any run, such as a table of sines, by their ids."""
         constants = {id(constant): constant for constant in [*self.constants, *self.inner_constants]}
         return {key: constant for key, constant in constants.items() if is_array(constant) and keeps_float32(constant)}
+
+    @property
+    def turns_images(self) -> bool:
+        """Return whether an equation of the program may change the order of the axes of images."""
+        return turns_images(self.plan.jaxpr)
 
     @property
     def outputs(self) -> Any:

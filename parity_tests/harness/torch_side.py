@@ -461,12 +461,19 @@ class Run(NamedTuple):
         }
 
 
-def fresh_copy(module: nn.Module, training: bool, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of the module on the CPU in the asked mode and dtype, without dropout."""
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy of a module. A tensor that it computed of its parameters, as weight_norm does, loses its graph."""
+    held = [value for child in module.modules() for value in vars(child).values() if isinstance(value, torch.Tensor)]
+    computed = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
     try:
-        model = copy.deepcopy(module).cpu()
+        return copy.deepcopy(module, computed)
     except Exception as error:
         raise Refused(f"the reference cannot be copied: {describe(error)}. Give a function that makes it") from error
+
+
+def fresh_copy(module: nn.Module, training: bool, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of the module on the CPU in the asked mode and dtype, without dropout."""
+    model = copy_module(module).cpu()
     # Complex parameters keep their imaginary part, which `Module.to(dtype)` would drop.
     model._apply(lambda tensor: cast(tensor, dtype))
     for part in model.modules():
@@ -540,7 +547,13 @@ class Widened(TorchFunctionMode):
             new_args, new_kwargs["eps"], changed = new_args[:3], FINFO(torch.float32).eps, True
         if changed:
             self.changed.add(label)
-        outputs = func(*new_args, **new_kwargs)
+        try:
+            outputs = func(*new_args, **new_kwargs)
+        except RuntimeError:  # some functions do not promote a float32 tensor, such as the weights of a loss's classes
+            tensors = [value.dtype for value in (*new_args, *new_kwargs.values()) if isinstance(value, torch.Tensor)]
+            if not {torch.float32, torch.float64} <= set(tensors):
+                raise
+            outputs = func(*map(to_double, new_args), **{name: to_double(value) for name, value in new_kwargs.items()})
         if label in ("tensor", "as_tensor", "asarray"):  # may take the dtype of an array
             return cast(outputs, torch.float64)
         return outputs
@@ -560,6 +573,11 @@ FINFO = torch.finfo
 def wider(value: Any) -> Any:
     """Return float64 for float32, and anything else as it is."""
     return WIDER.get(value, value) if isinstance(value, torch.dtype | str) else value
+
+
+def to_double(value: Any) -> Any:
+    """Return a float32 tensor in float64, and anything else as it is."""
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype is torch.float32 else value
 
 
 @contextmanager
@@ -858,7 +876,8 @@ def gradient_error(function: Callable[..., Any], args: Any, kwargs: Any) -> floa
     total = sum(((c * leaf).sum() for c, leaf in zip(cotangents, outputs, strict=True)), torch.zeros(()))
     if not points or not total.requires_grad:
         return None
-    gradients = torch.autograd.grad(total, zeros, allow_unused=True)
+    engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(total)  # as in `run_backward`
+    gradients = engine.run_backward((total,), (one,), False, False, tuple(zeros), True, accumulate_grad=False)
     slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(points, gradients, strict=True)]
     errors = []
     for _ in range(8):

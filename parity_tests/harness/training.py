@@ -569,7 +569,7 @@ def compare_statistics(
 def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Say what each side makes of the old value and of the batch, found by two steps from two different values."""
     links = [item for item in setup.links if len(item.entry.torch) == 1]
-    steps: list[dict[str, tuple[np.ndarray, ...]]] = []
+    steps: list[dict[tuple[str, str], tuple[np.ndarray, ...]]] = []
     for offset in (0, 1):
         start = draw_statistics(setup, batch, seed + offset)
         torch_run, jax_run = TorchRun(setup, training=True, weights=start), JaxRun(setup, training=True)
@@ -577,14 +577,16 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
         jax_run.observe(batch[0])
         torch_run.observe(batch[1])
         matched = match(links, jax_run.leaves(), tensors_of(torch_run.module), setup.start | start)
-        steps.append({name: (actual, *values) for name, _, actual, values in matched if name in start})
+        steps.append({(name, path): (actual, *values) for name, path, actual, values in matched if name in start})
     causes: dict[str, list[tuple[str, str]]] = {}
-    for name, (actual, expected, old) in steps[0].items():
-        actual2, expected2, old2 = steps[1][name]
+    for (name, path), (actual, expected, old) in steps[0].items():
+        actual2, expected2, old2 = steps[1][name, path]
         keeps = [slope(new - new2, old - old2) or 0.0 for new, new2 in ((actual, actual2), (expected, expected2))]
         share = slope(actual - keeps[0] * old, expected - keeps[1] * old)
         if abs(keeps[0] - keeps[1]) > 1e-6:
             sense = ": the momentum is meant in the other sense" if abs(keeps[0] + keeps[1] - 1) < 1e-6 else ""
+            if abs(keeps[0] * (1 - keeps[1]) - keeps[1]) < 1e-6:
+                sense = ": it corrects for a start at 0, so that its count of steps has to be large from the start"
             if abs(keeps[0] - 1) < 1e-12:
                 sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
@@ -595,7 +597,7 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
             text = f"JAX takes {share:.6g} times PyTorch's share of the batch{why}"
         else:
             continue
-        causes[name] = [(text, "")]
+        causes.setdefault(name, [(text, "")])
     return causes
 
 

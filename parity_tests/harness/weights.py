@@ -224,6 +224,24 @@ class WeightMap:
         return uses
 
     @cached_property
+    def lost(self) -> frozenset[str]:
+        """The tensors of which some value has no influence on any leaf."""
+        reached = {name: count > 0 for name, count in self.uses.items() if count is not None}
+        for entry in self.entries:
+            if not set(entry.torch) - reached.keys():
+                continue
+            rng = np.random.default_rng(0)
+            given = [jnp.asarray(rng.normal(size=self.tensors[name])) for name in entry.torch]
+            leaves, back = jax.vjp(
+                lambda *tensors, entry=entry: tuple(map(jnp.asarray, entry.convert(*tensors))), *given
+            )
+            slopes = back(tuple(jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves))
+            for name, slope in zip(entry.torch, slopes, strict=True):
+                if self.uses[name] is None:
+                    reached[name] = reached.get(name, False) | (np.asarray(slope) != 0)
+        return frozenset(name for name, values in reached.items() if not values.all())
+
+    @cached_property
     def rearranges(self) -> frozenset[str]:
         """The tensors of which every value stands in JAX as it is: moments are carried by the same map, and back."""
         return frozenset(name for name, count in self.uses.items() if count is not None and count.min(initial=1) > 0)
@@ -337,7 +355,6 @@ def check_complete(weights: WeightMap, torch_names: Sequence[str], jax_paths: Se
     """
     filled = [path for entry in weights.entries for path in entry.jax]
     used = {name for entry in weights.entries for name in entry.torch}
-    partly = {name for name, count in weights.uses.items() if count is not None and count.min(initial=1) == 0}
     leaves_of = {
         name: tuple(path for entry in weights.entries if name in entry.torch for path in entry.jax)
         for name, count in weights.counts.items()
@@ -345,7 +362,9 @@ def check_complete(weights: WeightMap, torch_names: Sequence[str], jax_paths: Se
     }
     untied = {name: paths for name, paths in leaves_of.items() if len(paths) > 1}
     return Gaps(
-        tuple(name for name in torch_names if (name not in used or name in partly) and name not in weights.unused),
+        tuple(
+            name for name in torch_names if (name not in used or name in weights.lost) and name not in weights.unused
+        ),
         tuple(path for path in jax_paths if path not in set(filled)),
         tuple(sorted({path for path in filled if filled.count(path) > 1})),
         untied,
@@ -434,7 +453,7 @@ def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed
 def conv(to: str | None = None) -> Rule:
     """Carry a convolution of any rank, grouped or not: [out, in / groups, …] is […, in / groups, out] in Flax.
 
-    Equinox keeps PyTorch's layout, with a bias [out, 1, …].
+    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -443,6 +462,16 @@ def conv(to: str | None = None) -> Rule:
         shape = layer.tensors["weight"]
         last = (*shape[2:], shape[1], shape[0])
         leaf = layer.find(WEIGHT, math.prod(shape))
+        biases = vector(layer, "bias", BIAS, how)
+        if leaf is not None and len(layer.leaves[leaf]) == len(shape[:2]) < len(shape) and math.prod(shape[2:]) == 1:
+            turned = is_transposed(layer, leaf, shape[1], shape[0], None)  # a dense layer, which sees one pixel too
+            as_matrix = Entry(
+                (layer.tensor("weight"),),
+                (leaf,),
+                lambda weight: (weight.reshape(shape[:2]).T if turned else weight.reshape(shape[:2]),),
+                how,
+            )
+            return [as_matrix, *biases]
         if leaf is None or layer.leaves[leaf] not in (shape, last):
             raise layer.problem(f"there is no leaf of shape {last}, nor {shape}, for the weight")
         stays = layer.leaves[leaf] == shape and (last != shape or leaf.rpartition("/")[2] == AS_IT_IS)
@@ -450,7 +479,7 @@ def conv(to: str | None = None) -> Rule:
         def convert(weight: Array) -> tuple[Array, ...]:
             return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0),)
 
-        return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *vector(layer, "bias", BIAS, how)]
+        return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *biases]
 
     how = "conv()"
     return Rule(carry, paths(to), how)
@@ -1022,6 +1051,9 @@ def declare(mapping: Mapping[str, str | Rule], module: Any, leaves: Mapping[str,
     claimed: set[str] = set()
     unused: set[str] = set()
     for key, value in sorted(mapping.items(), key=lambda item: (not item[0], -item[0].count("."), item[0].count("{"))):
+        if not isinstance(value, str | Rule):
+            kind = type(value).__name__
+            raise CannotCarry(f"weights: {key!r} leads to a {kind}: give the path of a JAX module, or a rule")
         rule = None if isinstance(value, str) else value
         targets = (value,) if isinstance(value, str) else value.to or (key.replace(".", "/"),)
         for stack, places in groups(key, targets, side):
@@ -1051,6 +1083,12 @@ def declare(mapping: Mapping[str, str | Rule], module: Any, leaves: Mapping[str,
     return WeightMap(tuple(entries.values()), side.shapes, shapes, side.parameters, frozenset(unused))
 
 
+def closest(name: str, names: Sequence[str]) -> str:
+    """Return what a message adds of the names that are like a wrong one."""
+    close = difflib.get_close_matches(name, names, 3, 0.5)
+    return f"; close are {', '.join(close)}" if close else ""
+
+
 def groups(
     key: str, targets: tuple[str, ...], side: TorchSide
 ) -> Iterator[tuple[bool, list[tuple[str, tuple[str, ...]]]]]:
@@ -1061,8 +1099,8 @@ def groups(
         if (match := re.fullmatch(expression(key), name))
     ]
     if not matches:
-        close = difflib.get_close_matches(key, [*side.modules, *side.alias], 3, 0.5)
-        raise CannotCarry(f"weights: {key!r} names no module and no tensor of PyTorch; close are {', '.join(close)}")
+        close = closest(key, [*side.modules, *side.alias])
+        raise CannotCarry(f"weights: {key!r} names no module and no tensor of PyTorch{close}")
     used = {name for target in targets for text in re.findall(r"\{([^{}]+)\}", target) for name in names_in(text)}
     found: dict[tuple[tuple[str, int], ...], list[tuple[str, tuple[str, ...]]]] = {}
     for name, numbers in sorted(matches, key=lambda match: tuple(match[1].values())):
@@ -1126,8 +1164,7 @@ def carry_place(
     modules = module_paths(leaves)
     for path in to:
         if path not in modules and path not in leaves and rule != UNUSED:
-            close = difflib.get_close_matches(path, [*modules, *leaves], 3, 0.5)
-            raise CannotCarry(f"weights: {path!r} is no module and no leaf of JAX; close are {', '.join(close)}")
+            raise CannotCarry(f"weights: {path!r} is no module and no leaf of JAX{closest(path, [*modules, *leaves])}")
 
     def left(name: str, tensors: Mapping[str, Shape]) -> dict[str, Shape]:
         return {tensor: shape for tensor, shape in tensors.items() if join(name, ".", tensor) not in claimed}

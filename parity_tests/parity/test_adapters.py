@@ -4,6 +4,7 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ import haiku as hk
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import linen as nn
 from flax import nnx
 from haiku import dropout
@@ -20,6 +22,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from parity_tests.harness import Pair, examine
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.taps import Sweep, Traced, in_float64, name_leaves
@@ -685,6 +688,28 @@ def test_equinoxs_batch_norm_has_its_state_among_the_leaves(function: Any) -> No
     doubled = jax.tree.map(lambda leaf: leaf * 2, model.params(made))
     after = model.leaves(model.with_params(made, doubled))
     np.testing.assert_array_equal(after["fc/weight"], 2 * model.leaves(made)["fc/weight"])
+
+
+class EqxBatches(eqx.Module):
+    norm: eqx.nn.BatchNorm
+
+    def __call__(self, row: Array, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        return self.norm(row, state)
+
+
+def test_equinoxs_batch_norm_that_counts_its_batches_is_that_of_pytorch_but_for_the_variance() -> None:
+    made = eqx.nn.make_with_state(lambda: EqxBatches(eqx.nn.BatchNorm(WIDTH, "rows", mode="batch", momentum=0.9)))()
+    pair = Pair(
+        torch.nn.Sequential(OrderedDict(norm=torch.nn.BatchNorm1d(WIDTH))),
+        made,
+        ROWS,
+        {"norm": "norm"},
+        batch_sizes=(8,),
+    )
+    result = examine(pair, names=("parameters", "tables", "outputs", "statistics"))
+    assert {"tables", "outputs"} <= set(result.passed), result.divergences
+    (found,) = result.divergences
+    assert (found.check, found.where.partition(" ")[0]) == ("statistics", "norm.running_var")
 
 
 def test_an_equinox_model_is_seen_in_a_plain_function_that_makes_it() -> None:

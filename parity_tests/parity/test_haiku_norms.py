@@ -1,11 +1,13 @@
 """Haiku's own networks: their norms make statistics in training mode alone, and keep them in modules of their own."""
 
+from dataclasses import replace
+
 import haiku as hk
 import jax
 import numpy as np
 from torch import nn
 
-from parity_tests.harness import Pair
+from parity_tests.harness import Pair, examine
 from parity_tests.harness.capture import Case, Comparison
 
 
@@ -40,6 +42,17 @@ def test_norm_and_pool_are_stages_of_a_network_in_haiku() -> None:
     assert found.stages["norm"].jax == "norm"
     assert {"conv", "norm", "out"} <= found.stages.keys()
     assert not any(difference.problem for difference in found.inherited.outputs.values())
+
+
+def test_averages_that_start_with_the_first_batch_are_no_tables_and_their_correction_is_named() -> None:
+    images = np.random.default_rng(0).normal(size=(3, 2, 9, 9))
+    pair = Pair(lambda: Network(1), hk.transform_with_state(forward), images, batch_sizes=(3,))
+    pair = replace(pair, jax_kwargs={"is_training": False}, jax_training_kwargs={"is_training": True})
+    result = examine(pair, names=("parameters", "tables", "statistics"))
+    assert "tables" in result.passed
+    assert any("JAX makes them of its first batch" in note for note in result.notes)
+    assert {divergence.check for divergence in result.divergences} == {"statistics"}
+    assert any("corrects for a start at 0" in divergence.cause for divergence in result.divergences)
 
 
 def test_padding_of_a_pool_is_found_at_the_pool() -> None:

@@ -944,6 +944,14 @@ def test_values_decide_the_layout_of_a_square_layer() -> None:
 # What is left out
 
 
+def test_tensors_that_a_layers_rule_does_not_know_go_by_their_names() -> None:
+    layer = nn.Module()
+    with pytest.warns(FutureWarning):
+        layer.fc = nn.utils.weight_norm(nn.Linear(5, 4))
+    leaves = {"fc/weight_g": shape(4, 1), "fc/weight_v": shape(4, 5), "fc/bias": shape(4)}
+    assert propose(layer, leaves).gaps[:2] == ((), ())
+
+
 def test_tensors_that_nothing_maps_are_named() -> None:
     port = linen_port(TorchRecurrent(nn.GRU), FlaxRecurrent(linen.GRUCell), draw(2, 5, 3))
     gaps = propose_for(port).gaps

@@ -365,6 +365,13 @@ class Aware(nn.Module):
         return x * (2 if self._forward_hooks else 1)
 
 
+def test_a_module_that_holds_a_computed_weight_can_be_copied() -> None:
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(4, 3))
+    capture = capture_torch(nn.Sequential(layer), Inputs(draw(2, 4)), wave, training=False)
+    assert capture.weight_gradients.keys() == {"0.bias", "0.weight_g", "0.weight_v"}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -624,11 +624,13 @@ def test_statistics_are_compared_and_explained(options: dict[str, Any], expected
 
 
 def draw_tensors(
-    seed: int, *, scale: float = 1.0, truncated: bool = False, padding: float = 0.0
+    seed: int, *, scale: float = 1.0, truncated: bool = False, orthogonal: bool = False, padding: float = 0.0
 ) -> dict[str, np.ndarray]:
     """Draw a normal matrix, a small uniform bias, a constant scale, and a table whose first row is constant."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=4_000)
+    if orthogonal:
+        values = np.sqrt(80) * np.linalg.qr(values.reshape(80, 50))[0].T.ravel()
     if truncated:
         values = rng.normal(size=40_000)
         values = values[np.abs(values) < 2][:4_000] / 0.87962566  # of variance 1 again
@@ -655,9 +657,10 @@ INITIAL_MAP = WeightMap(
         ({}, ""),
         ({"scale": 0.0}, "norm.weight: PyTorch's values are all 1, JAX's go from 0 to 0"),
         ({"truncated": True}, "weight: "),
+        ({"orthogonal": True}, "weight: singular values differ"),
         ({"padding": 0.1}, "table: PyTorch's values are all 0, JAX's go from 0.1 to 0.1"),
     ],
-    ids=["sound", "norm of zeros", "truncated", "padding"],
+    ids=["sound", "norm of zeros", "truncated", "orthogonal", "padding"],
 )
 def test_initial_weights_are_compared(options: dict[str, Any], expected: str) -> None:
     for first in range(0, 400, 40) if not expected else (0,):

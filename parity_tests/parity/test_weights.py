@@ -707,6 +707,7 @@ def test_gru_in_nnx_gets_all_but_the_second_bias_of_the_new_gate() -> None:
     state = one.module.state_dict()  # shares its memory with the module
     state["layer.bias_hh_l0"][2 * HIDDEN :] = 0
     np.testing.assert_allclose(*compute_both(one, weights), rtol=1e-4, atol=1e-6)
+    assert check_complete(weights, list(weights.tensors), list(weights.leaves)).torch == ("layer.bias_hh_l0",)
 
 
 def test_gru_in_haiku_is_equal_where_the_reset_gate_is_open() -> None:

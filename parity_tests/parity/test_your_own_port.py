@@ -3,8 +3,9 @@
 import re
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -314,6 +315,147 @@ def test_a_less_exact_formula_is_no_difference() -> None:
     fast = linen.LayerNorm(epsilon=1e-5, use_fast_variance=True)  # the mean square minus the square of the mean
     pair = Pair(lambda: nn.LayerNorm(16), fast, inputs, batch_sizes=(8,))
     assert not examine(pair, names=STAGE_CHECKS).divergences
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "is_sound"),
+    [
+        (nn.LeakyReLU(0.2), lambda x: jax.nn.leaky_relu(x, 0.2), True),  # its slope at 0 is 1, PyTorch's is 0.2
+        (nn.LeakyReLU(0.2), lambda x: jnp.maximum(x, 0.2 * x), False),  # and here 0.6, which is the slope of no side
+        (nn.Hardsigmoid(), lambda x: jnp.clip(x / 6 + 0.5, 0, 1), True),  # PyTorch's 1/6 is that of float32
+    ],
+)
+def test_either_slope_at_a_kink_is_right_and_so_is_a_more_exact_one(module: Any, function: Any, is_sound: bool) -> None:
+    """No stage of JAX's has the same value, so that the weights alone show it."""
+
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        return function(x @ tree["0.weight"].T + tree["0.bias"]) @ tree["2.weight"].T
+
+    reference = nn.Sequential(nn.Linear(5, 8), module, nn.Linear(8, 3, bias=False))
+    nn.init.zeros_(reference[0].bias)  # type: ignore[arg-type]
+    pair = Pair(reference, net, np.ones((8, 5), np.float32), dict, batch_sizes=(8,))
+    result = examine(pair, names=("parameters", "outputs", "gradients", "trajectory"))
+    assert ({"gradients", "trajectory"} <= set(result.passed)) == is_sound, result.divergences
+
+
+LINEAR: Any = nn.Linear(3, 2)
+DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (Pair(cast(Any, DENSE), LINEAR, ROWS), "the first field is a Dense, not a torch.nn.Module"),
+        (Pair(cast(Any, dict), DENSE, ROWS), "makes a dict, not a torch.nn.Module"),
+        (Pair(LINEAR, linen.Dense, ROWS), r"is the class Dense: give a model, Dense\(...\)"),
+        (Pair(LINEAR, DENSE, None), "inputs= is None"),
+        (Pair(LINEAR, DENSE, ROWS, {"": ROWS}), "weights: '' leads to a ndarray: give the path of a JAX module"),
+        (
+            Pair(LINEAR, DENSE, ROWS, torch_optimizer=cast(Any, torch.optim.SGD)),
+            "PyTorch's optimizer alone: give jax_optimizer= too",
+        ),
+        (Pair(LINEAR, DENSE, ROWS, torch_optimizer=1, jax_optimizer=1), "give a function that makes one for a module"),  # type: ignore[arg-type]
+        (Pair(nn.ParameterDict({"w": nn.Parameter(torch.ones(2) + 1j)}), DENSE, ROWS), "PyTorch's w is complex"),
+        (Pair(LINEAR, DENSE, ROWS, jax_inputs="nhwc"), "jax_inputs='nhwc' is unknown"),
+        (Pair(LINEAR, DENSE, ROWS, batch_sizes=8), "batch_sizes=8 is no tuple of sizes"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        examine(pair, names=("parameters",))
+
+
+def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> None:
+    """Such a loss has a buffer, the weights of the classes, and one that does not promote its float targets."""
+
+    def mean(tree: Any, x: jax.Array, keep: jax.Array) -> jax.Array:
+        return (x * keep) @ tree["fc.weight"].T + tree["fc.bias"]
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return self.fc(x * keep)
+
+    inputs = np.ones((4, 3), np.float32), np.eye(4, 3, dtype=bool)
+    weighted, rates = nn.CrossEntropyLoss(torch.tensor([0.25, 1.0])), jnp.array([0.25, 1.0])
+
+    def jax_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], -1)[:, 0]
+        return (losses * rates[labels]).sum() / rates[labels].sum()
+
+    def huber(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        error = jnp.abs(outputs - targets)
+        return jnp.where(error < 1, error**2 / 2, error - 0.5).mean()
+
+    labels, numbers = np.array([0, 1, 1, 0]), np.arange(8, dtype=np.float32).reshape(4, 2) / 3
+    declared = Pair(Keeping(), mean, inputs, dict)
+    for pair in (
+        replace(declared, targets=labels, torch_loss=weighted, jax_loss=jax_loss),
+        replace(declared, targets=numbers, torch_loss=nn.HuberLoss(), jax_loss=huber),
+    ):
+        assert examine(pair, names=("parameters", "loss")).passed == ["parameters", "loss"]
+
+
+class Cubic(nn.Module):
+    """Returns a score of every head, query and key, as many of each, and trains no part of one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.frozen = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, 3, 3, 3] from [batch, 3, row, column]."""
+        x = self.pixels(x).flatten(2)
+        return x[:, :, :, None] * self.frozen(x).detach()[:, :, None]
+
+
+class CubicPort(linen.Module):
+    """The same in Linen, whose layers see one pixel at a time."""
+
+    detached: bool
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [batch, 3, 3, 3] from [batch, row, column, 3]."""
+        x = linen.Dense(3, name="pixels")(x).reshape(len(x), 3, 3).swapaxes(1, 2)
+        other = linen.Dense(3, name="frozen")(x)
+        return x[:, :, :, None] * (lax.stop_gradient(other) if self.detached else other)[:, :, None]
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_gradient_that_pytorch_does_not_have_at_all_is_0(detached: bool) -> None:
+    """Also, a dense layer may be a convolution of 1 x 1, and outputs of four axes need not be images."""
+    pair = Pair(Cubic(), CubicPort(detached), np.ones((2, 3, 1, 3), np.float32), batch_sizes=(2,))
+    result = examine(pair, names=("parameters", "outputs", "gradients"))
+    expected = ["gradient by the output of pixels", "gradient by frozen.weight", "gradient by frozen.bias"]
+    if detached:
+        expected = []
+    assert [divergence.where for divergence in result.divergences] == expected
+
+
+class Flattening(linen.Module):
+    """A port of a convolution and a layer behind a flatten, with an activation that the reference does not have."""
+
+    turned: bool
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [batch, 2]."""
+        x = jnp.abs(linen.Conv(3, (3, 3), padding=1)(x))
+        return linen.Dense(2)((x.transpose(0, 3, 1, 2) if self.turned else x).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_how_a_faulty_port_flattens_is_asked_only_if_it_turns_its_images(turned: bool) -> None:
+    """Its outputs fit neither way."""
+    reference = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    proposal = Case(Pair(reference, Flattening(turned), np.ones((2, 1, 2, 2), np.float32), batch_sizes=(2,))).proposal
+    assert bool(proposal.ambiguous) == turned
+    if not turned:
+        assert "flatten=(3, 2, 2)" in proposal.python
 
 
 class Twice(nn.Module):

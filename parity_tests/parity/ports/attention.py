@@ -54,7 +54,7 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.fc(self.embed(ids))))
 
 
-@port("P18", ("trajectory", "embed.weight"))
+@port("P18", ("gradients", "gradient by embed.weight"))
 def untied(sound: bool) -> Pair:
     """Two leaves that start equal are trained apart where PyTorch has one (google/flax#1263, torchax#75)."""
 
