@@ -18,7 +18,7 @@ from jax_cnn.data import FashionMNIST
 from jax_cnn.pictures import prepare as prepare_module
 from jax_cnn.pictures.frame import take_from_frame
 from jax_cnn.pictures.likeness import find_oddities
-from jax_cnn.pictures.prepare import Prepared, count_things, prepare_picture
+from jax_cnn.pictures.prepare import Prepared, prepare_picture
 from jax_cnn.pictures.read import decode_picture
 from parity_tests.pictures.picture_files import plain
 
@@ -168,16 +168,6 @@ def test_the_largest_of_several_pictures_is_taken(data: FashionMNIST) -> None:
 def test_nine_of_ten_pictures_of_several_garments_are_warned_of(data: FashionMNIST) -> None:
     warnings = [find_oddities(prepare(study.place_several(data.test_images, seed))) for seed in range(100)]
     assert sum("things lie on it, apart from one another" in str(warning) for warning in warnings) >= 90
-
-
-def test_a_strip_from_edge_to_edge_divides_what_is_near() -> None:
-    rows, columns = np.ogrid[:620, :320]
-    discs = [(rows - middle) ** 2 + (columns - 160) ** 2 < 150**2 for middle in (152, 460)]
-    both = discs[0] | discs[1]
-    assert [count_things(part) for part in (both, both.T, discs[0], both & False)] == [2, 2, 1, 0]
-    both[300:320, 150:170] = True  # one thing with a waist
-    assert count_things(both) == 1
-    assert count_things(both[::10, ::10]) == 1
 
 
 def as_in_mnist(digit: Image.Image) -> np.ndarray:
