@@ -58,8 +58,7 @@ def open_page(browser: Browser, file: Path, width: int = DESKTOP, scheme: Any = 
     return page, faults
 
 
-@pytest.mark.parametrize("width", [PHONE, DESKTOP])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(PHONE, "dark"), (DESKTOP, "light")])
 def test_the_page_opens_without_errors_requests_missing_images_or_scrolling_sideways(
     comparison: Comparison, browser: Browser, tmp_path: Path, width: int, scheme: str
 ) -> None:

@@ -181,6 +181,7 @@ def test_an_interrupted_accuracy_study_goes_on_where_it_stopped(
         assert [sum(seed["table"].values()) for seed in result[setting]["seeds"]] == [60, 60]
 
 
+@pytest.mark.slow
 def test_an_interrupted_convolution_study_goes_on_where_it_stopped(
     data_dir: Path, data: FashionMNIST, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -95,8 +96,18 @@ def exact_arithmetic(dtype: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = torch_settings[1]
 
 
+_next_release = 0.0  # when memory may be given back again, by the monotonic clock
+
+
 def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, and what comes next could not use it in one piece."""
+    """Give freed memory back to the system: glibc keeps it, and what comes next could not use it in one piece.
+
+    This happens twice a second at most: it would take a fifth of the time of small networks, whose steps are short.
+    """
+    global _next_release
+    if time.monotonic() < _next_release:
+        return
+    _next_release = time.monotonic() + 0.5
     with suppress(AttributeError, OSError, TypeError):  # other systems have no such function
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -113,9 +113,9 @@ def signal_a_run(
     return process.returncode, output
 
 
-@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["twice", "--kills"])
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_run(
-    train_once: TrainOnce, flags: Flags, results: Path, pytestconfig: pytest.Config, framework: str, more: bool
+    train_once: TrainOnce, flags: Flags, results: Path, pytestconfig: pytest.Config, framework: str
 ) -> None:
     """SIGKILL leaves no time to clean up. Every second one may come before the run has done or resumed anything."""
     undisturbed = train_once(framework, *SMALL).results
@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_run(
     def line_to_go_on() -> list[str]:
         return [*line, "--resume"] if checkpoint_files(results) else line
 
-    for kill in range(pytestconfig.getoption("kills") if more else 2):
+    for kill in range(pytestconfig.getoption("kills")):
         early = kill % 2 == 1
         pause = chance.uniform(0, 4 if early else 0.5)
         status, output = signal_a_run(line_to_go_on(), results, signal.SIGKILL, pause, after_checkpoint=not early)
