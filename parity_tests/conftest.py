@@ -67,7 +67,7 @@ LONGEST = (  # a minute and more
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options of this project's tests."""
-    parser.addoption("--kills", type=int, default=6, help="how often `test_a_run_that_is_killed…` kills each training")
+    parser.addoption("--kills", type=int, default=2, help="how often `test_a_run_that_is_killed…` kills each training")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
