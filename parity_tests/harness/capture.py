@@ -245,7 +245,7 @@ class Case:
 
     @cached_property
     def loaded(self) -> Any:
-        """What the pair's own loader makes of PyTorch's tensors; None if it has none."""
+        """Return what the pair's own loader makes of PyTorch's tensors, or None if the pair has no loader."""
         state = {name: tensor.detach().numpy() for name, tensor in self.module.state_dict().items()}
         return self.pair.weights(state) if callable(self.pair.weights) else None
 

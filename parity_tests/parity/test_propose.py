@@ -911,7 +911,7 @@ class EquinoxNeighbours(eqx.Module):
     other: eqx.nn.Linear
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute [3]."""
+        """Return the sum [3] of what both layers compute."""
         return self.one(x) + self.other(x)
 
 

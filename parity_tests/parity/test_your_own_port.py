@@ -326,7 +326,7 @@ def test_a_less_exact_formula_is_no_difference() -> None:
     ],
 )
 def test_either_slope_at_a_kink_is_right_and_so_is_a_more_exact_one(module: Any, function: Any, is_sound: bool) -> None:
-    """No stage of JAX's has the same value, so that the weights alone show it."""
+    """Test a function without modules: JAX has no stage with the same value, so only the weights show the slope."""
 
     def net(tree: Any, x: jax.Array) -> jax.Array:
         return function(x @ tree["0.weight"].T + tree["0.bias"]) @ tree["2.weight"].T
@@ -692,7 +692,7 @@ class Scaled(nn.Module):
 
 
 class FactorPort(linen.Module):
-    """The factor."""
+    """Multiply by a factor, which is a module of its own in this port."""
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -109,7 +109,7 @@ class Task:
 
     @property
     def points(self) -> list[tuple[str, int]]:
-        """What a contender for the GPU trains with: a precision and a batch size. What compiles for long gets half."""
+        """Return the precisions and batch sizes that a contender for the GPU trains with; a slow compiler gets half."""
         slow = self.contender in ("gpu-torch-compile", "gpu-torch-max-autotune")
         return [
             (precision, size)
