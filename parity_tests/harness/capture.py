@@ -60,7 +60,14 @@ from parity_tests.harness.stages import (
     torch_stages,
 )
 from parity_tests.harness.taps import Sweep, Traced, compiled, in_float64, make_sweep, trace
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, copy_module, fixed_settings, reference_error
+from parity_tests.harness.torch_side import (
+    Rounded,
+    TorchCapture,
+    capture_torch,
+    copy_module,
+    fixed_settings,
+    reference_error,
+)
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
@@ -1026,10 +1033,10 @@ def nudge(sweeper: Sweeper) -> Callable[[Any], Any]:
 
 
 def move_reference(sweeper: Sweeper) -> TorchCapture:
-    """Run the reference with every float input and weight moved by one unit in the last place."""
+    """Run the reference with every float input, weight and result moved by one unit in the last place."""
     case, move = sweeper.case, nudge(sweeper)
     module = case.reference({name: move(array.astype(np.float64)) for name, array in case.tensors.items()})
-    with exact_arithmetic("float64"):
+    with exact_arithmetic("float64"), Rounded(sweeper.seed):
         return sweeper.capture(module, case.cast(sweeper.inputs, "float64").map(move))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.harness.compare import Refused, keeps_float32, map_leaves, shorten
 from parity_tests.harness.compare import flat as flat
@@ -578,6 +579,35 @@ def wider(value: Any) -> Any:
 def to_double(value: Any) -> Any:
     """Return a float32 tensor in float64, and anything else as it is."""
     return value.double() if isinstance(value, torch.Tensor) and value.dtype is torch.float32 else value
+
+
+class Rounded(TorchDispatchMode):
+    """Moves each result of an operation, forward and backward, by one unit in the last place: another way to round it.
+
+    What then moves further shows how much rounding alone can do, as where large terms cancel in a gradient. This is
+    the Monte Carlo arithmetic of Parker (1997), for float64. An operation that keeps its result for the backward pass,
+    as softmax does, keeps the moved one. Whole numbers, such as a mask or positions, are exact.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operation, and move what it computed; a view has nothing of its own."""
+        outputs = func(*args, **(kwargs or {}))
+        for result in () if func.is_view else outputs if isinstance(outputs, tuple | list) else (outputs,):
+            if isinstance(result, torch.Tensor) and result.dtype is torch.float64 and result.layout is torch.strided:
+                self.move(result)
+        return outputs
+
+    def move(self, result: torch.Tensor) -> None:
+        """Move each value of a tensor up or down, in place."""
+        if bool((result == result.round()).all()):
+            return
+        up = torch.randint(0, 2, result.shape, generator=self.generator, dtype=torch.float64)
+        moved = result * (1 + FINFO(torch.float64).eps * (2 * up - 1))
+        result.copy_(torch.where(moved.isfinite(), moved, result))
 
 
 @contextmanager

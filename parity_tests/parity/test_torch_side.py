@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parity_tests import harness
 from parity_tests.harness.compare import Refused
-from parity_tests.harness.torch_side import TorchCapture, capture_torch, flat, gradient_error, reference_error
+from parity_tests.harness.torch_side import Rounded, TorchCapture, capture_torch, flat, gradient_error, reference_error
 
 torch.manual_seed(0)  # of the modules that are parameters: a finite difference across a kink is none
 
@@ -533,6 +534,33 @@ def test_the_own_error_of_the_reference_is_found_where_it_is_born() -> None:
     assert set(error.backward) == {"act"}
     sound = measure(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.ReLU()), Inputs(draw(2, 5, 8)))
     assert not any(sound)
+
+
+class Saturated(nn.Module):
+    """A softmax that is nearly 1 at one place: its gradient is the small difference of two large terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor([0.0, -30.0]))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return a weighted sum of x, [2]."""
+        return (torch.softmax(self.scores + mask, 0) * x).sum()
+
+
+def test_other_rounding_shows_what_can_cancel_in_a_gradient() -> None:
+    inputs = Inputs(np.array([1000.0, 0.0]), np.zeros(2))
+
+    def gradient(move: float = 0.0, seed: int | None = None) -> np.ndarray:
+        model = Saturated()
+        model.scores.data *= 1 + move
+        with nullcontext() if seed is None else Rounded(seed):
+            capture = capture_torch(model, inputs, torch.Tensor.sum, training=False, verify=False)
+        return capture.weight_gradients["scores"]
+
+    plain = gradient()
+    assert np.abs(gradient(move=1e-15) / plain - 1).max() < 1e-9
+    assert max(np.abs(gradient(seed=seed) / plain - 1).max() for seed in range(4)) > 1e-4
 
 
 @pytest.mark.parametrize("function", [F.hardswish, F.relu, F.relu6, F.gelu, F.silu, F.logsigmoid, F.mish, torch.erf])
