@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import linen
 from jax import Array, lax
 from jax import numpy as jnp
+from torch import nn
 
+from parity_tests.harness import Pair, examine, taps
 from parity_tests.harness.taps import by_phases, choose, rewrite, with_padding
 
 RNG = np.random.default_rng(0)
@@ -184,3 +187,25 @@ def test_the_form_is_faster_where_it_is_chosen(form: Any, shapes: str) -> None:
             rounds.append(time.process_time() - start)
         times[name] = min(rounds)
     assert times["rewritten"] < times["plain"], times
+
+
+def test_on_a_gpu_the_comparison_runs_with_the_networks_own_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: JAX translates the programs for CUDA, and the CPU runs them as the GPU would get them."""
+    texts = []
+
+    def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        jitted = jax.jit(fn, **options)
+
+        def run(*args: Any) -> Any:
+            texts.append(jitted.trace(*args).lower(lowering_platforms=("cuda",)).as_text())
+            return jitted(*args)
+
+        return run
+
+    monkeypatch.setattr(taps, "compiled", compiled)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    port = linen.Sequential([linen.Conv(9, (1, 1)), linen.Conv(10, (3, 3), strides=2, padding=1)])
+    images = RNG.normal(size=(3, 2, 8, 8)).astype(np.float32)
+    pair = Pair(nn.Sequential(nn.Conv2d(2, 9, 1), nn.Conv2d(9, 10, 3, 2, 1)), port, images, batch_sizes=(3,))
+    assert not examine(pair, names=("outputs", "gradients")).divergences
+    assert any("stablehlo.convolution" in text and "lhs_dilate = [2, 2]" in text and "xf64>" in text for text in texts)
