@@ -189,7 +189,7 @@ def refusals(config: ReportConfig) -> Iterator[None]:
     except Exception as error:
         place = find_users_frame(error)
         if place is None:
-            traceback.print_exc()  # not the pair's fault: whoever mends it needs all of it
+            traceback.print_exc()  # not the pair's fault: all of it is needed to mend it
             raise UserError(f"--pair {config.name} cannot be compared: {describe(error)}") from None
         message = str(error).partition("\n")[0]
         raise UserError(

@@ -47,7 +47,7 @@ def find_oddities(prepared: Prepared) -> str | None:
     neighbour_difference = float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean()) / 2
     oddities = []
     if prepared.pictures > 1:
-        oddities.append(f"it holds {prepared.pictures} pictures, of which the largest was taken")
+        oddities.append(f"it holds {prepared.pictures} pictures; the largest was taken")
     if prepared.garments > 1:
         oddities.append(f"{prepared.garments} things lie on it, apart from one another")
     if second_lightest_corner > LIGHT_CORNER:

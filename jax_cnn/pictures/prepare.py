@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
     clutter: float
     """Share of the border of the whole picture that differs from the background."""
     pictures: int = 1
-    """Number of pictures in the frame, of which the largest was taken."""
+    """Number of pictures in the frame. The largest was taken."""
     garments: int = 1
     """Number of things on the background that stand apart from one another."""
 

@@ -1041,7 +1041,7 @@ def move_reference(sweeper: Sweeper) -> TorchCapture:
 
 
 def move_jax(sweeper: Sweeper) -> dict[str, dict[str, float]]:
-    """Return how far JAX's values move, by PyTorch's names, with every float input and weight moved likewise."""
+    """Return how far JAX's values move, by PyTorch's names, with every float input and weight moved so."""
     other, move = copy.copy(sweeper), nudge(sweeper)
     with exact_arithmetic("float64"):
         other.tensors = {name: move(array) for name, array in sweeper.tensors.items()}

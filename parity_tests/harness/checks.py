@@ -69,7 +69,7 @@ EPOCHS_COMPARED = 2
 INITIALISATION_SEEDS, TRAJECTORY_STEPS, HANDOVER_STEPS = 20, 12, 6
 FEW_SEEDS, FEW_STEPS = 6, 3  # for a large network
 INITIALISATION_SAMPLE = 2_000  # values of a tensor and seed: 40,000 in all show a difference of 2 % in distribution
-LARGEST_GRAM = 64  # rows of a matrix of which all products are taken
+LARGEST_GRAM = 64  # rows of a matrix whose products are all taken
 FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions are the same
 FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
 PRECISION_SEEDS = 2
@@ -184,7 +184,7 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
 def or_before(comparison: Comparison, place: str) -> str:
     """Return what a message adds where the difference may be born before the place."""
     gap = gap_before(comparison, place)
-    return f"; or in {shorten(gap)} before it, of which JAX has no value to compare" if gap else ""
+    return f"; or in {shorten(gap)} before it, where JAX has no value to compare" if gap else ""
 
 
 def describe_output(name: str) -> str:

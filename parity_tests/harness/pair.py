@@ -30,7 +30,7 @@ class Inputs:
 
     Attributes:
         args: positional arguments: arrays, or any nest of tuples, lists and dictionaries of arrays.
-        kwargs: keyword arguments, likewise.
+        kwargs: keyword arguments, of the same kinds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -535,13 +535,13 @@ def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordere
 
 
 def alone(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the pairs of which neither side is in another pair."""
+    """Return the pairs whose sides are in no other pair."""
     left, right = Counter(pair[0] for pair in pairs), Counter(pair[1] for pair in pairs)
     return [pair for pair in pairs if left[pair[0]] == right[pair[1]] == 1]
 
 
 def equal_names(units: Sequence[Unit], places: Sequence[Place]) -> set[tuple[int, int]]:
-    """Return the pairs of which the names are the same inside of what the user put beside each other."""
+    """Return the pairs whose names are the same inside of what the user put beside each other."""
     pairs = set()
     for scope in {unit.scope for unit in units}:
         names = {unit.inside: number for number, unit in enumerate(units) if unit.scope == scope}
@@ -553,8 +553,8 @@ def equal_names(units: Sequence[Unit], places: Sequence[Place]) -> set[tuple[int
 def with_titles(units: Sequence[Unit], places: Sequence[Place]) -> tuple[list[Unit], list[Place]]:
     """Give units and places comparable names: one word for all that mean the same, and numbers counted from 0.
 
-    Numbers behind a word of which the two sides have not equally many say nothing: fc1 and fc2 may be any of Dense_0,
-    Dense_1 and Dense_2.
+    Numbers behind a word say nothing if the two sides do not have equally many of them: fc1 and fc2 may be any of
+    Dense_0, Dense_1 and Dense_2.
     """
 
     def spell(name: str) -> list[str]:

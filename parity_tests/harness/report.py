@@ -237,7 +237,7 @@ def stage_row(comparison: Comparison, name: str) -> StageRow:
 
 
 def function_row(comparison: Comparison, name: str, born: bool) -> StageRow:
-    """Return the row of a value between modules, of which only the local error is known."""
+    """Return the row of a value between modules; only its local error is known."""
     value, differs = comparison.functions[name], has_problem(comparison.inherited.outputs)
     if not value.problem:
         verdict = SAME_LOCALLY if differs else SAME

@@ -205,7 +205,7 @@ def match(
 
     Args:
         torch: PyTorch's stages in the order of the run.
-        jax: JAX's, likewise.
+        jax: JAX's stages in the order of its run.
         owners: PyTorch module -> path of the JAX module that holds the same weights.
         declared: PyTorch stage or pattern -> JAX stage or pattern: `layer{i}.{j}` -> `stages_{i}/blocks_{j}`.
         channels_last: images have their channels last in JAX.

@@ -930,7 +930,7 @@ def make_sweep(traced: Traced, names: Collection[str] | None = None) -> Callable
         forward, backward: name of a tap -> flag; False where left out. The flags are inputs of the compiled program.
 
     All False: inherited errors. All True: each tap's value is computed from the given values just before it, hence its
-    local error, and the gradients likewise. Forward alone: the gradients of a run through the given values.
+    local error. The same holds for the gradients. Forward alone: the gradients of a run through the given values.
     """
     seen = set(traced.taps if names is None else names)
     steered = [name for name, info in traced.taps.items() if info.steered and name in seen]

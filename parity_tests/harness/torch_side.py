@@ -753,10 +753,10 @@ class ReferenceError(NamedTuple):
 
     Attributes:
         values: how far the values of stages move by rounding inside the reference, by the names of `TorchCapture`.
-        gradients: likewise, the gradients by the values of stages.
-        weight_gradients: likewise, the gradients by parameters.
+        gradients: how far the gradients by these values move.
+        weight_gradients: how far the gradients by the parameters move.
         born: the stages in `values` that keep float32 themselves. The others follow after one.
-        born_gradients: likewise, in `gradients`.
+        born_gradients: the stages in `gradients` that keep float32 themselves.
         backward: the error of a stage's backward pass, for the stages that were asked for. It shows in the gradients
             by what goes into the stage.
     """
@@ -786,9 +786,9 @@ def reference_error(
     Args:
         module: the reference.
         inputs: what `capture` was made with.
-        objective: likewise.
+        objective: what `capture` was made with.
         capture: the unmoved run in float64, which gives the names.
-        training: likewise.
+        training: what `capture` was made with.
         backward_of: names of stages whose gradient is compared with a finite difference.
     """
     backward = backward_errors(module, inputs, objective, training, backward_of) if backward_of else {}

@@ -103,7 +103,7 @@ def compare_losses(actual: Sequence[float], expected: Sequence[float]) -> Iterat
 
 
 def compare_torch_runs(actual: TorchRun, expected: TorchRun) -> list[Wrong]:
-    """Compare two runs of the reference, the first of which was in JAX for a while."""
+    """Compare two runs of the reference; the first one was in JAX for a while."""
     buffers = {name for name, _ in expected.module.named_buffers(remove_duplicate=False)}
     start, ours, moments, wrong = expected.start, tensors_of(actual.module), actual.moments(), list[Wrong]()
     for name, values in tensors_of(expected.module).items():
@@ -611,7 +611,7 @@ def schedule(
 
     Args:
         torch_schedule: (step) -> learning rate.
-        jax_schedule: likewise; it gets a counter of 64 bits, with which JAX computes in float64.
+        jax_schedule: the same function of JAX. It gets a counter of 64 bits, and so JAX computes in float64.
         last: the number of the last step.
         notes: gets how far the rate is off with optax's own counter of 32 bits.
     """

@@ -120,7 +120,7 @@ class Layer(NamedTuple):
         return next((path for path in found if any(leaf.startswith(f"{path}/") for leaf in self.leaves)), None)
 
     def named(self, weight: str, bias: str) -> "Layer":
-        """Return the layer of which these tensors are the weight and the bias."""
+        """Return the layer that has these tensors as its weight and bias."""
         names = {"weight": weight, "bias": bias}
         return self._replace(
             tensors={name: self.tensors[own] for name, own in names.items() if own in self.tensors},
@@ -148,7 +148,7 @@ class Rule:
 
 
 def join(front: str, separator: str, back: str) -> str:
-    """Join two parts of a name, either of which may be empty."""
+    """Join two parts of a name; either may be empty."""
     return f"{front}{separator}{back}" if front and back else front or back
 
 
@@ -225,7 +225,7 @@ class WeightMap:
 
     @cached_property
     def lost(self) -> frozenset[str]:
-        """The tensors of which some value has no influence on any leaf."""
+        """The tensors with a value that has no influence on any leaf."""
         reached = {name: count > 0 for name, count in self.uses.items() if count is not None}
         for entry in self.entries:
             if not set(entry.torch) - reached.keys():
@@ -243,7 +243,7 @@ class WeightMap:
 
     @cached_property
     def rearranges(self) -> frozenset[str]:
-        """The tensors of which every value stands in JAX as it is: moments are carried by the same map, and back."""
+        """The tensors whose values all stand in JAX as they are: moments are carried by the same map, and back."""
         return frozenset(name for name, count in self.uses.items() if count is not None and count.min(initial=1) > 0)
 
     @cached_property
@@ -351,7 +351,7 @@ class Gaps(NamedTuple):
 def check_complete(weights: WeightMap, torch_names: Sequence[str], jax_paths: Sequence[str]) -> Gaps:
     """Compare a map with the names of all tensors and the paths of all leaves.
 
-    A tensor of which a part is carried nowhere counts as left out.
+    A tensor counts as left out if a part of it is carried nowhere.
     """
     filled = [path for entry in weights.entries for path in entry.jax]
     used = {name for entry in weights.entries for name in entry.torch}
@@ -436,7 +436,7 @@ def matrix(
 
 
 def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed: bool | None) -> bool:
-    """Tell whether a leaf holds [in, out], each of which may be several axes.
+    """Tell whether a leaf holds [in, out]; each may be several axes.
 
     Raises:
         CannotCarry: the leaf has neither shape, or not the one asked for.

@@ -161,7 +161,7 @@ def channels_first(array: Any) -> np.ndarray:
 
 
 class Named(nn.Module):
-    """A network of one layer called `layer`, of which the first output counts."""
+    """A network of one layer called `layer`; its first output counts."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

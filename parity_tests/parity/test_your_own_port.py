@@ -589,7 +589,7 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
     images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
     pair = Pair(Strided, apply, images, lambda state: unflatten_dict(state, sep="."), batch_sizes=(4,))
     (found,) = examine(pair, names=("outputs",)).divergences
-    gap = "; or in conv2 before it, of which JAX has no value to compare"
+    gap = "; or in conv2 before it, where JAX has no value to compare"
     assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of relu#2")
     assert (gap in found.problem) == (faulty == "conv")
 

@@ -143,7 +143,7 @@ def test_noise_is_looked_at_in_little_memory_and_time() -> None:
     assert take_from_frame(noise)[0] is noise
 
 
-# Pictures of which the network must not be sure
+# Pictures that must make the network unsure
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 1), (2, 3)])
@@ -161,7 +161,7 @@ def test_the_largest_of_several_pictures_is_taken(data: FashionMNIST) -> None:
     for left, size, image in ((40, 280, data.test_images[0]), (400, 364, data.test_images[1])):
         grey[40 : 40 + size, left : left + size] = np.kron(image, np.ones((size // 28, size // 28), np.uint8))
     prepared = prepare_picture(plain(grey))
-    assert "it holds 2 pictures, of which the largest was taken" in str(find_oddities(prepared))
+    assert "it holds 2 pictures; the largest was taken" in str(find_oddities(prepared))
     assert "took the 358x358 picture inside a frame" in prepared.summary
 
 

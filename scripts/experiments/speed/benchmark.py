@@ -1,4 +1,4 @@
-"""The whole benchmark on the CPU: its sections, each of which is measured in turns, and the files that it writes."""
+"""The whole benchmark on the CPU: its sections, each measured in turns, and the files that it writes."""
 
 import math
 import os
