@@ -1,6 +1,6 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747) as NumPy arrays, and the order of its images.
 
-The four files lie in one of `PLACES` below the data folder, unpacked or as .gz, and are read where they lie. A missing
+The four files lie in one of `PLACES` below the data folder, unpacked or packed, and are read where they lie. A missing
 or damaged file is fetched from the first of `SOURCES` that has it. Every load compares the bytes with the SHA-256 of
 the published files, so nobody trains on damaged data, or on other data without knowing it.
 """
@@ -9,6 +9,7 @@ import atexit
 import gzip
 import hashlib
 import itertools
+import math
 import shutil
 import sys
 import tempfile
@@ -37,12 +38,14 @@ FILES = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-SIZES = {  # in bytes; the header has four for a magic number and four for the length of each axis
-    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
-    "train-labels-idx1-ubyte": 8 + 60_000,
-    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
-    "t10k-labels-idx1-ubyte": 8 + 10_000,
+SHAPES = {
+    "train-images-idx3-ubyte": (60_000, 28, 28),
+    "train-labels-idx1-ubyte": (60_000,),
+    "t10k-images-idx3-ubyte": (10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": (10_000,),
 }
+# In bytes. The header has four for a magic number and four for the length of each axis.
+SIZES = {name: 4 + 4 * len(shape) + math.prod(shape) for name, shape in SHAPES.items()}
 PLACES = (
     "FashionMNIST/raw",
     "raw",
@@ -50,6 +53,7 @@ PLACES = (
     "FashionMNIST",
 )  # in the data folder; torchvision keeps its files in the first
 MISSING = "missing"
+GZIP = b"\x1f\x8b"  # how a packed file begins, whatever its name: browsers unpack a .gz and keep the name
 
 Say = Callable[[str], None]  # shows one line of text to the user
 
@@ -71,11 +75,20 @@ class OtherContents(UnusableFile):
     """A file has the format of the published one, and other contents: somebody's own labels, MNIST, or a wrong bit."""
 
 
+class OtherFormat(OtherContents):
+    """A file is somebody's own, and `--any-data` cannot use it: it has other labels, or not as many images."""
+
+
 class Found(NamedTuple):
     """A file that is good to use: where it lies, and its unpacked contents."""
 
     path: Path
     content: bytes
+
+    @property
+    def packed(self) -> bool:
+        """Return whether the file is smaller than its contents."""
+        return self.path.stat().st_size != len(self.content)
 
 
 def print_to_stderr(line: str) -> None:
@@ -114,14 +127,14 @@ def prepare_fashion_mnist(
     links to them, which is removed when the process ends. Arguments and errors are those of `load_fashion_mnist`.
     """
     found = read_or_fetch(data_dir, say, sources, any_data)
-    if all(file.path == raw_folder(data_dir) / name for name, file in found.items()):
+    if all(file.path == raw_folder(data_dir) / name and not file.packed for name, file in found.items()):
         return data_dir
     root = Path(tempfile.mkdtemp(prefix=".fashion_mnist-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     raw_folder(root).mkdir(parents=True)
     for name, file in found.items():
         link = raw_folder(root) / name
-        if file.path.suffix == ".gz":
+        if file.packed:
             link.write_bytes(file.content)
         else:
             link.symlink_to(file.path.absolute())
@@ -154,6 +167,13 @@ def decode_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:start], ">u4").astype(int)
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def stated_shape(content: bytes) -> tuple[int, ...]:
+    """Return the shape in the header of an IDX file of unsigned bytes; () if this is none."""
+    if content[:3] != b"\0\0\x08" or len(content) < 4 or len(content) < 4 + 4 * content[3]:
+        return ()
+    return tuple(np.frombuffer(content[4 : 4 + 4 * content[3]], ">u4").tolist())
 
 
 # The order of training
@@ -215,14 +235,17 @@ def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[di
     problems: dict[str, str] = {}
     for name in names:
         reasons = []
-        for path in (data_dir / place / f"{name}{suffix}" for place in PLACES for suffix in ("", ".gz")):
+        dotted = name.replace("-idx", ".idx")  # as Kaggle names the files of MNIST
+        spellings = (name, f"{name}.gz", dotted, f"{dotted}.gz")
+        for path in (data_dir / place / spelling for place in PLACES for spelling in spellings):
             try:
                 found[name] = Found(path, read_verified(path, name, any_data))
                 break
             except OtherContents as error:
+                knowingly = ", or add --any-data to train_jax.py, train_torch.py or compare.py to train on it"
                 raise UserError(
-                    f"{path} is {error}: move it away to get the published file, or add --any-data to train_jax.py, "
-                    "train_torch.py or compare.py to train on it"
+                    f"{path} is {error}: move it away to get the published file"
+                    f"{'' if isinstance(error, OtherFormat) else knowingly}"
                 ) from None
             except UnusableFile as error:
                 reasons.append(str(error))
@@ -309,28 +332,33 @@ def read_verified(path: Path, name: str, any_data: bool = False) -> bytes:
     """
     size = SIZES[name]
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(size + 1)  # and no more: a small .gz can unpack to any size
+        with path.open("rb") as file:
+            packed = file.peek(len(GZIP)).startswith(GZIP)
+            # And no more than this: a small packed file can unpack to any size.
+            content = (gzip.GzipFile(fileobj=file) if packed else file).read(size + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnusableFile(MISSING) from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UnusableFile(f"damaged (not a sound .gz file: {error})") from error
     except OSError as error:
         raise UnusableFile(f"unreadable ({error.strerror})") from error
+    shape, stated = SHAPES[name], stated_shape(content)
+    header = b"\0\0\x08" + bytes([len(shape)]) + np.array(shape, ">u4").tobytes()
     if len(content) != size:
+        own_size = len(header) + math.prod(stated)  # of a larger file, `content` is the beginning
+        if len(stated) == len(shape) and (len(content) == own_size or own_size > size < len(content)):
+            raise OtherFormat(f"of another data set: it holds {stated}, and --any-data takes {shape}")
         length = "more" if len(content) > size else f"{len(content)}"
         raise UnusableFile(f"damaged ({length} bytes, not {size})")
     digest = hashlib.sha256(content).hexdigest()
     if digest == FILES[name]:
         return content
-    shape = (size - 8,) if "labels" in name else ((size - 16) // (28 * 28), 28, 28)
-    header = b"\0\0\x08" + bytes([len(shape)]) + np.array(shape, ">u4").tobytes()
     if not content.startswith(header):
         raise UnusableFile("damaged (the header is not that of such a file)")
     if not any_data:
         raise OtherContents(f"not the published file (its SHA-256 begins with {digest[:12]}, not {FILES[name][:12]})")
     if "labels" in name and (highest := max(content[len(header) :])) >= len(CLASS_NAMES):
-        raise OtherContents(f"not usable with --any-data (it has the label {highest}, and the classes are 0 to 9)")
+        raise OtherFormat(f"not usable with --any-data (it has the label {highest}, and the classes are 0 to 9)")
     return content
 
 

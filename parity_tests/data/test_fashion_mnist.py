@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -83,11 +84,19 @@ def test_files_are_read_where_they_lie_packed_or_not_and_torchvision_reads_them_
     shutil.copytree(raw, folder, copy_function=os.link, dirs_exist_ok=True)
     (folder / LABELS).unlink()
     (folder / f"{LABELS}.gz").write_bytes(gzip.compress((good / LABELS).read_bytes()))
+    (folder / IMAGES).rename(folder / "t10k-images.idx3-ubyte.gz")  # which a browser has unpacked
+    replace(folder / "train-labels-idx1-ubyte", gzip.compress((good / "train-labels-idx1-ubyte").read_bytes()))
     before = listing(tmp_path)
     data = load_fashion_mnist(tmp_path / "data of a course", pytest.fail, [UNASKED])
     assert (good / LABELS).read_bytes().endswith(data.test_labels.tobytes())
     root = prepare_fashion_mnist(tmp_path / "data of a course", pytest.fail, [UNASKED])
-    assert np.array_equal(datasets.FashionMNIST(root, train=False).targets.numpy(), data.test_labels)
+    for train, images, labels in (
+        (True, data.train_images, data.train_labels),
+        (False, data.test_images, data.test_labels),
+    ):
+        of_torchvision = datasets.FashionMNIST(root, train=train)
+        assert np.array_equal(of_torchvision.data.numpy(), images)
+        assert np.array_equal(of_torchvision.targets.numpy(), labels)
     assert listing(tmp_path) == before
 
 
@@ -176,16 +185,41 @@ def test_a_file_with_other_contents_is_refused_and_stays_or_is_taken_knowingly(
     assert (listing(raw), file.read_bytes()) == before
 
 
-def test_labels_beyond_the_ten_classes_are_refused(raw: Path, good: Path) -> None:
-    replace(raw / LABELS, own_labels(good)[:-1] + bytes([10]))
-    with pytest.raises(UserError, match=r"it has the label 10, and the classes are 0 to 9"):
+OTHER_SETS: dict[str, tuple[str, Damage, str]] = {
+    "more classes": (
+        LABELS,
+        lambda content: content[:-1] + bytes([10]),
+        "it has the label 10, and the classes are 0 to 9",
+    ),
+    "fewer labels": (
+        LABELS,
+        lambda content: content[:4] + (100).to_bytes(4) + content[8:108],
+        "it holds (100,), and --any-data takes (10000,)",
+    ),
+    "more images": (
+        IMAGES,
+        lambda content: content[:4] + (20_000).to_bytes(4) + content[8:] + content[16:],
+        "it holds (20000, 28, 28), and --any-data takes (10000, 28, 28)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), OTHER_SETS.values(), ids=OTHER_SETS)
+def test_a_sound_file_of_another_data_set_is_refused_and_stays(
+    raw: Path, good: Path, name: str, change: Damage, words: str
+) -> None:
+    replace(raw / name, change((good / name).read_bytes()))
+    before = listing(raw), (raw / name).read_bytes()
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
         load_fashion_mnist(raw.parents[1], pytest.fail, [UNASKED], any_data=True)
+    assert str(caught.value).endswith(": move it away to get the published file")
+    assert (listing(raw), (raw / name).read_bytes()) == before
 
 
 PACKED_DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (lambda packed: packed[:-8], "damaged (not a sound .gz file"),
     "bad checksum": (lambda packed: packed[:-8] + bytes(8), "damaged (not a sound .gz file"),
-    "not gzip": (lambda packed: b"garbage", "damaged (not a sound .gz file"),
+    "not gzip": (lambda packed: b"garbage", "damaged (7 bytes, not 10008)"),
     "bomb of 4 GiB": (lambda packed: gzip.compress(bytes(2**24)) * 256, "damaged (more bytes, not 10008)"),
 }
 
