@@ -13,6 +13,7 @@ from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.display import ProgressBar, show_table
+from jax_cnn.run.provenance import warn_of_two_cudas
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     card = gpu.describe_card() if config.device == "gpu" else ""
     check_out_dir(config.out_dir)
     console = Console()
+    warn_of_two_cudas(config.device, console.print)
     config = replace(config, data_dir=prepare_fashion_mnist(config.data_dir, console.print))
     progress = ProgressBar(console)
     try:

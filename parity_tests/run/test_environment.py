@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import distributions, requires, version
@@ -21,6 +21,12 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+import benchmark
+import compare
+import train_jax
+import train_torch
+from experiments.speed.config import Task
+from experiments.speed.workers import PREALLOCATE, worker_environment
 from jax_cnn.config import Device, JaxTrainConfig, Network, TrainConfig, UserError
 from jax_cnn.devices import SETTINGS, find_devices, fix_settings, pick_devices
 from jax_cnn.files import write_json
@@ -30,6 +36,7 @@ from jax_cnn.run.display import epoch_table, show_table
 from jax_cnn.run.loop import chance, fit
 from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
+from parity_tests import command
 from parity_tests.run.training import zero_weights
 from parity_tests.support import ROOT
 
@@ -68,6 +75,34 @@ def test_two_versions_of_cuda_are_one_line_when_a_gpu_is_asked_for(monkeypatch: 
     (line,) = said
     assert "CUDA 12 and 13" in line
     assert "'.[cuda]'" in line
+
+
+@pytest.mark.parametrize("script", [train_jax, train_torch, compare, benchmark, command], ids=lambda it: it.__name__)
+def test_every_command_that_may_use_a_gpu_looks_for_two_versions_of_cuda(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: Any
+) -> None:
+    def find(device: Device, say: Callable[[str], None]) -> None:
+        raise UserError("looked for them")
+
+    (tmp_path / "no folder").touch()
+    flags = ["--data-dir", str(tmp_path / "no folder"), "--out-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["command.py", *flags])
+    monkeypatch.setattr(script, "warn_of_two_cudas", find)
+    with pytest.raises(UserError, match="looked for them"):
+        script.main()
+
+
+def test_jax_leaves_memory_of_a_gpu_to_pytorch_where_both_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """JAX reads the variable when it starts, which the command of the harness does before it loads the harness."""
+    look = f"import os, sys, parity_tests.command; print(os.environ[{PREALLOCATE!r}], 'jax' in sys.modules)"
+    for value in ("false", "true"):  # a user's own value is kept
+        env = {name: text for name, text in os.environ.items() if name != PREALLOCATE}
+        env |= {PREALLOCATE: value} if value == "true" else {}
+        done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.stdout.split() == [value, "False"], done.stderr
+    monkeypatch.delenv(PREALLOCATE, raising=False)
+    contender = Task("gpu-jax", 64, 64, 1, 0, "data", device="gpu")
+    assert worker_environment(contender, tmp_path)[PREALLOCATE] == "false"
 
 
 # JAX's variables

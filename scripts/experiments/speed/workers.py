@@ -26,6 +26,7 @@ from experiments.speed.config import CONTENDERS, Task, Unavailable
 from experiments.speed.work import Work
 from experiments.spread import order_of_round
 
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"  # of a GPU's memory 75 %, when JAX starts
 # Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
 STOP_TIMEOUT = 5.0  # seconds for an idle worker to notice the end of its input
@@ -141,7 +142,9 @@ def worker_environment(task: Task, scratch: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compiler processes would live on during the rounds
     }
-    return inherited | common | (on_cpu if task.device == "cpu" else {}) | CONTENDERS[task.contender].environment
+    # Otherwise JAX would take most of the memory, which the processes of all contenders share.
+    on_gpu = {PREALLOCATE: os.environ.get(PREALLOCATE, "false")}
+    return inherited | common | (on_cpu if task.device == "cpu" else on_gpu) | CONTENDERS[task.contender].environment
 
 
 # --- The rest runs in the worker's process ---
