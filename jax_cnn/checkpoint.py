@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jax_cnn.files import write_atomically
-from jax_cnn.torch_layout import MOMENTS, TorchDict, check_shapes, checksum, layout_of, recognise
+from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of
+from jax_cnn.weights import MOMENTS, checksum, recognise
 
 FORMAT = "1"
 MAX_BYTES = 2**28  # larger files are refused; the largest network (--hidden 8192) in float64 takes 156 MB

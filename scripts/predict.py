@@ -24,7 +24,7 @@ from jax_cnn.pictures.prepare import Invert, Prepared, prepare_picture
 from jax_cnn.pictures.read import list_pictures, printable, read_picture
 from jax_cnn.run import command_line
 from jax_cnn.run.folder import WEIGHTS
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.weights import load_weights
 from torch_ref.weights import read_tensors
 
 

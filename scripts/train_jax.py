@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from jax_cnn.config import JaxTrainConfig
-from jax_cnn.data import Say, load_fashion_mnist
+from jax_cnn.data import load_fashion_mnist
+from jax_cnn.data.files import Say
 from jax_cnn.files import check_out_dir
 from jax_cnn.run import command_line
 from jax_cnn.run.loop import Trainer, fit, follow
 from jax_cnn.run.provenance import warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
-from jax_cnn.torch_layout import TorchDict, load_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import load_weights
 from torch_ref.weights import read_tensors
 
 if TYPE_CHECKING:

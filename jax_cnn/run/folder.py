@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import TEMPORARY, check_out_dir, write_atomically, write_json, writing
 from jax_cnn.run.display import plot_curves
-from jax_cnn.torch_layout import save_weights
+from jax_cnn.weights import save_weights
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

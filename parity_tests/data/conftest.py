@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_cnn.data import FILES
-from jax_cnn.data_sources import Source
+from jax_cnn.data.files import FILES
+from jax_cnn.data.sources import Source
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jax_cnn.data import FILES
+from jax_cnn.data.files import FILES
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 COMPLETE = sorted(

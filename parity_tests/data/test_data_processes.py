@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_cnn.data import FILES, load_fashion_mnist, prepare_fashion_mnist
-from jax_cnn.data_sources import Source
+from jax_cnn.data import load_fashion_mnist, prepare_fashion_mnist
+from jax_cnn.data.files import FILES
+from jax_cnn.data.sources import Source
 from parity_tests.data.data_files import COMPLETE, listing
 from parity_tests.support import ROOT, wait_until
 
@@ -46,7 +47,7 @@ PREPARE = """if True:
     from pathlib import Path
     from jax_cnn.config import UserError
     from jax_cnn.data import prepare_fashion_mnist
-    from jax_cnn.data_sources import Source
+    from jax_cnn.data.sources import Source
 
     data_dir, good, asked, go_on = map(Path, sys.argv[1:5])
     if sys.argv[5] != "nothing":

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_cnn import data_sources
-from jax_cnn.data import FILES, load_fashion_mnist
-from jax_cnn.data_sources import Source, SourceFailed
+from jax_cnn.data import load_fashion_mnist, sources
+from jax_cnn.data.files import FILES
+from jax_cnn.data.sources import Source, SourceFailed
 from parity_tests.data.data_files import COMPLETE, IMAGES, LABELS, listing
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="not a Debian")
@@ -38,7 +38,7 @@ def test_the_installed_package_is_found(good: Path, tmp_path: Path, monkeypatch:
     (database / "updates").mkdir()
     (database / "status").write_text("")
     with pytest.raises(SourceFailed, match="'dataset-fashion-mnist' is not installed"):
-        data_sources.installed_package([LABELS], tmp_path)
+        sources.installed_package([LABELS], tmp_path)
 
     packed = tmp_path / "usr share" / "datasets" / f"{LABELS}.gz"
     packed.parent.mkdir(parents=True)
@@ -50,9 +50,9 @@ def test_the_installed_package_is_found(good: Path, tmp_path: Path, monkeypatch:
     folders = [path for path in reversed(packed.parents) if path != Path("/")]
     paths = "".join(f"{path}\n" for path in ["/.", *folders, packed])
     (database / "info" / "dataset-fashion-mnist.list").write_text(paths)
-    assert data_sources.installed_package([IMAGES, LABELS], tmp_path) == packed.parent
+    assert sources.installed_package([IMAGES, LABELS], tmp_path) == packed.parent
     with pytest.raises(SourceFailed, match="none of the files"):
-        data_sources.installed_package([IMAGES], tmp_path)
+        sources.installed_package([IMAGES], tmp_path)
 
 
 def write_package(path: Path, files: Iterable[tuple[str, bytes | Path]]) -> None:
@@ -91,7 +91,7 @@ def test_links_in_a_package_are_left_out(good: Path, tmp_path: Path, workdir: Pa
     sound = gzip.compress((good / LABELS).read_bytes())
     link, folder_link = (f"{IMAGES}.gz", outside / f"{IMAGES}.gz"), ("usr/share/linked", outside)
     write_package(package, [(f"usr/share/{LABELS}.gz", sound), link, folder_link])
-    assert listing(data_sources.unpack_package(package, list(FILES), workdir)) == [f"{LABELS}.gz"]
+    assert listing(sources.unpack_package(package, list(FILES), workdir)) == [f"{LABELS}.gz"]
     assert {path.read_text() for path in outside.iterdir()} == {"not from the package"}
 
 
@@ -101,14 +101,14 @@ def test_a_package_cannot_write_outside_its_folder(tmp_path: Path, workdir: Path
     package = tmp_path / "climbing.deb"
     write_package(package, [(name.format(above=tmp_path / "above"), b"not from here")])
     with contextlib.suppress(SourceFailed):
-        assert listing(data_sources.unpack_package(package, list(FILES), workdir)) == []
+        assert listing(sources.unpack_package(package, list(FILES), workdir)) == []
     assert not [path for path in tmp_path.rglob("escaped.gz") if workdir not in path.parents]
 
 
 @needs_dpkg
 def test_a_file_that_is_no_package_is_a_reason(good: Path, workdir: Path) -> None:
     with pytest.raises(SourceFailed, match=r"dpkg-deb failed: .*not a Debian format archive"):
-        data_sources.unpack_package(good / LABELS, list(FILES), workdir)
+        sources.unpack_package(good / LABELS, list(FILES), workdir)
 
 
 # torchvision
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_package_is_a_reason(good: Path, workdir: Path) -> Non
 def test_torchvision_that_has_the_files_gives_their_folder(
     data_dir: Path, good: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert data_sources.torchvision_download(list(FILES), data_dir) == good
+    assert sources.torchvision_download(list(FILES), data_dir) == good
     assert capfd.readouterr().out == ""
 
 
@@ -135,7 +135,7 @@ def test_a_dead_mirror_fails_soon(
             server.close()
         start = time.monotonic()
         with pytest.raises(SourceFailed, match=reason) as caught:
-            data_sources.torchvision_download(list(FILES), tmp_path, timeout=0.3)
+            sources.torchvision_download(list(FILES), tmp_path, timeout=0.3)
     assert time.monotonic() - start < 5
     assert "\n" not in str(caught.value)
     assert socket.getdefaulttimeout() is None
@@ -157,14 +157,14 @@ def test_a_dead_mirror_fails_soon(
 )
 def test_a_program_that_does_not_succeed_is_a_reason(command: list[str], reason: str) -> None:
     with pytest.raises(SourceFailed, match=reason):
-        data_sources.run_program(command)
+        sources.run_program(command)
 
 
 @needs_shell
 def test_a_program_that_hangs_is_given_up_though_its_child_holds_the_output_open() -> None:
     start = time.monotonic()
     with pytest.raises(SourceFailed, match=r"sh took more than 0\.2 s"):
-        data_sources.run_program(["sh", "-c", "sleep 5 & wait"], timeout=0.2)
+        sources.run_program(["sh", "-c", "sleep 5 & wait"], timeout=0.2)
     assert time.monotonic() - start < 3
 
 
@@ -172,12 +172,12 @@ def test_a_program_that_hangs_is_given_up_though_its_child_holds_the_output_open
 def test_apt_get_without_a_sound_repository_is_a_reason(
     tmp_path: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = tmp_path / "sources.list"
-    sources.write_text(BROKEN_REPOSITORY)
-    (tmp_path / "apt.conf").write_text(f'Dir::Etc::sourcelist "{sources}";\nDir::Etc::sourceparts "/dev/null";\n')
+    source_list = tmp_path / "sources.list"
+    source_list.write_text(BROKEN_REPOSITORY)
+    (tmp_path / "apt.conf").write_text(f'Dir::Etc::sourcelist "{source_list}";\nDir::Etc::sourceparts "/dev/null";\n')
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     with pytest.raises(SourceFailed, match=r"does not have a Release file.*; then .*Unable to locate package"):
-        data_sources.downloaded_package([LABELS], workdir)
+        sources.downloaded_package([LABELS], workdir)
 
 
 @pytest.mark.network
@@ -187,13 +187,13 @@ def test_apt_get_fetches_the_package_and_changes_nothing_else(
 ) -> None:
     """A broken repository beside the machine's own, a hook of the machine, and a folder with an awkward name."""
     own_sources = Path("/etc/apt/sources.list")
-    sources = tmp_path / "sources.list"
-    sources.write_text(
+    source_list = tmp_path / "sources.list"
+    source_list.write_text(
         (own_sources.read_text(encoding="utf-8") if own_sources.exists() else "") + "\n" + BROKEN_REPOSITORY
     )
     hook = tmp_path / "the hook ran"
     (tmp_path / "apt.conf").write_text(
-        f'Dir::Etc::sourcelist "{sources}";\nAPT::Update::Post-Invoke {{ "touch \'{hook}\'"; }};\n'
+        f'Dir::Etc::sourcelist "{source_list}";\nAPT::Update::Post-Invoke {{ "touch \'{hook}\'"; }};\n'
     )
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     system = [Path("/var/lib/apt/lists"), Path("/var/lib/apt/lists/partial"), Path("/var/cache/apt/archives")]
@@ -201,7 +201,7 @@ def test_apt_get_fetches_the_package_and_changes_nothing_else(
 
     messages: list[str] = []
     data_dir = tmp_path / 'a "data" folder, really'
-    data = load_fashion_mnist(data_dir, messages.append, [Source("apt", data_sources.downloaded_package)])
+    data = load_fashion_mnist(data_dir, messages.append, [Source("apt", sources.downloaded_package)])
     assert messages[1:] == [f"Fashion-MNIST: {', '.join(FILES)} taken from apt"]
     assert listing(data_dir) == COMPLETE
     assert np.bincount(data.train_labels).tolist() == [6_000] * 10

@@ -16,16 +16,15 @@ from torchvision import datasets
 from jax_cnn.config import TRAIN_SIZE, UserError
 from jax_cnn.data import (
     CLASS_NAMES,
-    FILES,
     decode_idx,
     epoch_order,
     load_fashion_mnist,
     other_files,
     prepare_fashion_mnist,
-    read_files,
     split_batches,
 )
-from jax_cnn.data_sources import Source, SourceFailed
+from jax_cnn.data.files import FILES, read_files
+from jax_cnn.data.sources import Source, SourceFailed
 from parity_tests.data.data_files import COMPLETE, IMAGES, LABELS, listing
 
 UNASKED = Source("unasked", lambda names, workdir: pytest.fail(f"asked for {names}"))

@@ -21,7 +21,8 @@ from experiments.comparison import figures, page, programs, report, runs, scores
 from experiments.comparison.figures import DARK, LIGHT
 from jax_cnn.config import UserError
 from jax_cnn.run.display import ProgressBar
-from jax_cnn.torch_layout import TorchDict, load_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import load_weights
 from parity_tests.experiments.small_comparison import PARITY, Comparison, Json
 from parity_tests.faults import FAULTS
 from parity_tests.harness.checks import examine

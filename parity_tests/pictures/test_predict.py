@@ -20,7 +20,8 @@ from jax_cnn.pictures import prepare
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture
-from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import load_weights, save_weights
 from parity_tests.pictures.picture_files import PORTRAIT, save_png
 from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command, run_successfully
 

@@ -17,7 +17,8 @@ from jax_cnn.config import UserError
 from jax_cnn.files import write_json
 from jax_cnn.pictures.prepare import Prepared
 from jax_cnn.pictures.read import list_pictures, read_picture
-from jax_cnn.torch_layout import TorchDict, save_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import save_weights
 from parity_tests.support import assert_slip, run_command
 from predict import PredictConfig
 

@@ -23,11 +23,13 @@ from safetensors.numpy import save
 from experiments.records import explain_mismatch
 from jax_cnn.checkpoint import Unusable, interpret, load_checkpoint
 from jax_cnn.config import CNN, TrainConfig, UserError
-from jax_cnn.data import UnusableFile, decode_idx, read_verified
+from jax_cnn.data import decode_idx
+from jax_cnn.data.files import UnusableFile, read_verified
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import FORMATS, read_picture
-from jax_cnn.torch_layout import SIMPLE_CNN, load_weights
+from jax_cnn.torch_layout import SIMPLE_CNN
+from jax_cnn.weights import load_weights
 from parity_tests.run.training import zero_weights
 
 MEMORY = 2**29  # bytes that reading may add to the peak of the process: twice the largest file that is read

@@ -9,7 +9,8 @@ from PIL import Image
 
 from jax_cnn.config import CNN, Network, UserError
 from jax_cnn.data import FashionMNIST
-from jax_cnn.torch_layout import layout_of, load_weights, recognise, save_weights
+from jax_cnn.torch_layout import layout_of
+from jax_cnn.weights import load_weights, recognise, save_weights
 from parity_tests.run.training import TrainOnce, zero_weights
 from parity_tests.support import read_json, run_successfully
 from torch_ref.model import make_model

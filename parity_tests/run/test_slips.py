@@ -14,7 +14,7 @@ from PIL import Image
 
 from jax_cnn.config import Network
 from jax_cnn.run.folder import FILES
-from jax_cnn.torch_layout import save_weights
+from jax_cnn.weights import save_weights
 from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
 from parity_tests.support import ENVIRONMENT, ROOT, assert_slip, command_line, run_command
 from torch_ref.trainer import pick_device

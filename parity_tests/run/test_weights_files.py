@@ -13,7 +13,8 @@ import torch
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress, save_checkpoint
 from jax_cnn.config import CNN, Network, UserError
-from jax_cnn.torch_layout import TorchDict, layout_of, load_weights
+from jax_cnn.torch_layout import TorchDict, layout_of
+from jax_cnn.weights import load_weights
 from parity_tests.run.training import zero_weights
 from torch_ref.model import SimpleCNN
 from torch_ref.weights import read_tensors

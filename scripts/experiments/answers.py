@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jax_cnn.config import Network
-from jax_cnn.torch_layout import TorchDict, layout_of, recognise, to_flax
+from jax_cnn.torch_layout import TorchDict, layout_of, to_flax
+from jax_cnn.weights import recognise
 
 Framework = Literal["jax", "torch"]
 Pixels = UInt8[np.ndarray, "size 28 28"]

@@ -17,7 +17,8 @@ from jax_cnn.config import Device, FolderConfig, LimitConfig, SeedConfig, TrainC
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import CHECKPOINTS, CONFIG, FILES, set_aside
-from jax_cnn.torch_layout import TorchDict, load_weights, save_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import load_weights, save_weights
 
 COMMITTED_BENCHMARK = ROOT / "docs" / "results" / "benchmark" / "benchmark.json"
 MOST_PICTURES = 200  # in each of the two grids, because the page holds every picture

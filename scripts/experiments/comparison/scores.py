@@ -24,7 +24,7 @@ from experiments.comparison.runs import CompareConfig, Run
 from experiments.records import Json, check_accuracy
 from jax_cnn.data import load_fashion_mnist
 from jax_cnn.run.folder import WEIGHTS
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.weights import load_weights
 
 Labels = Int[np.ndarray, " size"]
 

@@ -25,7 +25,8 @@ from jax_cnn.pictures.read import decode_picture
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import TorchDict, load_weights
+from jax_cnn.torch_layout import TorchDict
+from jax_cnn.weights import load_weights
 
 Pixels = UInt8[np.ndarray, "28 28"]
 Saver = Callable[[Pixels], Image.Image]

@@ -25,7 +25,7 @@ from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.run.folder import WEIGHTS
 from jax_cnn.run.provenance import provenance
-from jax_cnn.torch_layout import load_weights
+from jax_cnn.weights import load_weights
 
 Correct = Bool[np.ndarray, " images"]
 

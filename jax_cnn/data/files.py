@@ -1,18 +1,15 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747) as NumPy arrays, and the order of its images.
+"""The four files of Fashion-MNIST: find them in the data folder, verify them, fetch what is missing.
 
-The four files lie in one of `PLACES` below the data folder, unpacked or packed, and are read where they lie. A missing
+The files lie in one of `PLACES` below the data folder, unpacked or packed, and are read where they lie. A missing
 or damaged file is fetched from the first of `SOURCES` that has it. Every load compares the bytes with the SHA-256 of
 the published files, so nobody trains on damaged data, or on other data without knowing it.
 """
 
-import atexit
 import gzip
 import hashlib
 import itertools
 import math
 import shutil
-import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,15 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Int, UInt8
 
 from jax_cnn.config import UserError
-from jax_cnn.data_sources import SOURCES, Source, SourceFailed
+from jax_cnn.data.sources import Source, SourceFailed
 from jax_cnn.files import write_atomically
 
-CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-
-CLASS_NUMBERS = tuple(f"class {label}" for label in range(10))  # the names where other data have other classes
+CLASSES = 10
 
 # SHA-256 of the unpacked files, in the order of the fields of `FashionMNIST`. Packed files differ by packer.
 FILES = {
@@ -46,25 +40,12 @@ SHAPES = {
 }
 # In bytes. The header has four for a magic number and four for the length of each axis.
 SIZES = {name: 4 + 4 * len(shape) + math.prod(shape) for name, shape in SHAPES.items()}
-PLACES = (
-    "FashionMNIST/raw",
-    "raw",
-    ".",
-    "FashionMNIST",
-)  # in the data folder; torchvision keeps its files in the first
+# In the data folder; torchvision keeps its files in the first.
+PLACES = ("FashionMNIST/raw", "raw", ".", "FashionMNIST")
 MISSING = "missing"
 GZIP = b"\x1f\x8b"  # how a packed file begins, whatever its name: browsers unpack a .gz and keep the name
 
 Say = Callable[[str], None]  # shows one line of text to the user
-
-
-class FashionMNIST(NamedTuple):
-    """The data set. The arrays are read-only: JAX on the CPU may share their memory instead of copying it."""
-
-    train_images: UInt8[np.ndarray, "60000 28 28"]
-    train_labels: UInt8[np.ndarray, "60000"]
-    test_images: UInt8[np.ndarray, "10000 28 28"]
-    test_labels: UInt8[np.ndarray, "10000"]
 
 
 class UnusableFile(Exception):
@@ -91,117 +72,6 @@ class Found(NamedTuple):
         return self.path.stat().st_size != len(self.content)
 
 
-def print_to_stderr(line: str) -> None:
-    """Print one line to stderr."""
-    print(line, file=sys.stderr)
-
-
-# Loading
-
-
-def load_fashion_mnist(
-    data_dir: Path, say: Say = print_to_stderr, sources: Sequence[Source] = SOURCES, any_data: bool = False
-) -> FashionMNIST:
-    """Read the data set, after fetching what is missing or damaged.
-
-    Args:
-        data_dir: the data folder.
-        say: shows a message to the user.
-        sources: where to fetch from, in order of preference, after the data folder itself.
-        any_data: take files of the same format with other contents.
-
-    Raises:
-        UserError: no source has a file that is needed and the data folder lacks, or that folder cannot be written to;
-            or a file has other contents than the published one.
-    """
-    found = read_or_fetch(data_dir, say, sources, any_data)
-    return FashionMNIST(*(decode_idx(found[name].content) for name in FILES))
-
-
-def prepare_fashion_mnist(
-    data_dir: Path, say: Say, sources: Sequence[Source] = SOURCES, any_data: bool = False
-) -> Path:
-    """Return a folder that torchvision reads the data set from, its `root`.
-
-    It is the data folder, if the files lie there as torchvision keeps them. Otherwise it is a temporary folder with
-    links to them, which is removed when the process ends. Arguments and errors are those of `load_fashion_mnist`.
-    """
-    found = read_or_fetch(data_dir, say, sources, any_data)
-    if all(file.path == raw_folder(data_dir) / name and not file.packed for name, file in found.items()):
-        return data_dir
-    root = Path(tempfile.mkdtemp(prefix=".fashion_mnist-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    raw_folder(root).mkdir(parents=True)
-    for name, file in found.items():
-        link = raw_folder(root) / name
-        if file.packed:
-            link.write_bytes(file.content)
-        else:
-            link.symlink_to(file.path.absolute())
-    return root
-
-
-def other_files(data_dir: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file in the data folder that has other contents than the published one, by name."""
-    found, _ = find_files(data_dir, FILES, any_data=True)
-    digests = {name: hashlib.sha256(file.content).hexdigest() for name, file in found.items()}
-    return {name: digest for name, digest in digests.items() if digest != FILES[name]}
-
-
-def raw_folder(data_dir: Path) -> Path:
-    """Return the folder of the four files, where torchvision looks for them."""
-    return data_dir / "FashionMNIST" / "raw"
-
-
-def decode_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
-    """Decode an IDX file: two zeros, the type, the number of axes, the length of each axis, then the values.
-
-    Returns:
-        A read-only view of `content`, uint8, in the shape that the header states.
-
-    Raises:
-        ValueError: the values are not unsigned bytes, or their number does not match the shape.
-    """
-    if content[:3] != b"\0\0\x08" or len(content) < 4:  # 8 is the code for uint8
-        raise ValueError(f"not an IDX file of unsigned bytes: it begins with {content[:4].hex(' ')}")
-    start = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:start], ">u4").astype(int)
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def stated_shape(content: bytes) -> tuple[int, ...]:
-    """Return the shape in the header of an IDX file of unsigned bytes; () if this is none."""
-    if content[:3] != b"\0\0\x08" or len(content) < 4 or len(content) < 4 + 4 * content[3]:
-        return ()
-    return tuple(np.frombuffer(content[4 : 4 + 4 * content[3]], ">u4").tolist())
-
-
-# The order of training
-
-
-def epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
-    """Return the order in which an epoch (counted from 0) visits the training images: 0 … size - 1, int64.
-
-    Every seed and every epoch has its own permutation.
-    """
-    return np.random.default_rng((seed, epoch)).permutation(size)
-
-
-def split_batches(
-    order: Int[np.ndarray, " size"], batch_size: int
-) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, " remainder"]]:
-    """Split the order of an epoch into full batches, one per row, and the remainder, which trains too.
-
-    Returns:
-        Indices of shape [size // batch_size, batch_size] and [size % batch_size].
-    """
-    full = len(order) - len(order) % batch_size
-    return order[:full].reshape(-1, batch_size), order[full:]
-
-
-# Reading, verifying and fetching the files
-
-
 def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source], any_data: bool) -> dict[str, Found]:
     """Return the four files by name, after putting what is missing into the data folder."""
     if data_dir.exists() and not data_dir.is_dir():
@@ -223,6 +93,11 @@ def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source], any_data:
             f"Fashion-MNIST is not in {raw} ({list_problems(problems)}) and cannot be put there ({error}): "
             "give a data folder that can be written to, or one that holds the four files"
         ) from error
+
+
+def raw_folder(data_dir: Path) -> Path:
+    """Return the folder of the four files, where torchvision looks for them."""
+    return data_dir / "FashionMNIST" / "raw"
 
 
 def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[dict[str, Found], dict[str, str]]:
@@ -324,6 +199,13 @@ def read_files(
     return contents, problems
 
 
+def stated_shape(content: bytes) -> tuple[int, ...]:
+    """Return the shape in the header of an IDX file of unsigned bytes; () if this is none."""
+    if content[:3] != b"\0\0\x08" or len(content) < 4 or len(content) < 4 + 4 * content[3]:
+        return ()
+    return tuple(np.frombuffer(content[4 : 4 + 4 * content[3]], ">u4").tolist())
+
+
 def read_verified(path: Path, name: str, any_data: bool = False) -> bytes:
     """Return the unpacked contents of a file.
 
@@ -357,7 +239,7 @@ def read_verified(path: Path, name: str, any_data: bool = False) -> bytes:
         raise UnusableFile("damaged (the header is not that of such a file)")
     if not any_data:
         raise OtherContents(f"not the published file (its SHA-256 begins with {digest[:12]}, not {FILES[name][:12]})")
-    if "labels" in name and (highest := max(content[len(header) :])) >= len(CLASS_NAMES):
+    if "labels" in name and (highest := max(content[len(header) :])) >= CLASSES:
         raise OtherFormat(f"not usable with --any-data (it has the label {highest}, and the classes are 0 to 9)")
     return content
 

@@ -1,6 +1,6 @@
 """Sources of the files of Fashion-MNIST: an installed package, torchvision's mirrors, a package from apt-get.
 
-The sources verify nothing: `jax_cnn.data` checks every file that they give.
+The sources verify nothing: `jax_cnn.data.files` checks every file that they give.
 """
 
 import contextlib
