@@ -157,6 +157,7 @@ class Comparison(NamedTuple):
     functions: dict[str, Difference]  # values between modules in the local run; they say where, and never whether
     notes: tuple[str, ...]
     unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
+    sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
 
     @property
@@ -834,7 +835,8 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
     unseen = {name: why for name, why in sweeper.operations.items() if name not in {**sweeper.stages, **functions}}
-    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen)
+    sources = sweeper.reference.sources
+    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
     if not any_problem(inherited, local):
         return comparison
     return follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
@@ -1153,10 +1155,21 @@ def sharpen(comparison: Comparison, name: str) -> str:
 
 
 def behind_last_given(comparison: Comparison, name: str) -> list[str]:
-    """Return PyTorch's values before a stage, or before the output, which is "", from its last given value on."""
+    """Return PyTorch's values from which a stage, or the output "", is computed, from the last given values on.
+
+    Where autograd does not know them, these are all values between the last given one and the stage.
+    """
+    given = {*comparison.stages, *comparison.born}
+    if name in comparison.sources:
+        behind, ends = set[str](), [name]
+        while ends:
+            new = set(comparison.sources.get(ends.pop(), ())) - given - behind
+            behind |= new
+            ends += new
+        return [other for other in comparison.order if other in behind]
     before = list(itertools.takewhile(lambda other: other != name, comparison.order))
-    given = [n for n, other in enumerate(before) if other in comparison.stages or other in comparison.born]
-    return before[max(given, default=-1) + 1 :]
+    last = max((number for number, other in enumerate(before) if other in given), default=-1)
+    return before[last + 1 :]
 
 
 def gap_before(comparison: Comparison, place: str) -> list[str]:

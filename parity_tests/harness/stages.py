@@ -223,7 +223,7 @@ def match(
     bare = Bare(matcher, owners)
     bare.match_between()
     match_containers(matcher)
-    match_in_scopes(matcher, owners)
+    match_in_scopes(matcher, owners, bare)
     bare.match_between()
     match_containers(matcher)
     return {name: matcher.matches[name] for name in torch if name in matcher.matches}
@@ -531,14 +531,18 @@ def is_below(stage: Stage, owner: str, separator: str) -> bool:
     return stage.owner.startswith(owner + separator) or (bool(stage.label) and stage.owner == owner)
 
 
-def match_in_scopes(matcher: Matcher, owners: Mapping[str, str]) -> None:
-    """Match functions of the same kind in matched modules, in order, where both sides have equally many."""
+def match_in_scopes(matcher: Matcher, owners: Mapping[str, str], bare: Bare) -> None:
+    """Match functions of the same kind in matched modules, in order, where both sides have equally many.
+
+    A module without weights and parts counts as a function of the module around it: nn.SiLU is one, as F.silu is.
+    """
     scopes = {"": ""} | dict(owners)
     for name, found in matcher.matches.items():
         if not matcher.torch[name].label and not matcher.jax[found.jax].label:
             scopes.setdefault(matcher.torch[name].owner, matcher.jax[found.jax].owner)
     torch, jax = matcher.left()
-    ours, theirs = (group_functions(stages) for stages in (torch, jax))
+    ours = group_functions((stage for stage in torch if stage.name in bare.torch), ".")
+    theirs = group_functions((stage for stage in jax if stage.name in bare.jax), "/")
     for (scope, kind), stages in ours.items():
         others = theirs.get((scopes.get(scope, ""), kind), []) if scope in scopes else []
         if len(stages) == len(others) and all(matcher.fit(a, b) for a, b in zip(stages, others, strict=True)):
@@ -546,12 +550,12 @@ def match_in_scopes(matcher: Matcher, owners: Mapping[str, str]) -> None:
                 matcher.add(a, b, "same function in the same module")
 
 
-def group_functions(stages: Iterable[Stage]) -> dict[tuple[str, str], list[Stage]]:
-    """Return the functions by module and kind."""
+def group_functions(stages: Iterable[Stage], separator: str) -> dict[tuple[str, str], list[Stage]]:
+    """Return functions and modules without weights by the module that calls them and their kind."""
     groups: dict[tuple[str, str], list[Stage]] = defaultdict(list)
     for stage in stages:
-        if stage.label:
-            groups[stage.owner, kind_of(stage)].append(stage)
+        scope = stage.owner if stage.label else stage.owner.rpartition(separator)[0]
+        groups[scope, kind_of(stage)].append(stage)
     return groups
 
 

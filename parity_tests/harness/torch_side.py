@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -75,6 +76,7 @@ class Watch(TorchFunctionMode):
         self.scopes: list[Scope] = []
         self.copies: dict[int, tuple[weakref.ref[torch.Tensor], np.ndarray, torch.Tensor]] = {}
         self.recorded_views: list[tuple[str, torch.Tensor, int]] = []
+        self.nodes: dict[tuple[Any, int], list[str]] = {}  # node of autograd's graph and number of its output -> values
         self.busy = False
 
     @contextmanager
@@ -179,7 +181,11 @@ class Watch(TorchFunctionMode):
             self.kinds[key] = kind
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 return tensor
-            return self.record_gradient(key, tensor, given.get(id(tensor)), id(tensor) in shared, kind == "function")
+            version, is_shared = given.get(id(tensor)), id(tensor) in shared
+            watched = self.record_gradient(key, tensor, version, is_shared, kind == "function")
+            if watched.grad_fn is not None:
+                self.nodes.setdefault((watched.grad_fn, watched.output_nr), []).append(key)
+            return watched
 
         self.busy = True
         try:
@@ -234,6 +240,22 @@ class Watch(TorchFunctionMode):
         array = to_numpy(kept)
         self.copies[id(tensor)] = (weakref.ref(tensor), array, kept)
         return array
+
+    def find_sources(self) -> dict[str, set[str]]:
+        """Return for each value the recorded ones that it was computed from, with none between, by autograd's graph."""
+        sources: dict[str, set[str]] = {}
+        for (node, _), names in self.nodes.items():
+            sources |= {later: {earlier} for earlier, later in pairwise(names)}
+            nearest, seen, edges = set[str](), set[Any](), list(node.next_functions)
+            while edges:
+                edge = edges.pop()
+                if edge in self.nodes:
+                    nearest.add(self.nodes[edge][-1])
+                elif edge[0] is not None and edge not in seen:
+                    seen.add(edge)
+                    edges += edge[0].next_functions
+            sources[names[0]] = nearest
+        return sources
 
     def begin_backward(self) -> None:
         """End the recording of values. A view that was changed in place since would get a part of its gradient."""
@@ -350,6 +372,7 @@ class TorchCapture(NamedTuple):
             its second call, `lstm[1][0]` for a part of a nest, `layer1.0.add` for a function. The root is "".
         gradients: the gradient of the objective by those values. One that cannot be known is missing.
         kinds: the class name of the submodule, or "function", by the names of `values`.
+        sources: the values that each was computed from, with no other between. One that has no gradient is missing.
         weight_gradients: by the name of the parameter. One that the objective does not depend on is missing.
         buffers: the module's buffers after the run.
         loss: the objective, or None if the outputs have no floating-point tensor in it.
@@ -360,6 +383,7 @@ class TorchCapture(NamedTuple):
     values: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
     kinds: dict[str, str]
+    sources: dict[str, set[str]]
     weight_gradients: dict[str, np.ndarray]
     buffers: dict[str, np.ndarray]
     loss: float | None
@@ -421,6 +445,7 @@ def capture_torch(
         watch.values,
         watch.gradients,
         watch.kinds,
+        watch.find_sources(),
         result.weight_gradients,
         result.buffers,
         result.loss,

@@ -594,6 +594,41 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
     assert (gap in found.problem) == (faulty == "conv")
 
 
+class Gated(nn.Module):
+    """A product of two branches: its activation is called before the other branch, and used behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.act, self.up, self.down = nn.Linear(4, 6), nn.SiLU(), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs [batch, 4]."""
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("act", "where", "gap"),
+    [
+        (linen.silu, "", False),
+        (lambda x: linen.silu(1.702 * x), "output of act", False),
+        (linen.gelu, "output of mul", True),  # JAX has no silu
+    ],
+    ids=["sound", "scaled", "another"],
+)
+def test_the_activation_of_a_gate_is_named(act: Any, where: str, gap: bool) -> None:
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            gate, up = linen.Dense(6, name="gate")(x), linen.Dense(6, name="up")(x)
+            return linen.Dense(4, name="down")(act(gate) * up)
+
+    images = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    result = examine(Pair(Gated, Port(), images, batch_sizes=(5,)), names=("outputs",))
+    assert [divergence.where for divergence in result.divergences] == [where] * bool(where)
+    assert ("or in act before it, where JAX has no value" in str(result.divergences)) == gap
+    assert ("act" in result.comparisons[0].stages) != gap
+
+
 def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
     class Port(linen.Module):
         @linen.compact
