@@ -15,6 +15,13 @@ from jax_cnn.torch_layout import TorchDict, check_shapes, layout_of
 
 MOMENTS = ("first_moment", "second_moment")  # a checkpoint has Adam's moments under these names and the tensor's
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and a module in a module
+FOREIGN = {  # files that people take for weights, by how they begin
+    b"\x89HDF": "an HDF5 file, as Keras writes it",
+    b"\x93NUMPY": "an array of NumPy's",
+    b"\x1f\x8b": "packed (gzip): unpack it first",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
+    b"<": "a web page",
+}
 
 
 def save_weights(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -104,9 +111,13 @@ def read_file(path: Path, read_torch: Callable[[Path], TorchDict] | None) -> tup
         ValueError: it is of no kind that is known, or damaged.
     """
     with path.open("rb") as file:
-        start = file.read(9)
-    # PyTorch writes a zip archive, and once wrote a pickle. A safetensors file begins with the length of its JSON.
-    if start.startswith(b"PK\3\4") or (start.startswith(b"\x80") and start[8:] != b"{"):
+        start = file.read(24)
+    is_safetensors = start[8:9] == b"{"  # after eight bytes with the length of its JSON, which may be any bytes
+    foreign = next((kind for first, kind in FOREIGN.items() if start.startswith(first)), None)
+    if not start or (foreign and not is_safetensors):
+        raise ValueError(f"it is {foreign or 'empty'}")
+    # PyTorch writes a zip archive, and once wrote a pickle.
+    if start.startswith(b"PK\3\4") or (start.startswith(b"\x80") and not is_safetensors):
         if read_torch is None:
             raise ValueError("it is a file of PyTorch's, which is not read here")
         try:

@@ -1,9 +1,14 @@
 """Weights in the files that people have: runs, checkpoints, and what PyTorch saves. And in those that do not fit."""
 
+import gzip
 import io
+import pickle
+import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -39,6 +44,12 @@ def saved(content: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def saved_on_a_gpu(content: Any) -> bytes:
+    """Return what torch.save writes where the tensors are on a GPU."""
+    with patch.object(torch.serialization, "location_tag", lambda storage: "cuda:0"):
+        return saved(content)
+
+
 def prefixed(prefix: str) -> dict[str, Any]:
     """Return the state dict with a prefix before every name."""
     return {prefix + name: tensor for name, tensor in STATE.items()}
@@ -56,8 +67,17 @@ GOOD = {
     "of old PyTorch": saved(STATE, _use_new_zipfile_serialization=False),
     "a checkpoint": saved({"epoch": 3, "state_dict": STATE, "optimizer": optimizer.state_dict(), "loss": 0.5}),
     "a checkpoint with a name of its own": saved({"net": STATE}),
+    "a checkpoint in a checkpoint": saved(
+        {"epoch": 3, "best": {"weights": STATE, "optimizer": optimizer.state_dict()}}
+    ),
+    "numbers of NumPy and flags beside it": saved(
+        {"state_dict": STATE, "best": np.float64(0.9), "losses": np.ones(3, np.float32), "args": Namespace(lr=1e-3)}
+    ),
     "DataParallel and torch.compile": saved(prefixed("module._orig_mod.")),
     "a module in a module": saved({"state_dict": prefixed("model.")}),
+    "with a number among the tensors": saved({**STATE, "epoch": 3}),
+    "of arrays": saved(WEIGHTS),
+    "of a GPU": saved_on_a_gpu(STATE),
     "half precision": saved(cast(torch.float16)),
     "bfloat16": saved(cast(torch.bfloat16)),
     "float64": saved(cast(torch.float64)),
@@ -118,6 +138,15 @@ def edited(**changes: np.ndarray | None) -> bytes:
     return safetensors.numpy.save({name: array for name, array in (WEIGHTS | changes).items() if array is not None})
 
 
+def archive(*names: str) -> bytes:
+    """Return a zip archive with files of these names in one folder, or a single one in none."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as written:
+        for name in names:
+            written.writestr(f"archive/{name}" if len(names) > 1 else name, b"3\n")  # `version` is a number
+    return file.getvalue()
+
+
 class Executed:
     """An object that would write a file when it is unpickled."""
 
@@ -128,10 +157,22 @@ class Executed:
 BIAS = WEIGHTS["fc.bias"]
 BAD = {
     "no file": (None, "No such file"),
+    "nothing": (b"", "it is empty; give"),
     "no archive": (b"PK\3\4 and so on", "not a readable PyTorch file"),
     "cut short": (edited()[:-1], "not a readable safetensors file"),
     "a PyTorch file cut short": (saved(STATE)[:-200], "not a readable PyTorch file"),
     "code in a PyTorch file": (saved({"fc.weight": Executed()}), "save model.state_dict() alone"),
+    "TorchScript": (
+        archive("code/__torch__.py", "constants.pkl", "data.pkl", "version"),
+        "it is a TorchScript archive, which is a program: save model.state_dict() alone",
+    ),
+    "arrays of NumPy": (archive("fc.weight.npy"), "it is a zip archive of another program"),
+    "one array of NumPy": (b"\x93NUMPY\1\0", "it is an array of NumPy's; give"),
+    "Keras": (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes it; give"),
+    "packed": (gzip.compress(saved(STATE)), "it is packed (gzip): unpack it first; give"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+    "a web page": (b"<!DOCTYPE html>", "it is a web page; give"),
+    "a pickle of arrays": (pickle.dumps(WEIGHTS), "it holds more than tensors: save model.state_dict() alone"),
     "a whole module": (saved(torch.nn.Linear(784, 10)), "torch.nn.modules.linear.Linear beside tensors"),
     "one tensor": (saved(torch.zeros(3)), "it holds one Tensor, not a state dict"),
     "two state dicts": (saved({"a": STATE, "b": STATE}), "it holds 2 state dicts, not one"),
