@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import special
 
 from experiments.answers import compute_logits
@@ -26,6 +28,7 @@ from parity_tests.pictures.picture_files import PORTRAIT, save_png
 from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command, run_successfully
 
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
+STATE_DICT = Path("weights.pth")  # the same, as PyTorch saves it
 COUNT = 300  # images: a full batch and a smaller one
 # The worst difference of a probability between the frameworks, over the 10,000 test images after five epochs: 7.2e-7.
 AGREEMENT = 1e-6
@@ -39,6 +42,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("trained")
     size = ("--epochs", 1, "--limit-train", 12_800, "--limit-test", 1000, "--device", "cpu")
     run_successfully("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
+    torch.save(load_file(cwd / WEIGHTS), cwd / STATE_DICT)
     return cwd
 
 
@@ -72,7 +76,7 @@ def assert_agreement(actual: np.ndarray, expected: np.ndarray) -> None:
     assert worst <= AGREEMENT, f"{worst:.1e} > {AGREEMENT:.1e}"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--framework", "torch", "--weights", WEIGHTS)], ids=["jax", "torch"])
+@pytest.mark.parametrize("arguments", [(), ("--framework", "torch", "--weights", STATE_DICT)], ids=["jax", "torch"])
 def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
     data: FashionMNIST, trained: Path, network: Network, test_pngs: list[Path], arguments: tuple[object, ...]
 ) -> None:
