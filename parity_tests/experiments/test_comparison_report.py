@@ -20,6 +20,7 @@ from experiments.answers import FRAMEWORKS, STAGES
 from experiments.comparison import figures, page, programs, report, runs, scores
 from experiments.comparison.figures import DARK, LIGHT
 from jax_cnn.config import UserError
+from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS
 from jax_cnn.run.display import ProgressBar
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.weights import load_weights
@@ -104,11 +105,20 @@ def test_every_figure_has_a_title_and_labelled_axes(comparison: Comparison) -> N
         assert {figure.get_supylabel(), *(axes.get_ylabel() for axes in figure.axes)} != {""}, name
 
 
-def test_data_that_are_not_fashion_mnist_are_on_the_page(comparison: Comparison) -> None:
+def test_data_that_are_not_fashion_mnist_are_on_the_page_and_no_garment_is_named(comparison: Comparison) -> None:
     content = copy.deepcopy(comparison.report)
-    content["runs"]["jax"]["record"]["data"] = {"t10k-labels-idx1-ubyte": "ab" * 32}
-    assert "ab" * 32 in render(content)
-    assert 'id="data"' not in render(comparison.report)
+    run = content["runs"]["jax"]
+    run["record"]["data"] = {"t10k-labels-idx1-ubyte": "ab" * 32}
+    content["classes"] = report.name_classes(runs.Run(**run))
+    for shown, classes, others in (
+        (content, CLASS_NUMBERS, CLASS_NAMES),
+        (comparison.report, CLASS_NAMES, CLASS_NUMBERS),
+    ):
+        text = re.sub(r"base64,[^\"]*", "", render(shown))
+        assert all(name in text for name in classes)
+        assert not [name for name in others if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
+        assert ("CNN on FashionMNIST" in text) == (shown is comparison.report)
+        assert (f"t10k-labels-idx1-ubyte <code>{'ab' * 32}</code>" in text) == (shown is content)
 
 
 # Finished runs

@@ -47,7 +47,7 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     begin(4, "speed by configuration")
     report = provenance((*PACKAGES, "matplotlib")) | {
         "config": asdict(config),
-        "classes": list(CLASS_NUMBERS if runs["jax"].record.get("data") else CLASS_NAMES),
+        "classes": name_classes(runs["jax"]),
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
         "layers": scores.list_layers(),
@@ -61,6 +61,11 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
     report["headline"] = headline(report)
     report["verdict"] = judge(report)
     return report
+
+
+def name_classes(run: Run) -> list[str]:
+    """Return the names of the ten classes, which are numbers where the run's data are not FashionMNIST's."""
+    return list(CLASS_NUMBERS if run.record.get("data") else CLASS_NAMES)
 
 
 def check_named(config: CompareConfig) -> None:
