@@ -16,7 +16,7 @@ from torch import nn
 
 from parity_tests.harness.compare import Refused, flat
 from parity_tests.harness.taps import in_float64
-from parity_tests.harness.torch_side import copy_module
+from parity_tests.harness.torch_side import copy_module, hold_real
 
 TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
 
@@ -138,7 +138,7 @@ class Pair:
             module = module()
         if not isinstance(module, nn.Module):
             raise Refused(f"the function of the PyTorch side makes a {type(module).__name__}, not a torch.nn.Module")
-        return getattr(module, "_orig_mod", module)  # the one that torch.compile was given
+        return hold_real(getattr(module, "_orig_mod", module))  # the one that torch.compile was given
 
     def sizes(self) -> tuple[int, ...]:
         """Return the sizes of the batches that are compared."""
@@ -310,9 +310,6 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
 def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
     """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
     module = copy_module(pair.new_module(seed))
-    for name, parameter in module.named_parameters():
-        if parameter.is_complex():
-            raise Refused(f"PyTorch's {name} is complex: hold it as a last axis of 2, for torch.view_as_complex")
     return load_tensors(module.cpu().to(getattr(torch, dtype)).eval(), tensors)
 
 

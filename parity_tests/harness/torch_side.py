@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -495,6 +496,35 @@ def copy_module(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, computed)
     except Exception as error:
         raise Refused(f"the reference cannot be copied: {describe(error)}. Give a function that makes it") from error
+
+
+def hold_real(module: nn.Module) -> nn.Module:
+    """Return the module, or a copy that holds complex parameters as real ones with a last axis of 2, under their names.
+
+    Its own methods see them complex all the same, and torch's optimizers treat the two parts alike.
+    """
+    if not any(parameter.is_complex() for parameter in module.parameters()):
+        return module
+    module, real = copy_module(module), dict[int, nn.Parameter]()
+    for part in module.modules():
+        own = {name: value for name, value in part._parameters.items() if value is not None and value.is_complex()}
+        for name, value in own.items():
+            pairs = torch.view_as_real(value.detach()).clone()
+            part._parameters[name] = real.setdefault(id(value), nn.Parameter(pairs, value.requires_grad))
+        if own:
+            part.__class__ = seen_complex(type(part), frozenset(own))
+    return module
+
+
+@cache
+def seen_complex(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+    """Return the class of a module that holds these parameters real, and sees them complex."""
+
+    def get(self: nn.Module, name: str) -> Any:
+        value = cls.__getattr__(self, name)
+        return torch.view_as_complex(value) if name in names else value
+
+    return type(cls.__name__, (cls,), {"__getattr__": get, "__module__": cls.__module__})
 
 
 def fresh_copy(module: nn.Module, training: bool, dtype: torch.dtype) -> nn.Module:

@@ -355,7 +355,6 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
             "PyTorch's optimizer alone: give jax_optimizer= too",
         ),
         (Pair(LINEAR, DENSE, ROWS, torch_optimizer=1, jax_optimizer=1), "give a function that makes one for a module"),  # type: ignore[arg-type]
-        (Pair(nn.ParameterDict({"w": nn.Parameter(torch.ones(2) + 1j)}), DENSE, ROWS), "PyTorch's w is complex"),
         (Pair(LINEAR, DENSE, ROWS, jax_inputs="nhwc"), "jax_inputs='nhwc' is unknown"),
         (Pair(LINEAR, DENSE, ROWS, batch_sizes=8), "batch_sizes=8 is no tuple of sizes"),  # type: ignore[arg-type]
     ],
@@ -363,6 +362,47 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
 def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
     with pytest.raises(Refused, match=words):
         examine(pair, names=("parameters",))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int) -> None:
+    """A port that conjugates one, as a formula with another convention does, differs in outputs."""
+
+    class Modes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes, self.mix = nn.Parameter(torch.randn(4, dtype=torch.cfloat)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix((torch.exp(-self.modes) * x).imag)
+
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        modes = tree["re"] + sign * 1j * tree["im"]
+        return (jnp.exp(-modes) * x).imag @ tree["w"].T + tree["b"]
+
+    def weights(state: Any) -> Any:
+        real, imaginary = state["modes"][..., 0], state["modes"][..., 1]
+        return {"re": real, "im": imaginary, "w": state["mix.weight"], "b": state["mix.bias"]}
+
+    result = examine(Pair(Modes, port, np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), weights))
+    assert {found.check for found in result.divergences} == (set() if sign == 1 else {"outputs"})
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-9])
+def test_a_constant_that_float32_does_not_see_is_no_fault(epsilon: float) -> None:
+    """Flax's WeightNorm adds 1e-12 to a square, which PyTorch does not."""
+
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return linen.WeightNorm(linen.Dense(2), epsilon=epsilon)(x)
+
+    def reference() -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+    result = examine(Pair(reference, Port(), np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)))
+    assert {found.check for found in result.divergences} == (set() if epsilon < 1e-10 else {"outputs"})
+    assert ("constants of 1e-10" in " ".join(result.notes)) == (epsilon < 1e-10)
 
 
 def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> None:
