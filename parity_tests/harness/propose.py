@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity_tests.harness.weights import (
+    PARAMETRIZED,
     CannotCarry,
     Entry,
     Gaps,
@@ -30,7 +31,6 @@ from parity_tests.harness.weights import (
     conv1d,
     conv_transpose,
     declare,
-    embedding,
     expression,
     groups,
     gru,
@@ -42,12 +42,12 @@ from parity_tests.harness.weights import (
     parent,
     qkv,
     rule_for,
+    rule_for_tensor,
     same,
     same_names,
     size_of,
     stacked,
     torch_side,
-    words,
 )
 
 Judge = Callable[[WeightMap], float]
@@ -273,7 +273,7 @@ def list_units(
         suffixes = [name.removeprefix("weight_ih") for name in tensors if name.startswith("weight_ih")]
         for number, suffix in enumerate(suffixes or [""]):
             own = {name: shape for name, shape in tensors.items() if not suffix or name.endswith(suffix)}
-            layer = Layer(owner, own, (), {}, module)
+            layer = Layer(owner, own, (), {}, module).with_weight()
             name = owner if len(suffixes) < 2 else f"{owner}{CELL}{suffix[1:]}"
             scope = scope_of(name, [front for front, _ in scopes], ".")
             units.append(Unit(name, (layer,), rule_for(module), position + number * 1e-4, *scope, tied))
@@ -558,7 +558,9 @@ def with_titles(units: Sequence[Unit], places: Sequence[Place]) -> tuple[list[Un
     """
 
     def spell(name: str) -> list[str]:
-        return [SYNONYMS.get(word, word) for word in words(name)]
+        known = re.sub("[A-Za-z]+", lambda found: SYNONYMS.get(found[0].lower(), found[0]), name)
+        parts = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", known)  # ResidualBlock is residual, block
+        return [SYNONYMS.get(part.lower(), part.lower()) for part in parts]
 
     def count(sides: Sequence[Unit | Place]) -> dict[str, list[int]]:
         numbers: dict[str, set[int]] = {}
@@ -741,19 +743,25 @@ def left_over(
     given: WeightMap,
     scopes: Sequence[tuple[str, str]],
 ) -> tuple[list[Unit], list[Place]]:
-    """Return each tensor and each leaf that no match carries yet as a unit and a place of its own."""
+    """Return each tensor and each leaf that no match carries yet as a unit and a place of its own.
+
+    A tensor has the name of the place in JAX that other tensors of its module go to: its leaf is likely to be near.
+    """
     entries = [*given.entries, *(entry for match in matches for entry in match.options[0].entries)]
+    homes = {side.owner(name): parent(entry.jax[0]) for entry in reversed(entries) for name in entry.torch}
     carried = {name for entry in entries for name in entry.torch} | given.unused
     filled = {path for entry in entries for path in entry.jax}
     units, places = [], []
     for position, name in enumerate(side.shapes):
         owner = side.owner(name)
-        usual = name.rpartition(".")[2] in ("weight", "bias")  # a layer's own rule knows no others, such as weight_g
-        make = rule_for(side.modules[owner])
-        make = same if make in (linear, conv1d, conv, conv_transpose, embedding) and not usual else make
+        make = rule_for_tensor(side.modules[owner], name.rpartition(".")[2])
         if name not in carried and make not in (lstm, gru, attention):
-            layer = Layer(owner, {name.removeprefix(f"{owner}."): side.shapes[name]}, (), leaves, side.modules[owner])
-            units.append(Unit(name, (layer,), make, position, *scope_of(name, [front for front, _ in scopes], ".")))
+            local = name.removeprefix(f"{owner}.").removeprefix(PARAMETRIZED)
+            layer = Layer(owner, {local: side.shapes[name]}, (), leaves, side.modules[owner], {local: name})
+            scope, inside = scope_of(name, [front for front, _ in scopes], ".")
+            if home := owner and homes.get(owner):
+                inside = f"{scope_of(home, [front for _, front in scopes], '/')[1]}/{local}"
+            units.append(Unit(name, (layer,), make, position, scope, inside))
     for position, path in enumerate(path for path in leaves if path not in filled):
         scope = scope_of(path, [front for _, front in scopes], "/")
         places.append(Place(path, {path: leaves[path]}, position, "", *scope))
@@ -806,10 +814,12 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
     for runs in families.values():
         size = len(runs[0])
         orders = list(itertools.permutations(range(size))) if size <= 3 else [tuple(range(size)), *swaps(size)]
-        names = " and ".join(matches[n].units[0].name for n in runs[0])
+        names = [matches[n].units[0].name for n in runs[0]]
         texts = [
-            f"{names} -> {' and '.join(matches[runs[0][place]].places[0].path for place in order)}" for order in orders
+            f"{' and '.join(names)} -> {' and '.join(matches[runs[0][place]].places[0].path for place in order)}"
+            for order in (orders if size <= 3 else orders[:1])
         ]
+        texts += [f"with {' and '.join(two)} exchanged" for two in itertools.pairwise(names) if size > 3]
         choices.append(Choice(tuple(runs), tuple((order, 0) for order in orders), tuple(texts)))
     layouts: dict[Any, list[int]] = {}
     for number, one in enumerate(matches):

@@ -228,6 +228,20 @@ class Plan(NamedTuple):
             for plan in plans:
                 yield from plan.names()
 
+    def adds_tiny(self) -> bool:
+        """Say whether an equation of the walk takes a tiny constant."""
+        taken = (variable for equation in self.jaxpr.eqns for variable in equation.invars)
+        return any(map(is_tiny, taken)) or any(plan.adds_tiny() for plans in self.inner.values() for plan in plans)
+
+
+TINY = 1e-10  # constants up to here only keep a divisor away from 0: float32 does not see them beside other values
+TINY_CONSTANTS = -1  # stands for all of them, in place of the id of one
+
+
+def is_tiny(variable: Any) -> bool:
+    """Say whether a variable of a program is a tiny constant."""
+    return isinstance(variable, Literal) and np.ndim(variable.val) == 0 and 0 < abs(variable.val) <= TINY
+
 
 JITTED = {"jit", "pjit", "closed_call"}
 INLINED = JITTED | {"core_closed_call", "core_call", "checkpoint", "remat", "remat2"}
@@ -566,7 +580,7 @@ class Walk:
         slots: name of a tap -> arrays for the rule; those of taps in a scan have the steps in front.
         steered: False where what the rule hands on is not used.
         records: what the rule recorded, in the order of the walk.
-        moved: constants of the program, by their ids, and what takes their places.
+        moved: constants of the program, by their ids, and what takes their places; the factor of tiny ones.
     """
 
     rule: Rule
@@ -580,9 +594,12 @@ class Walk:
         constants = [self.moved.get(id(constant), constant) for constant in constants]
         values: dict[Var, Any] = dict(zip(plan.jaxpr.constvars, constants, strict=True))
         values.update(zip(plan.jaxpr.invars, arguments, strict=True))
+        share = self.moved.get(TINY_CONSTANTS, 1.0)
 
         def read(variable: Var | Literal) -> Any:
-            return variable.val if isinstance(variable, Literal) else values[variable]
+            if isinstance(variable, Literal):
+                return variable.val * share if share != 1.0 and is_tiny(variable) else variable.val
+            return values[variable]
 
         for index, equation in enumerate(plan.jaxpr.eqns):
             inputs = [read(variable) for variable in equation.invars]
@@ -715,7 +732,7 @@ class Traced:
         shapes: of the arguments' arrays.
         plain: the function without taps, of the arguments' arrays; None if the model has taps of its own.
         inner_constants: of the jaxprs inside that are walked.
-        moved: what takes the places of constants, by their ids.
+        moved: what takes the places of constants, by their ids; the factor of tiny ones.
     """
 
     taps: dict[str, TapInfo]

@@ -39,6 +39,13 @@ ROLES = {
     "out": ("out", "out_proj", "output_proj", "o", "o_proj", "proj", "c_proj", "to_out", "linear"),
 }
 KNOWN = {*WEIGHT, *SCALE, *BIAS, *TABLE, *MEAN, *VARIANCE}
+PARAMETRIZED = "parametrizations.weight."
+STORED = (  # what torch.nn.utils keeps of a weight that it computes anew for each call, in the weight's own layout
+    "weight_v",
+    "weight_orig",
+    f"{PARAMETRIZED}original1",
+    f"{PARAMETRIZED}original",
+)
 AS_IT_IS = "weight"  # Equinox and plain ports of PyTorch keep its name and its layout; "kernel" and "w" turn it
 
 
@@ -126,6 +133,15 @@ class Layer(NamedTuple):
             tensors={name: self.tensors[own] for name, own in names.items() if own in self.tensors},
             called={name: self.tensor(own) for name, own in names.items()},
         )
+
+    def with_weight(self) -> "Layer":
+        """Return the layer; where its weight is normalised, what is stored of it in its layout is called the weight."""
+        for name in STORED:
+            if len(self.tensors.get(name, ())) > 1 and "weight" not in self.tensors:
+                rest = {other: shape for other, shape in self.tensors.items() if other != name}
+                called = {**self.called, "weight": self.tensor(name)}
+                return self._replace(tensors={"weight": self.tensors[name], **rest}, called=called)
+        return self
 
     def problem(self, words: str) -> CannotCarry:
         """Return an error that names both sides."""
@@ -536,7 +552,8 @@ def norm(to: str | None = None) -> Rule:
     """
 
     def carry(layer: Layer) -> list[Entry]:
-        entries = [*vector(layer, "weight", SCALE, how), *vector(layer, "bias", BIAS, how)]
+        own = [name for name in layer.tensors if "." not in name and not name.startswith("running_")]
+        entries = [entry for name in own for entry in vector(layer, name, names_of(layer, name), how)]
         for name, names in (("running_mean", MEAN), ("running_var", VARIANCE)):
             for entry in vector(layer, name, names, how):
                 hidden = re.sub("average$", "hidden", entry.jax[0])
@@ -548,6 +565,12 @@ def norm(to: str | None = None) -> Rule:
 
     how = "norm()"
     return Rule(carry, paths(to), how)
+
+
+def names_of(layer: Layer, name: str) -> tuple[str, ...]:
+    """Return the names that a scale or a bias may have in JAX: its own, and others that no other tensor has."""
+    others = next((names for names in (SCALE, BIAS) if name in names), ())
+    return (name, *(other for other in others if other not in layer.tensors))
 
 
 def vector(layer: Layer, name: str, names: Sequence[str], how: str, path: str | None = None) -> list[Entry]:
@@ -599,9 +622,8 @@ def same(to: str | None = None, *, transposed: bool = False) -> Rule:
     """
 
     def carry(layer: Layer) -> list[Entry]:
-        roles = {"weight": SCALE, "bias": BIAS}
         own = [name for name in layer.tensors if "." not in name]
-        entries = [entry for name in own for entry in vector(layer, name, (name, *roles.get(name, ())), how)]
+        entries = [entry for name in own for entry in vector(layer, name, names_of(layer, name), how)]
         return [turn(entry) if transposed and is_square(layer, entry) else entry for entry in entries]
 
     def is_square(layer: Layer, entry: Entry) -> bool:
@@ -964,6 +986,8 @@ class TorchSide(NamedTuple):
     def owner(self, tensor: str) -> str:
         """Return the name of the module whose rule carries a tensor: its own, or the attention around it."""
         parts = tensor.split(".")[:-1]
+        if f"{'.'.join(parts[-2:])}." == PARAMETRIZED:
+            parts = parts[:-2]
         names = [".".join(parts[:end]) for end in range(len(parts) + 1)]
         return next((name for name in names if "MultiheadAttention" in classes(self.modules.get(name))), names[-1])
 
@@ -1013,6 +1037,13 @@ def rule_for(module: Any) -> Callable[..., Rule]:
         return norm
     is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
     return same if not is_matrix else embedding if "embed" in own else linear
+
+
+def rule_for_tensor(module: Any, name: str) -> Callable[..., Rule]:
+    """Return the same for one tensor of a module: a layer's own rule knows no others than these, such as weight_g."""
+    rule = rule_for(module)
+    usual = name in ("weight", "bias") or rule not in (linear, conv1d, conv, conv_transpose, embedding)
+    return rule if usual else same
 
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -1172,11 +1203,12 @@ def carry_place(
     if name in side.alias:
         owner = side.owner(name)
         own = name.removeprefix(f"{owner}.")
-        local = own if rule is None or own in ("weight", "bias") else "weight"
+        usual = "weight" if own in STORED else own.removeprefix(PARAMETRIZED)
+        local = usual if rule is None or usual in ("weight", "bias") else "weight"
         layer = Layer(owner, {local: side.shapes[side.alias[name]]}, to, leaves, side.modules[owner], {local: name})
-        yield from (rule or rule_for(layer.module)()).carry(layer)
+        yield from (rule or rule_for_tensor(layer.module, usual)()).carry(layer)
     elif rule is not None:
-        yield from rule.carry(Layer(name, left(name, side.below(name)), to, leaves, side.modules[name]))
+        yield from rule.carry(Layer(name, left(name, side.below(name)), to, leaves, side.modules[name]).with_weight())
     else:
         owners = dict.fromkeys(side.owner(join(name, ".", tensor)) for tensor in side.below(name))
         # A module inside of an attention, whose rule is the attention's, may be named alone.
@@ -1186,7 +1218,7 @@ def carry_place(
             if (unit := units.get(inner)) is not None:
                 paths = (join(to[0], "/", place),)
                 tensors = left(unit, side.tensors_of(unit) or side.below(unit))
-                layer = Layer(unit, tensors, paths, leaves, side.modules[unit])
+                layer = Layer(unit, tensors, paths, leaves, side.modules[unit]).with_weight()
                 yield from rule_for(layer.module)().carry(layer)
 
 

@@ -614,6 +614,30 @@ def layers_that_add_up() -> Port:
     return linen_port(Reference(), Wide(), draw(2, 4))
 
 
+def normalised_weights() -> Port:
+    """Return a port whose weights are directions and lengths: of convolutions, one of them transposed, and a layer."""
+
+    class Normalised(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for layer in (linen.ConvTranspose(6, (2,), 2, transpose_kernel=True), linen.Conv(4, (3,)), linen.Dense(5)):
+                x = linen.WeightNorm(layer)(x)
+            return x
+
+    class Reference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with pytest.warns(FutureWarning):
+                self.up = nn.utils.weight_norm(nn.ConvTranspose1d(3, 6, 2, 2))
+            self.down = nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 4, 3, padding=1))
+            self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.down(self.up(x.mT)).mT)
+
+    return linen_port(Reference(), Normalised(), draw(2, 7, 3))
+
+
 SURE: dict[str, Callable[[], Port]] = {
     function.__name__: function
     for function in (
@@ -624,6 +648,7 @@ SURE: dict[str, Callable[[], Port]] = {
         critics_in_a_stack,
         layers_that_add_up,
         bert,
+        normalised_weights,
         lstm_in_flax,
         gru_in_flax,
         lstm_in_haiku,
@@ -948,7 +973,9 @@ def test_tensors_that_a_layers_rule_does_not_know_go_by_their_names() -> None:
     layer = nn.Module()
     with pytest.warns(FutureWarning):
         layer.fc = nn.utils.weight_norm(nn.Linear(5, 4))
-    leaves = {"fc/weight_g": shape(4, 1), "fc/weight_v": shape(4, 5), "fc/bias": shape(4)}
+    layer.norm = type("RMSNorm", (nn.Module,), {})()
+    layer.norm.register_parameter("gamma", nn.Parameter(torch.ones(4)))
+    leaves = {"fc/weight_g": shape(4, 1), "fc/weight_v": shape(4, 5), "fc/bias": shape(4), "norm/scale": shape(4)}
     assert propose(layer, leaves).gaps[:2] == ((), ())
 
 

@@ -86,7 +86,10 @@ def in_linen(module: linen.Module, *inputs: Any, **options: Any) -> Side:
     leaves = {path: leaf for part in variables.values() for path, leaf in flatten(part).items()}
 
     def run(values: Mapping[str, Any]) -> Any:
-        parts = {name: nest({path: values[path] for path in flatten(part)}) for name, part in variables.items()}
+        parts = {
+            name: jax.tree.unflatten(jax.tree.structure(part), [values[path] for path in flatten(part)])
+            for name, part in variables.items()
+        }
         return module.apply(parts, *inputs, **options)
 
     return Side(leaves, run)
