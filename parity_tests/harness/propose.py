@@ -758,10 +758,10 @@ def left_over(
         if name not in carried and make not in (lstm, gru, attention):
             local = name.removeprefix(f"{owner}.").removeprefix(PARAMETRIZED)
             layer = Layer(owner, {local: side.shapes[name]}, (), leaves, side.modules[owner], {local: name})
-            scope, inside = scope_of(name, [front for front, _ in scopes], ".")
+            around, inside = scope_of(name, [front for front, _ in scopes], ".")
             if home := owner and homes.get(owner):
                 inside = f"{scope_of(home, [front for _, front in scopes], '/')[1]}/{local}"
-            units.append(Unit(name, (layer,), make, position, scope, inside))
+            units.append(Unit(name, (layer,), make, position, around, inside))
     for position, path in enumerate(path for path in leaves if path not in filled):
         scope = scope_of(path, [front for _, front in scopes], "/")
         places.append(Place(path, {path: leaves[path]}, position, "", *scope))

@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -516,12 +515,11 @@ def hold_real(module: nn.Module) -> nn.Module:
     return module
 
 
-@cache
 def seen_complex(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     """Return the class of a module that holds these parameters real, and sees them complex."""
 
     def get(self: nn.Module, name: str) -> Any:
-        value = cls.__getattr__(self, name)
+        value: Any = cls.__getattr__(self, name)
         return torch.view_as_complex(value) if name in names else value
 
     return type(cls.__name__, (cls,), {"__getattr__": get, "__module__": cls.__module__})

@@ -218,14 +218,23 @@ class WeightMap:
         lost = sorted({name for entry in self.entries for name in entry.torch} - self.rearranges)
         if lost:
             raise NoInverse(f"there is no way back to {', '.join(lost)}: JAX does not hold every value as it is")
-        sums: dict[str, Array] = {}
+        result: dict[str, Array] = {}
+        before: dict[str, np.ndarray] = {}
         for entry in self.entries:
             values = tuple(jnp.asarray(leaves[path]) for path in entry.jax)
             given = [jax.ShapeDtypeStruct(self.tensors[name], values[0].dtype) for name in entry.torch]
             back = jax.linear_transpose(entry.convert, *given)(values)
             for name, value in zip(entry.torch, back, strict=True):
-                sums[name] = sums[name] + value if name in sums else value
-        return {name: value / self.counts[name] if name in self.counts else value for name, value in sums.items()}
+                if name in self.counts:  # the mean moves to each further value: equal ones leave it as it is
+                    own = count_uses(entry, [self.tensors[other] for other in entry.torch])[name]
+                    assert own is not None  # the map only rearranges
+                    before[name] = before.get(name, np.zeros_like(own)) + own
+                    share = (own / np.maximum(before[name], 1)).astype(value.dtype)
+                    mean = result.get(name, jnp.zeros_like(value))
+                    result[name] = mean + (value / np.maximum(own, 1).astype(value.dtype) - mean) * share
+                else:
+                    result[name] = result[name] + value if name in result else value
+        return result
 
     @cached_property
     def uses(self) -> dict[str, np.ndarray | None]:

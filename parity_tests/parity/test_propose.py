@@ -620,7 +620,11 @@ def normalised_weights() -> Port:
     class Normalised(linen.Module):
         @linen.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            for layer in (linen.ConvTranspose(6, (2,), 2, transpose_kernel=True), linen.Conv(4, (3,)), linen.Dense(5)):
+            for layer in (
+                linen.ConvTranspose(6, (2,), (2,), transpose_kernel=True),
+                linen.Conv(4, (3,)),
+                linen.Dense(5),
+            ):
                 x = linen.WeightNorm(layer)(x)
             return x
 
@@ -973,8 +977,9 @@ def test_tensors_that_a_layers_rule_does_not_know_go_by_their_names() -> None:
     layer = nn.Module()
     with pytest.warns(FutureWarning):
         layer.fc = nn.utils.weight_norm(nn.Linear(5, 4))
-    layer.norm = type("RMSNorm", (nn.Module,), {})()
-    layer.norm.register_parameter("gamma", nn.Parameter(torch.ones(4)))
+    norm = type("RMSNorm", (nn.Module,), {})()
+    norm.gamma = nn.Parameter(torch.ones(4))
+    layer.norm = norm
     leaves = {"fc/weight_g": shape(4, 1), "fc/weight_v": shape(4, 5), "fc/bias": shape(4), "norm/scale": shape(4)}
     assert propose(layer, leaves).gaps[:2] == ((), ())
 

@@ -823,6 +823,15 @@ def test_longer_names_win_over_shorter_ones() -> None:
     assert np.array_equal(leaves["block_1/fc/kernel"], tensors["layer1.1.fc.weight"].T)
 
 
+def test_a_tensor_that_jax_holds_three_times_comes_back_with_the_same_bits() -> None:
+    table = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    entries = tuple(Entry(("table",), (path,), lambda table: (table,), "same()") for path in ("a", "b", "c"))
+    weights = WeightMap(entries, {"table": table.shape}, dict.fromkeys("abc", table.shape), frozenset({"table"}))
+    assert np.array_equal(weights.to_torch(dict.fromkeys("abc", table))["table"], table)
+    back = weights.to_torch({"a": table, "b": 2 * table, "c": 6 * table})["table"]
+    np.testing.assert_allclose(back, 3 * table, rtol=1e-6)
+
+
 def test_a_tied_head_that_jax_does_not_tie_is_named() -> None:
     leaves = LEAVES | {"head/kernel": shape(4, 7)}
     weights = declare(NAMES | {"head": "head"}, Blocks(), leaves)
