@@ -16,6 +16,7 @@ from flax import linen
 from jax import numpy as jnp
 from torch import nn
 
+from experiments.large_ports import GPT2, Sizes
 from jax_cnn.model import SimpleCNN as JaxSimpleCNN
 from parity_tests.harness import Pair
 from parity_tests.harness import weights as rules
@@ -178,66 +179,6 @@ def resnet18_shortcut_first() -> Port:
     return resnet18(shortcut_first=True)
 
 
-class Conv1D(nn.Module):
-    """Hugging Face's linear layer."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer."""
-        return x @ self.weight + self.bias
-
-
-class GPT2Attention(nn.Module):
-    """Self-attention of GPT-2 with two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, time, 8]."""
-        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.c_attn(x).split(8, -1))
-        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).flatten(-2))
-
-
-class GPT2Block(nn.Module):
-    """A block of GPT-2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(8), GPT2Attention(), nn.LayerNorm(8)
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(32, 8), "c_proj": Conv1D(8, 32)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, time, 8]."""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
-
-
-class GPT2(nn.Module):
-    """GPT-2 with Hugging Face's names and a tied head."""
-
-    def __init__(self, blocks: int = 3) -> None:
-        super().__init__()
-        parts = {"wte": nn.Embedding(11, 8), "wpe": nn.Embedding(6, 8)}
-        self.transformer = nn.ModuleDict(
-            {**parts, "h": nn.ModuleList(GPT2Block() for _ in range(blocks)), "ln_f": nn.LayerNorm(8)}
-        )
-        self.lm_head = nn.Linear(8, 11, bias=False)
-        self.lm_head.weight = parts["wte"].weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Compute the logits."""
-        x = self.transformer["wte"](ids) + self.transformer["wpe"](torch.arange(ids.shape[1]))
-        for block in self.transformer["h"].children():
-            x = block(x)
-        return self.lm_head(self.transformer["ln_f"](x))
-
-
 def plain_norm(p: Any, x: Any) -> Any:
     """Normalise over the last axis."""
     return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["g"] + p["b"]
@@ -274,11 +215,12 @@ def plain_leaves(blocks: int) -> dict[str, Any]:
 
 
 IDS = np.array([[1, 5, 2, 7], [3, 3, 0, 10]])
+SIZES = Sizes(layers=3, heads=2, features=8, vocabulary=11, positions=6)
 
 
 def gpt2_in_functions() -> Port:
     run = lambda leaves: plain_gpt2(nest(leaves), IDS)  # noqa: E731
-    return Port(randomise(GPT2()), (IDS,), Side(plain_leaves(3), run), [])
+    return Port(randomise(GPT2(SIZES)), (IDS,), Side(plain_leaves(3), run), [])
 
 
 class FlaxBlock(linen.Module):
@@ -311,7 +253,7 @@ class FlaxGPT2(linen.Module):
 
 
 def gpt2_in_flax(heads: bool = False) -> Port:
-    return linen_port(GPT2(), FlaxGPT2(heads), IDS)
+    return linen_port(GPT2(SIZES), FlaxGPT2(heads), IDS)
 
 
 class BertAttention(nn.Module):
@@ -530,7 +472,7 @@ class ScannedGPT2(linen.Module):
 
 
 def gpt2_in_a_scan() -> Port:
-    return linen_port(GPT2(), ScannedGPT2(), IDS)
+    return linen_port(GPT2(SIZES), ScannedGPT2(), IDS)
 
 
 class Mixing(nn.Module):

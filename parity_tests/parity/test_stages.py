@@ -15,18 +15,11 @@ from torch import nn
 
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.compare import Refused
+from parity_tests.harness.pair import Inputs
 from parity_tests.harness.stages import Match, Stage, candidates, carry, jax_stages, match, torch_stages
 from parity_tests.harness.taps import trace
 from parity_tests.harness.torch_side import capture_torch
 from parity_tests.parity.test_propose import ResNet18
-
-
-class Inputs:
-    """Positional and keyword arguments."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.args = args
-        self.kwargs: Mapping[str, Any] = kwargs
 
 
 class Tap(NamedTuple):

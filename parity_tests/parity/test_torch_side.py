@@ -18,16 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from parity_tests import harness
 from parity_tests.harness.compare import Refused
+from parity_tests.harness.pair import Inputs
 from parity_tests.harness.torch_side import Rounded, TorchCapture, capture_torch, flat, gradient_error, reference_error
 
 torch.manual_seed(0)  # of the modules that are parameters: a finite difference across a kink is none
-
-
-class Inputs:
-    """Positional and keyword arguments."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.args, self.kwargs = args, kwargs
 
 
 def draw(*shape: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
 from jax import numpy as jnp
 from torch import nn
 
+from experiments.large_ports import Conv1D
 from parity_tests.harness.weights import (
     CannotCarry,
     Entry,
@@ -36,6 +39,10 @@ KEY = jax.random.key(0)
 FEATURES, HIDDEN, TIME = 3, 4, 5
 
 
+# Nested dictionaries of leaves given by path.
+nest: Callable[[Mapping[str, Any]], dict[str, Any]] = partial(unflatten_dict, sep="/")
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -43,18 +50,6 @@ def flatten(tree: Any) -> dict[str, Any]:
         "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): leaf
         for path, leaf in leaves
     }
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dictionaries of leaves given by path."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *modules, last = path.split("/")
-        branch = tree
-        for module in modules:
-            branch = branch.setdefault(module, {})
-        branch[last] = leaf
-    return tree
 
 
 def tensors_of(module: nn.Module) -> dict[str, np.ndarray]:
@@ -192,62 +187,57 @@ def flax_net(make: Callable[..., Any], *inputs: Any, **options: Any) -> Side:
     return in_linen(Net(lambda: make(**options, name="layer")), *inputs)
 
 
-LAYERS: dict[str, Callable[[], Case]] = {}
+# One layer called `layer` in each library, run on what it gets.
+
+MakeSide = Callable[[np.ndarray], Side]
 
 
-def case(function: Callable[[], Case]) -> Callable[[], Case]:
-    """Add a case to the list."""
-    LAYERS[function.__name__] = function
-    return function
+def linen_layer(make: Callable[..., Any], **options: Any) -> MakeSide:
+    """Return a layer of Linen with these options."""
+    return lambda x: flax_net(make, x, **options)
 
 
-def convolution(kind: Any, size: tuple[int, ...], side: Callable[[np.ndarray], Side], **options: Any) -> Case:
-    """Return a convolution without padding, from four channels to six."""
-    images = draw(2, 4, *size)
-    return Case(Named(kind(4, 6, 3, **options)), (images,), side(last(images)), {"layer": "layer"}, channels_first)
+def nnx_layer(make: Callable[..., Any], *sizes: Any, **options: Any) -> MakeSide:
+    """Return a layer of NNX with these sizes and options."""
+    return lambda x: in_nnx(
+        lambda rngs: nnx.Dict(layer=make(*sizes, **options, rngs=rngs)), lambda net: net["layer"](x)
+    )
 
 
-@case
-def linear_in_linen() -> Case:
-    x = draw(2, 6)
-    return Case(Named(nn.Linear(6, 4)), (x,), flax_net(linen.Dense, x, features=4), {"layer": "layer"})
+def equinox_layer(layer: Any) -> MakeSide:
+    """Return a layer of Equinox, which takes one example at a time."""
+    return lambda x: in_equinox({"layer": layer}, lambda net: jax.vmap(net["layer"])(x))
 
 
-@case
-def linear_without_bias_in_nnx() -> Case:
-    x = draw(2, 6)
-    side = in_nnx(lambda rngs: nnx.Dict(layer=nnx.Linear(6, 4, use_bias=False, rngs=rngs)), lambda net: net["layer"](x))
-    return Case(Named(nn.Linear(6, 4, bias=False)), (x,), side, {"layer": "layer"})
+def haiku_layer(make: Callable[..., Any], *sizes: Any, **options: Any) -> MakeSide:
+    """Return a layer of Haiku with these sizes and options."""
+    return lambda x: in_haiku(lambda x: make(*sizes, **options, name="layer")(x), x)
 
 
-@case
-def linear_to_heads_in_linen() -> Case:
-    x = draw(2, 6)
-    side = flax_net(linen.DenseGeneral, x, features=(2, 4))
-    return Case(Named(nn.Linear(6, 8)), (x,), side, {"layer": "layer"}, lambda y: y.reshape(2, 8))
+def on_values(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    side: MakeSide,
+    rule: Rule | str = "layer",
+    back: Callable[[Any], Any] = np.asarray,
+) -> Case:
+    """Return a layer on random values of this shape."""
+    x = draw(*shape)
+    return Case(Named(module), (x,), side(x), {"layer": rule}, back)
 
 
-@case
-def linear_from_heads_in_linen() -> Case:
-    x = draw(2, 6)
-    side = flax_net(linen.DenseGeneral, x.reshape(2, 2, 3), features=4, axis=(-2, -1))
-    return Case(Named(nn.Linear(6, 4)), (x,), side, {"layer": "layer"})
+def on_images(module: nn.Module, shape: tuple[int, ...], side: MakeSide, rule: Rule | str = "layer") -> Case:
+    """Return a layer on random images of this shape, whose channels come last in JAX."""
+    x = draw(*shape)
+    return Case(Named(module), (x,), side(last(x)), {"layer": rule}, channels_first)
 
 
-@case
-def linear_in_equinox() -> Case:
-    x = draw(2, 4)
-    side = in_equinox({"layer": eqx.nn.Linear(4, 4, key=KEY)}, lambda net: jax.vmap(net["layer"])(x))
-    return Case(Named(nn.Linear(4, 4)), (x,), side, {"layer": "layer"})
+def on_ids(module: nn.Module, side: MakeSide) -> Case:
+    """Return a layer on token ids."""
+    ids = np.array([[1, 5], [0, 2]])
+    return Case(Named(module), (ids,), side(ids), {"layer": "layer"})
 
 
-@case
-def linear_in_haiku() -> Case:
-    x = draw(2, 4)
-    return Case(Named(nn.Linear(4, 4)), (x,), in_haiku(lambda x: hk.Linear(4, name="layer")(x), x), {"layer": "layer"})
-
-
-@case
 def linear_behind_a_flatten() -> Case:
     images = draw(2, 3, 4, 5)
     module = nn.Sequential(nn.Flatten(), nn.Linear(60, 7))
@@ -255,106 +245,6 @@ def linear_behind_a_flatten() -> Case:
     return Case(module, (images,), side, {"1": linear("layer", flatten=(3, 4, 5))})
 
 
-@case
-def conv1d_of_hugging_face() -> Case:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.weight + self.bias
-
-    x = draw(2, 4)
-    return Case(Named(Conv1D()), (x,), flax_net(linen.Dense, x, features=4), {"layer": "layer"})
-
-
-@case
-def convolution_of_rank_1_in_linen() -> Case:
-    return convolution(nn.Conv1d, (8,), lambda x: flax_net(linen.Conv, x, features=6, kernel_size=3, padding="VALID"))
-
-
-@case
-def convolution_of_rank_2_grouped_in_linen() -> Case:
-    options = {"features": 6, "kernel_size": (3, 3), "padding": "VALID", "feature_group_count": 2}
-    return convolution(nn.Conv2d, (8, 9), lambda x: flax_net(linen.Conv, x, **options), groups=2)
-
-
-@case
-def convolution_of_rank_3_in_nnx() -> Case:
-    def side(x: np.ndarray) -> Side:
-        make = lambda rngs: nnx.Dict(layer=nnx.Conv(4, 6, (3, 3, 3), padding="VALID", rngs=rngs))  # noqa: E731
-        return in_nnx(make, lambda net: net["layer"](x))
-
-    return convolution(nn.Conv3d, (4, 5, 6), side)
-
-
-@case
-def convolution_depthwise_in_haiku() -> Case:
-    images = draw(2, 4, 7, 8)
-    side = in_haiku(lambda x: hk.DepthwiseConv2D(2, 3, padding="VALID", name="layer")(x), last(images))
-    return Case(Named(nn.Conv2d(4, 8, 3, groups=4)), (images,), side, {"layer": "layer"}, channels_first)
-
-
-@case
-def convolution_grouped_in_equinox() -> Case:
-    images = draw(2, 4, 7, 8)
-    layer = eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY)
-    side = in_equinox({"layer": layer}, lambda net: jax.vmap(net["layer"])(images))
-    return Case(Named(nn.Conv2d(4, 6, 3, groups=2)), (images,), side, {"layer": "layer"})
-
-
-def upsampling(side: Callable[[np.ndarray], Side], **options: Any) -> Case:
-    """Return a transposed convolution of stride 2, from four channels to four, where shapes do not tell the layout."""
-    images = draw(2, 4, 5, 6)
-    module = Named(nn.ConvTranspose2d(4, 4, 3, stride=2, **options))
-    return Case(module, (images,), side(last(images)), {"layer": "layer"}, channels_first)
-
-
-@case
-def transposed_convolution_in_linen() -> Case:
-    options = {"features": 4, "kernel_size": (3, 3), "strides": (2, 2), "padding": "VALID"}
-    return upsampling(lambda x: flax_net(linen.ConvTranspose, x, **options))
-
-
-@case
-def transposed_convolution_with_transposed_kernel_in_linen() -> Case:
-    options = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "VALID", "transpose_kernel": True}
-    first = upsampling(lambda x: flax_net(linen.ConvTranspose, x, features=4, **options))
-    return first._replace(mapping={"layer": conv_transpose("layer", flipped=False)})
-
-
-@case
-def transposed_convolution_with_transposed_kernel_of_two_sizes_in_linen() -> Case:
-    options = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "VALID", "transpose_kernel": True}
-    images = draw(2, 4, 5, 6)
-    side = flax_net(linen.ConvTranspose, last(images), features=3, **options)
-    return Case(Named(nn.ConvTranspose2d(4, 3, 3, stride=2)), (images,), side, {"layer": "layer"}, channels_first)
-
-
-@case
-def transposed_convolution_in_haiku() -> Case:
-    return upsampling(
-        lambda x: in_haiku(lambda x: hk.Conv2DTranspose(4, 3, 2, padding="VALID", name="layer")(x), x),
-    )
-
-
-@case
-def transposed_convolution_grouped_in_equinox() -> Case:
-    images = draw(2, 4, 5, 6)
-    layer = eqx.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, key=KEY)
-    side = in_equinox({"layer": layer}, lambda net: jax.vmap(net["layer"])(images))
-    return Case(Named(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)), (images,), side, {"layer": "layer"})
-
-
-@case
-def batch_norm_in_linen() -> Case:
-    images = draw(2, 4, 5, 6)
-    side = flax_net(linen.BatchNorm, last(images), use_running_average=True)
-    return Case(Named(nn.BatchNorm2d(4)), (images,), side, {"layer": "layer"}, channels_first)
-
-
-@case
 def batch_norm_in_haiku() -> Case:
     images = draw(2, 4, 5, 6)
     # The first call makes the statistics, which takes the training mode.
@@ -364,54 +254,9 @@ def batch_norm_in_haiku() -> Case:
     return Case(Named(nn.BatchNorm2d(4)), (images,), side, {"layer": "layer"}, channels_first)
 
 
-@case
-def layer_norm_in_haiku() -> Case:
-    x = draw(2, 4)
-    side = in_haiku(lambda x: hk.LayerNorm(-1, True, True, name="layer")(x), x)
-    return Case(Named(nn.LayerNorm(4)), (x,), side, {"layer": "layer"})
-
-
-@case
-def layer_norm_in_equinox() -> Case:
-    x = draw(2, 4)
-    side = in_equinox({"layer": eqx.nn.LayerNorm(4)}, lambda net: jax.vmap(net["layer"])(x))
-    return Case(Named(nn.LayerNorm(4)), (x,), side, {"layer": "layer"})
-
-
-@case
-def layer_norm_over_images_in_linen() -> Case:
-    images = draw(2, 3, 4, 5)
-    options = {"epsilon": 1e-5, "reduction_axes": (1, 2, 3), "feature_axes": (1, 2, 3)}
-    side = flax_net(linen.LayerNorm, last(images), **options)
-    return Case(Named(nn.LayerNorm((3, 4, 5))), (images,), side, {"layer": "layer"}, channels_first)
-
-
-@case
-def group_norm_in_linen() -> Case:
-    images = draw(2, 4, 5, 6)
-    side = flax_net(linen.GroupNorm, last(images), num_groups=2, epsilon=1e-5)
-    return Case(Named(nn.GroupNorm(2, 4)), (images,), side, {"layer": "layer"}, channels_first)
-
-
-@case
-def embedding_in_linen() -> Case:
-    ids = np.array([[1, 5], [0, 2]])
-    side = flax_net(linen.Embed, ids, num_embeddings=6, features=4)
-    return Case(Named(nn.Embedding(6, 4)), (ids,), side, {"layer": "layer"})
-
-
-@case
-def embedding_in_haiku() -> Case:
-    ids = np.array([[1, 5], [0, 2]])
-    return Case(
-        Named(nn.Embedding(6, 4)), (ids,), in_haiku(lambda x: hk.Embed(6, 4, name="layer")(x), ids), {"layer": "layer"}
-    )
-
-
-def recurrent(module: nn.Module, side: Callable[[np.ndarray], Side], rule: Rule | str = "layer") -> Case:
+def recurrent(module: nn.Module, side: MakeSide, rule: Rule | str = "layer") -> Case:
     """Return a recurrent layer over [batch, time, feature]."""
-    x = draw(2, TIME, FEATURES)
-    return Case(Named(module), (x,), side(x), {"layer": rule})
+    return on_values(module, (2, TIME, FEATURES), side, rule)
 
 
 def linen_rnn(cell: Any) -> Callable[[np.ndarray], Side]:
@@ -455,32 +300,6 @@ def haiku_rnn(cell: Any) -> Callable[[np.ndarray], Side]:
     return lambda x: in_haiku(function, x)
 
 
-@case
-def lstm_in_linen() -> Case:
-    return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), linen_rnn(linen.OptimizedLSTMCell))
-
-
-@case
-def lstm_with_kernels_apart_in_nnx() -> Case:
-    return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), nnx_rnn(nnx.LSTMCell))
-
-
-@case
-def lstm_with_packed_kernels_in_nnx() -> Case:
-    return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), nnx_rnn(nnx.OptimizedLSTMCell))
-
-
-@case
-def lstm_in_equinox() -> Case:
-    return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), equinox_rnn(eqx.nn.LSTMCell, 2))
-
-
-@case
-def lstm_in_haiku() -> Case:
-    return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), haiku_rnn(hk.LSTM))
-
-
-@case
 def lstm_of_two_layers_and_directions_in_linen() -> Case:
     class Layers(linen.Module):
         @linen.compact
@@ -496,7 +315,6 @@ def lstm_of_two_layers_and_directions_in_linen() -> Case:
     return recurrent(module, lambda x: in_linen(Layers(), x), "")
 
 
-@case
 def lstm_with_another_order_of_gates() -> Case:
     def side(x: np.ndarray) -> Side:
         def run(leaves: Mapping[str, Any]) -> Any:
@@ -522,16 +340,6 @@ def lstm_with_another_order_of_gates() -> Case:
     return recurrent(nn.LSTM(FEATURES, HIDDEN, batch_first=True), side, Rule(lstm("x", order="ifog").carry, ("",)))
 
 
-@case
-def gru_in_linen() -> Case:
-    return recurrent(nn.GRU(FEATURES, HIDDEN, batch_first=True), linen_rnn(linen.GRUCell))
-
-
-@case
-def gru_in_equinox() -> Case:
-    return recurrent(nn.GRU(FEATURES, HIDDEN, batch_first=True), equinox_rnn(eqx.nn.GRUCell, 1))
-
-
 def attention_case(side: Callable[[np.ndarray], Side], **options: Any) -> Case:
     """Return self-attention with two heads."""
     x = draw(2, TIME, 6)
@@ -539,31 +347,6 @@ def attention_case(side: Callable[[np.ndarray], Side], **options: Any) -> Case:
     return Case(Named(module), (x, x, x), side(x), {"layer": "layer"})
 
 
-@case
-def attention_in_linen() -> Case:
-    return attention_case(lambda x: flax_net(linen.MultiHeadDotProductAttention, x, x, num_heads=2))
-
-
-@case
-def attention_in_nnx() -> Case:
-    make = lambda rngs: nnx.Dict(layer=nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs))  # noqa: E731
-    return attention_case(lambda x: in_nnx(make, lambda net: net["layer"](x)))
-
-
-@case
-def attention_in_equinox() -> Case:
-    biases = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
-    layer = eqx.nn.MultiheadAttention(2, 6, **biases, key=KEY)
-    return attention_case(lambda x: in_equinox({"layer": layer}, lambda net: jax.vmap(net["layer"])(x, x, x)))
-
-
-@case
-def attention_in_haiku() -> Case:
-    function = lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.zeros, name="layer")(x, x, x)  # noqa: E731
-    return attention_case(lambda x: in_haiku(function, x))
-
-
-@case
 def attention_with_other_sizes_of_keys_and_values_in_linen() -> Case:
     q, k, v = draw(2, TIME, 6), draw(2, 4, 3), draw(2, 4, 5)
     side = flax_net(
@@ -586,29 +369,6 @@ def three_layers(x: np.ndarray, sizes: tuple[Any, Any, Any]) -> Side:
     return in_linen(Three(), x)
 
 
-@case
-def fused_queries_keys_and_values_to_three_layers() -> Case:
-    x = draw(2, 6)
-    return Case(Named(nn.Linear(6, 18)), (x,), three_layers(x, ((2, 3), 6, 6)), {"layer": qkv("q", "k", "v")})
-
-
-@case
-def fused_projection_with_fewer_keys_than_queries() -> Case:
-    x = draw(2, 6)
-    return Case(Named(nn.Linear(6, 12)), (x,), three_layers(x, (6, 3, 3)), {"layer": qkv("q", "k", "v")})
-
-
-@case
-def fused_projection_head_by_head() -> Case:
-    x = draw(2, 6)
-
-    def torch_order(y: Any) -> np.ndarray:
-        return np.asarray(y).reshape(2, 3, 2, 3).swapaxes(1, 2).reshape(2, 18)
-
-    mapping = {"layer": qkv("q", "k", "v", heads=2)}
-    return Case(Named(nn.Linear(6, 18)), (x,), three_layers(x, (6, 6, 6)), mapping, torch_order)
-
-
 class Apart(nn.Module):
     """Three linear layers whose outputs are joined."""
 
@@ -621,21 +381,6 @@ class Apart(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
-@case
-def three_layers_joined_in_one() -> Case:
-    x = draw(2, 6)
-    return Case(Named(Apart()), (x,), flax_net(linen.Dense, x, features=12), {"layer": joined("layer", "q", "k", "v")})
-
-
-@case
-def three_layers_joined_head_by_head() -> Case:
-    x = draw(2, 6)
-    side = flax_net(linen.DenseGeneral, x, features=(2, 3, 2))
-    back = lambda y: np.asarray(y).swapaxes(1, 2).reshape(2, 12)  # noqa: E731
-    return Case(Named(Apart()), (x,), side, {"layer": joined("layer", "q", "k", "v", heads=2)}, back)
-
-
-@case
 def layers_stacked_by_a_scan() -> Case:
     class Block(linen.Module):
         @linen.compact
@@ -658,6 +403,147 @@ def layers_stacked_by_a_scan() -> Case:
 
     x = draw(2, 6)
     return Case(nn.Sequential(*(TorchBlock() for _ in range(3))), (x,), in_linen(Scanned(), x), {"{i}": "layers"})
+
+
+def torch_lstm() -> nn.LSTM:
+    return nn.LSTM(FEATURES, HIDDEN, batch_first=True)
+
+
+def torch_gru() -> nn.GRU:
+    return nn.GRU(FEATURES, HIDDEN, batch_first=True)
+
+
+UP = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "VALID"}  # of a transposed convolution in Linen
+BIASES = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
+
+LAYERS: dict[str, Callable[[], Case]] = {
+    # Linear layers
+    "linear_in_linen": lambda: on_values(nn.Linear(6, 4), (2, 6), linen_layer(linen.Dense, features=4)),
+    "linear_without_bias_in_nnx": lambda: on_values(
+        nn.Linear(6, 4, bias=False), (2, 6), nnx_layer(nnx.Linear, 6, 4, use_bias=False)
+    ),
+    "linear_to_heads_in_linen": lambda: on_values(
+        nn.Linear(6, 8), (2, 6), linen_layer(linen.DenseGeneral, features=(2, 4)), back=lambda y: y.reshape(2, 8)
+    ),
+    "linear_from_heads_in_linen": lambda: on_values(
+        nn.Linear(6, 4),
+        (2, 6),
+        lambda x: flax_net(linen.DenseGeneral, x.reshape(2, 2, 3), features=4, axis=(-2, -1)),
+    ),
+    "linear_in_equinox": lambda: on_values(nn.Linear(4, 4), (2, 4), equinox_layer(eqx.nn.Linear(4, 4, key=KEY))),
+    "linear_in_haiku": lambda: on_values(nn.Linear(4, 4), (2, 4), haiku_layer(hk.Linear, 4)),
+    "linear_behind_a_flatten": linear_behind_a_flatten,
+    "conv1d_of_hugging_face": lambda: on_values(Conv1D(4, 4), (2, 4), linen_layer(linen.Dense, features=4)),
+    # Convolutions
+    "convolution_of_rank_1_in_linen": lambda: on_images(
+        nn.Conv1d(4, 6, 3), (2, 4, 8), linen_layer(linen.Conv, features=6, kernel_size=3, padding="VALID")
+    ),
+    "convolution_of_rank_2_grouped_in_linen": lambda: on_images(
+        nn.Conv2d(4, 6, 3, groups=2),
+        (2, 4, 8, 9),
+        linen_layer(linen.Conv, features=6, kernel_size=(3, 3), padding="VALID", feature_group_count=2),
+    ),
+    "convolution_of_rank_3_in_nnx": lambda: on_images(
+        nn.Conv3d(4, 6, 3), (2, 4, 4, 5, 6), nnx_layer(nnx.Conv, 4, 6, (3, 3, 3), padding="VALID")
+    ),
+    "convolution_depthwise_in_haiku": lambda: on_images(
+        nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 8), haiku_layer(hk.DepthwiseConv2D, 2, 3, padding="VALID")
+    ),
+    "convolution_grouped_in_equinox": lambda: on_values(
+        nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 8), equinox_layer(eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY))
+    ),
+    # Transposed convolutions of stride 2, from four channels to four, where shapes do not tell the layout, or to others
+    "transposed_convolution_in_linen": lambda: on_images(
+        nn.ConvTranspose2d(4, 4, 3, stride=2), (2, 4, 5, 6), linen_layer(linen.ConvTranspose, features=4, **UP)
+    ),
+    "transposed_convolution_with_transposed_kernel_in_linen": lambda: on_images(
+        nn.ConvTranspose2d(4, 4, 3, stride=2),
+        (2, 4, 5, 6),
+        linen_layer(linen.ConvTranspose, features=4, transpose_kernel=True, **UP),
+        conv_transpose("layer", flipped=False),
+    ),
+    "transposed_convolution_with_transposed_kernel_of_two_sizes_in_linen": lambda: on_images(
+        nn.ConvTranspose2d(4, 3, 3, stride=2),
+        (2, 4, 5, 6),
+        linen_layer(linen.ConvTranspose, features=3, transpose_kernel=True, **UP),
+    ),
+    "transposed_convolution_in_haiku": lambda: on_images(
+        nn.ConvTranspose2d(4, 4, 3, stride=2), (2, 4, 5, 6), haiku_layer(hk.Conv2DTranspose, 4, 3, 2, padding="VALID")
+    ),
+    "transposed_convolution_grouped_in_equinox": lambda: on_values(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+        (2, 4, 5, 6),
+        equinox_layer(eqx.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, key=KEY)),
+    ),
+    # Norms
+    "batch_norm_in_linen": lambda: on_images(
+        nn.BatchNorm2d(4), (2, 4, 5, 6), linen_layer(linen.BatchNorm, use_running_average=True)
+    ),
+    "batch_norm_in_haiku": batch_norm_in_haiku,
+    "layer_norm_in_haiku": lambda: on_values(nn.LayerNorm(4), (2, 4), haiku_layer(hk.LayerNorm, -1, True, True)),
+    "layer_norm_in_equinox": lambda: on_values(nn.LayerNorm(4), (2, 4), equinox_layer(eqx.nn.LayerNorm(4))),
+    "layer_norm_over_images_in_linen": lambda: on_images(
+        nn.LayerNorm((3, 4, 5)),
+        (2, 3, 4, 5),
+        linen_layer(linen.LayerNorm, epsilon=1e-5, reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3)),
+    ),
+    "group_norm_in_linen": lambda: on_images(
+        nn.GroupNorm(2, 4), (2, 4, 5, 6), linen_layer(linen.GroupNorm, num_groups=2, epsilon=1e-5)
+    ),
+    # Embeddings
+    "embedding_in_linen": lambda: on_ids(nn.Embedding(6, 4), linen_layer(linen.Embed, num_embeddings=6, features=4)),
+    "embedding_in_haiku": lambda: on_ids(nn.Embedding(6, 4), haiku_layer(hk.Embed, 6, 4)),
+    # Recurrent layers
+    "lstm_in_linen": lambda: recurrent(torch_lstm(), linen_rnn(linen.OptimizedLSTMCell)),
+    "lstm_with_kernels_apart_in_nnx": lambda: recurrent(torch_lstm(), nnx_rnn(nnx.LSTMCell)),
+    "lstm_with_packed_kernels_in_nnx": lambda: recurrent(torch_lstm(), nnx_rnn(nnx.OptimizedLSTMCell)),
+    "lstm_in_equinox": lambda: recurrent(torch_lstm(), equinox_rnn(eqx.nn.LSTMCell, 2)),
+    "lstm_in_haiku": lambda: recurrent(torch_lstm(), haiku_rnn(hk.LSTM)),
+    "lstm_of_two_layers_and_directions_in_linen": lstm_of_two_layers_and_directions_in_linen,
+    "lstm_with_another_order_of_gates": lstm_with_another_order_of_gates,
+    "gru_in_linen": lambda: recurrent(torch_gru(), linen_rnn(linen.GRUCell)),
+    "gru_in_equinox": lambda: recurrent(torch_gru(), equinox_rnn(eqx.nn.GRUCell, 1)),
+    # Attention
+    "attention_in_linen": lambda: attention_case(
+        lambda x: flax_net(linen.MultiHeadDotProductAttention, x, x, num_heads=2)
+    ),
+    "attention_in_nnx": lambda: attention_case(nnx_layer(nnx.MultiHeadAttention, 2, 6, decode=False)),
+    "attention_in_equinox": lambda: attention_case(
+        lambda x: in_equinox(
+            {"layer": eqx.nn.MultiheadAttention(2, 6, **BIASES, key=KEY)},
+            lambda net: jax.vmap(net["layer"])(x, x, x),
+        )
+    ),
+    "attention_in_haiku": lambda: attention_case(
+        lambda x: in_haiku(lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.zeros, name="layer")(x, x, x), x)
+    ),
+    "attention_with_other_sizes_of_keys_and_values_in_linen": attention_with_other_sizes_of_keys_and_values_in_linen,
+    # One layer for three, three for one, and layers stacked in one
+    "fused_queries_keys_and_values_to_three_layers": lambda: on_values(
+        nn.Linear(6, 18), (2, 6), lambda x: three_layers(x, ((2, 3), 6, 6)), qkv("q", "k", "v")
+    ),
+    "fused_projection_with_fewer_keys_than_queries": lambda: on_values(
+        nn.Linear(6, 12), (2, 6), lambda x: three_layers(x, (6, 3, 3)), qkv("q", "k", "v")
+    ),
+    "fused_projection_head_by_head": lambda: on_values(
+        nn.Linear(6, 18),
+        (2, 6),
+        lambda x: three_layers(x, (6, 6, 6)),
+        qkv("q", "k", "v", heads=2),
+        back=lambda y: np.asarray(y).reshape(2, 3, 2, 3).swapaxes(1, 2).reshape(2, 18),
+    ),
+    "three_layers_joined_in_one": lambda: on_values(
+        Apart(), (2, 6), linen_layer(linen.Dense, features=12), joined("layer", "q", "k", "v")
+    ),
+    "three_layers_joined_head_by_head": lambda: on_values(
+        Apart(),
+        (2, 6),
+        linen_layer(linen.DenseGeneral, features=(2, 3, 2)),
+        joined("layer", "q", "k", "v", heads=2),
+        back=lambda y: np.asarray(y).swapaxes(1, 2).reshape(2, 12),
+    ),
+    "layers_stacked_by_a_scan": layers_stacked_by_a_scan,
+}
 
 
 def compute_both(one: Case, weights: WeightMap) -> tuple[np.ndarray, np.ndarray]:
