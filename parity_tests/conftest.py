@@ -7,7 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Each of several workers, and the commands that it starts, use cores of their own: on shared cores the threads of one
 # worker would wait for those of another. This comes before the frameworks load, because they count the cores then.
@@ -44,7 +44,6 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 from platformdirs import user_cache_path
-from xdist.scheduler import LoadFileScheduling
 
 # The tests check all types and shapes in the signatures of jax_cnn at run time.
 install_import_hook("jax_cnn", "beartype.beartype")
@@ -56,12 +55,10 @@ from parity_tests.support import ROOT
 if TYPE_CHECKING:  # the process that only hands out the tests need not load the frameworks
     from jax_cnn.model import Params
 
-pytest_plugins = ["parity_tests.experiments.small_comparison"]
-
 MOST_WORKERS = 4  # each loads both frameworks, which takes about 3 GB
 LONGEST = (  # a minute and more
     *("test_parity.py", "test_checkpoint.py", "test_faults.py", "test_adapters.py", "test_notebook.py"),
-    *("test_ports.py", "test_trainers.py", "test_devices.py"),
+    *("test_trainers.py", "test_devices.py", "test_comparison.py"),
 )
 
 
@@ -75,18 +72,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     folders = all(Path(argument).is_dir() for argument in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if folders and cores > 1 else 0
-
-
-class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist tells no types
-    """Run the tests of a file in one worker, because they share fixtures; and so the files of the small comparison."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "small comparison" if "/test_comparison_" in nodeid else super()._split_scope(nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
-    """Return how tests are shared among workers."""
-    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

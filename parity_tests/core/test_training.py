@@ -1,8 +1,7 @@
-"""Both frameworks train from the same weights on the same batches, with the trainers of the commands."""
+"""JAX's loss, evaluation and training step. `parity/test_trainers.py` compares the training with PyTorch's."""
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,54 +12,23 @@ from jax import numpy as jnp
 
 from jax_cnn import model, torch_layout, train
 from jax_cnn.config import AdamConfig, TrainConfig
-from jax_cnn.data import FashionMNIST, epoch_order
+from jax_cnn.data import FashionMNIST
 from jax_cnn.model import apply
-from jax_cnn.torch_layout import TorchDict
 from jax_cnn.train import cross_entropy, to_images
 from jax_cnn.trainer import JaxTrainer
-from torch_ref.trainer import TorchTrainer
 
-LIMIT_TRAIN = 64 * 20 + 32  # twenty full batches and a remainder, as in the full set
 LIMIT_TEST = 650  # not a multiple of the evaluation's batch
 
 
-def jax_trainer(data: FashionMNIST, initial: TorchDict, **changes: Any) -> JaxTrainer:
-    """Return a trainer as train_jax.py makes it."""
-    config = TrainConfig(limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST, **changes)
-    return JaxTrainer(config, data, jax.devices("cpu")[:1], initial)
+@pytest.fixture(scope="module")
+def trainer(data: FashionMNIST) -> JaxTrainer:
+    """Return a compiled trainer whose epoch has three full batches and a remainder."""
+    return JaxTrainer(TrainConfig(limit_train=3 * 64 + 8, limit_test=LIMIT_TEST), data, jax.devices("cpu")[:1])
 
 
-def torch_trainer(data_dir: Path, initial: TorchDict) -> TorchTrainer:
-    """Return a trainer of the same run as train_torch.py makes it."""
-    config = TrainConfig(data_dir=data_dir, limit_train=LIMIT_TRAIN, limit_test=LIMIT_TEST)
-    order = partial(epoch_order, config.seed)
-    return TorchTrainer(config, epoch_order=order, device=torch.device("cpu"), initial=initial)
-
-
-def scores(trainer: JaxTrainer | TorchTrainer) -> np.ndarray:
-    """Train one epoch; return its mean training loss, and the test loss and accuracy after it."""
-    counts, losses = zip(*((count, np.mean(loss)) for count, loss in trainer.train_epoch(0)), strict=True)
-    assert sum(counts) == LIMIT_TRAIN
-    return np.array([np.dot(counts, losses) / LIMIT_TRAIN, *trainer.evaluate()])
-
-
-def test_the_same_weights_and_batches_give_the_same_losses(
-    data: FashionMNIST, data_dir: Path, torch_weights: TorchDict
-) -> None:
-    """In float32 rounding drives the two apart. Worst over 5 seeds: losses 0.0009, accuracy 1 of 650 images."""
-    ours, theirs = jax_trainer(data, torch_weights), torch_trainer(data_dir, torch_weights)
-    assert ours.evaluate() == pytest.approx(theirs.evaluate(), rel=1e-6)
-    expected = scores(theirs)
-    bounds = np.array([0.003, 0.003, 8 / LIMIT_TEST])
-    assert (np.abs(scores(ours) - expected) <= bounds).all()
-    other_order = scores(jax_trainer(data, torch_weights, seed=1))
-    assert (np.abs(other_order - expected) > bounds).any()  # the check can fail
-
-
-def test_the_evaluation_counts_every_image_once(data: FashionMNIST, torch_weights: TorchDict) -> None:
+def test_the_evaluation_counts_every_image_once(data: FashionMNIST, trainer: JaxTrainer) -> None:
     """650 images are two batches of 250 and one of 150: a mean over batches would give the last 150 too much weight."""
-    trainer = jax_trainer(data, torch_weights)
-    params = jax.tree.map(jnp.asarray, torch_layout.to_flax(torch_weights))
+    params = jax.tree.map(jnp.asarray, torch_layout.to_flax(trainer.weights()))
     pixels, labels = jnp.asarray(data.test_images[:LIMIT_TEST]), jnp.asarray(data.test_labels[:LIMIT_TEST])
     logits = apply(params, to_images(pixels, jnp.dtype(jnp.float32)))
     loss, accuracy = trainer.evaluate()
@@ -103,12 +71,6 @@ def test_tracing_a_step_twice_gives_the_same_program() -> None:
         return train.loss_fn(*batch) * np.random.default_rng().random()
 
     assert lowered_step(noisy) != lowered_step(noisy)  # the check can fail
-
-
-@pytest.fixture(scope="module")
-def trainer(data: FashionMNIST) -> JaxTrainer:
-    """Return a compiled trainer whose epoch has three full batches and a remainder."""
-    return JaxTrainer(TrainConfig(limit_train=3 * 64 + 8, limit_test=100), data, jax.devices("cpu")[:1])
 
 
 def compilations(run: Callable[[], object], log: pytest.LogCaptureFixture) -> list[str]:

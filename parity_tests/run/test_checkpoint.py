@@ -231,6 +231,12 @@ def test_another_run_is_refused_and_the_old_one_stays(finished: Path, flags: Fla
     assert contents(finished) == before
 
 
+def test_a_run_goes_on_in_another_dialect(finished: Path, flags: Flags) -> None:
+    """All dialects compute the same bits (`test_dialects.py`)."""
+    config = parse(JaxTrainConfig(), "", [*flags, "--resume", "--epochs", "3", "--dialect", "plain"])
+    assert find_checkpoint(config, "jax", pytest.fail)
+
+
 def test_two_runs_do_not_write_into_one_folder(finished: Path) -> None:
     before = contents(finished)
     with FileLock(finished / ".lock"):

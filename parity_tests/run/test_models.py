@@ -60,15 +60,3 @@ def test_both_frameworks_predict_with_it(train_once: TrainOnce, data: FashionMNI
         for framework in ("jax", "torch")
     )
     assert from_jax["probabilities"] == pytest.approx(from_torch["probabilities"], abs=1e-6)
-
-
-def test_a_run_continues_in_another_dialect_with_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
-    flags = ("--model", "linear", *SMALL, "--data-dir", data_dir)
-    run_successfully("train_jax", *flags, "--epochs", 2, "--dialect", "nnx", "--out-dir", "whole", cwd=tmp_path)
-    run_successfully("train_jax", *flags, "--out-dir", "parts", cwd=tmp_path)
-    resume = ("--epochs", 2, "--dialect", "plain", "--out-dir", "parts", "--resume")
-    output = run_successfully("train_jax", *flags, *resume, cwd=tmp_path)
-    assert "going on after step 4" in output
-    assert "not as it was" not in output
-    whole, parts = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts

@@ -86,6 +86,10 @@ def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callabl
     batches = [{"batch_size": size, "images": max(size, config.round_images)} for size in config.batch_sizes]
     threads = [{"threads": count} for count in config.swept_threads]
     sizes = [{"images": size} for size in config.train_sizes]
+
+    def measure_points(points: Sequence[dict[str, int]], rounds: int) -> list[Json]:
+        return [measure_point(config, result["contest"]["best_torch"], changes, rounds, show) for changes in points]
+
     measurements: dict[str, Callable[[], Json | list[Json]]] = {"contest": partial(measure_contest, config, show)}
     for name, points, rounds in (
         ("batch_sizes", batches, config.sweep_rounds),
@@ -93,7 +97,7 @@ def plan(config: BenchmarkConfig, result: Json, show: Show) -> dict[str, Callabl
         ("train_sizes", sizes, config.epoch_rounds),
     ):
         if points and rounds:
-            measurements[name] = partial(measure_growth, config, result, points, rounds, show)
+            measurements[name] = partial(measure_points, points, rounds)
     if config.stage_rounds:
         measurements["stages"] = partial(measure_stages, config, show)
     if config.checkpoint_pairs:
@@ -212,13 +216,6 @@ def count_flop(batch_size: int) -> dict[str, int]:
         layer: 2 * math.prod(SIMPLE_CNN[f"{layer}.weight"].shape) * positions * PRODUCTS[layer] * batch_size
         for layer, positions in POSITIONS.items()
     }
-
-
-def measure_growth(
-    config: BenchmarkConfig, result: Json, points: Sequence[dict[str, int]], rounds: int, show: Show
-) -> list[Json]:
-    """Time JAX and the best PyTorch of the contest, which is in the result, at every point."""
-    return [measure_point(config, result["contest"]["best_torch"], changes, rounds, show) for changes in points]
 
 
 def measure_point(config: BenchmarkConfig, best_torch: str, changes: dict[str, int], rounds: int, show: Show) -> Json:
