@@ -55,7 +55,7 @@ def harmless_types() -> Iterator[Any]:
     yield argparse.Namespace
     yield from (np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"})
     for value in (np.float64(0), np.zeros(1)):
-        function = value.__reduce__()[0]
+        function: Any = value.__reduce__()[0]
         for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
             yield function, f"{module}.{function.__name__}"
 
