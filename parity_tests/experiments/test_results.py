@@ -21,6 +21,7 @@ from parity_tests.support import ROOT, read_json
 
 ACCURACY = read_json(ROOT / "docs" / "results" / "accuracy" / "accuracy.json")
 CONVOLUTION = read_json(ROOT / "docs" / "results" / "convolution" / "convolution.json")
+PICTURES = read_json(ROOT / "docs" / "results" / "pictures" / "pictures.json")
 
 
 # --- The files ---
@@ -64,6 +65,14 @@ def test_convolution_is_of_todays_networks_for_the_epochs_that_the_pace_gives() 
             assert all(len(values) == len(runs) for values in figures[framework]["shifted"].values())
 
 
+def test_hardly_a_picture_misleads_however_it_was_saved() -> None:
+    assert (PICTURES["images"], PICTURES["confident"]) == (1_000, 0.9)
+    *saved, garments, digits = PICTURES["rows"].values()
+    assert all(row["misleading"] < 0.02 for row in (*saved, garments, digits))
+    assert all(row["right"] + row["warned"] >= saved[0]["right"] - 0.03 for row in saved)
+    assert min(garments["warned"], digits["warned"]) >= 0.9
+
+
 # --- The pages that quote them ---
 
 
@@ -90,6 +99,15 @@ def convolution_figures() -> list[str]:
     return [*table, *convolution.sentences(CONVOLUTION), gain()]
 
 
+def picture_figures() -> list[str]:
+    """Return the rows of the table about pictures in docs/robustness.md, and how good the network is."""
+    rows = [
+        f"| {name} | {' | '.join('–' if value is None else f'{100 * value:.1f}' for value in row.values())} |"
+        for name, row in PICTURES["rows"].items()
+    ]
+    return [*rows, f"recognises {PICTURES['network']['test_accuracy']:.2%}".replace("%", " %")]
+
+
 def gain() -> str:
     """Return what SimpleCNN gains compared with the best other network."""
     *others, cnn = [mean(accuracies(entry)) for entry in CONVOLUTION["entries"]]
@@ -103,6 +121,7 @@ def gain() -> str:
         ("README.md", [gain()]),
         ("docs/parity.md", accuracy_figures()),
         ("docs/convolution.md", convolution_figures()),
+        ("docs/robustness.md", picture_figures()),
     ],
 )
 def test_a_page_quotes_the_figures_of_the_results(page: str, figures: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from jax_cnn.data import FashionMNIST
 from jax_cnn.pictures import prepare as prepare_module
 from jax_cnn.pictures.frame import take_from_frame
 from jax_cnn.pictures.likeness import find_oddities
-from jax_cnn.pictures.prepare import Prepared, prepare_picture
+from jax_cnn.pictures.prepare import Prepared, count_things, prepare_picture
 from jax_cnn.pictures.read import decode_picture
 from parity_tests.pictures.picture_files import plain
 
@@ -170,6 +170,16 @@ def test_nine_of_ten_pictures_of_several_garments_are_warned_of(data: FashionMNI
     assert sum("things lie on it, apart from one another" in str(warning) for warning in warnings) >= 90
 
 
+def test_what_nearly_touches_is_apart_unless_it_is_thin_or_only_a_stripe_divides_it() -> None:
+    rows, columns = np.ogrid[:620, :320]
+    above, below = (np.hypot(rows - middle, columns - 160) for middle in (152, 460))
+    near = (above < 150) | (below < 150)
+    belt = (below < 150) & (abs(rows - 460) > 4)
+    handle = ((above < 150) & (above > 120)) | (below < 150)
+    for picture, things in ((near, 2), (belt, 1), (handle, 1), (below < 150, 1), (near & False, 0)):
+        assert [count_things(picture), count_things(picture.T)] == [things, things]
+
+
 def as_in_mnist(digit: Image.Image) -> np.ndarray:
     """Return a digit light on dark, 20 pixels high on 28x28 pixels."""
     pixels = np.asarray(digit)
@@ -202,6 +212,7 @@ def test_the_study_counts_answers_warnings_and_what_misleads(
     certain = np.eye(10, dtype=np.float32)[[8] * 50] * 50
     monkeypatch.setattr(study, "compute_logits", lambda framework, weights, pixels: certain)
     enlarged = [prepare(enlarge(image)) for image in data.test_images[:50]]
+    enlarged[:5] = [picture._replace(garments=2) for picture in enlarged[:5]]  # of which no label is 8
     bags, warned = (labels == 8).mean(), sum(find_oddities(picture) is not None for picture in enlarged) / 50
     row = study.judge("jax", {}, enlarged, labels)
     assert row == {"right": bags, "warned": warned, "misleading": pytest.approx(1 - bags - warned)}
