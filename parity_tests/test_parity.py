@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import unflatten_dict
 from jax import lax
 from jax import numpy as jnp
 
@@ -91,7 +92,7 @@ def test_the_pair_passes_every_check(model: Any, data_dir: Path) -> None:
     assert_same_network(product_pair(Network(model), "linen", data_dir, SHORT))
 
 
-@pytest.mark.parametrize("model", ["cnn", "mlp", "linear"])
+@pytest.mark.parametrize("model", ["cnn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "linear"))])
 @pytest.mark.parametrize("dialect", ["nnx", "plain"])
 def test_the_other_dialects_pass(model: Any, dialect: Dialect, data_dir: Path) -> None:
     """In training the dialects compute the same bits (`test_dialects.py`), so that it is checked in one."""
@@ -99,9 +100,9 @@ def test_the_other_dialects_pass(model: Any, dialect: Dialect, data_dir: Path) -
     assert_same_network(pair, "parameters", "transfer", "outputs", "gradients")
 
 
-@pytest.mark.parametrize("dialect", ["linen", "nnx", "plain"])
+@pytest.mark.parametrize("dialect", ["linen", pytest.param("nnx", marks=pytest.mark.slow), "plain"])
 def test_the_program_that_trains_passes(dialect: Dialect, data_dir: Path) -> None:
-    """Training computes each block as one operation."""
+    """Training computes each block as one operation. In NNX its program is that of Linen (`test_dialects.py`)."""
     checks = ("outputs", "gradients", "trajectory") if dialect == "linen" else ("outputs", "gradients")
     assert_same_network(product_pair(CNN, dialect, data_dir, SHORT, fused=True), *checks)
 
@@ -125,7 +126,7 @@ def test_float64_training_stays_together_and_ends_with_the_same_predictions(
         losses = jax_run.step([jax_batch]), torch_run.step([torch_batch])
         assert abs(losses[0][0] - losses[1][0]) <= 1e-12
         if step % 10 == 0 or step == steps:
-            actual, expected = to_torch(nested(jax_run.leaves())), tensors_of(torch_run.module)
+            actual, expected = to_torch(unflatten_dict(jax_run.leaves(), sep="/")), tensors_of(torch_run.module)
             apart = max(float(np.abs(actual[name] - expected[name]).max()) for name in expected)
             assert apart <= 1e-10, step
     print(f"{steps} steps: weights {apart:.1e} apart")
@@ -133,15 +134,6 @@ def test_float64_training_stays_together_and_ends_with_the_same_predictions(
     images = data.test_images[: 2_000 if limit else None]
     predictions = compute_logits("jax", actual, images).argmax(axis=1)
     assert np.array_equal(predictions, compute_logits("torch", expected, images).argmax(axis=1))
-
-
-def nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return leaves by path ("conv1/kernel") as the Flax tree."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        layer, name = path.split("/")
-        tree.setdefault(layer, {})[name] = leaf
-    return tree
 
 
 def test_no_weights_are_held_twice() -> None:

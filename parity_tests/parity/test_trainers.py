@@ -1,34 +1,310 @@
-"""The trainers of the two training commands do the same: they are compared as they train, not copies of their parts."""
+"""The trainers of the two training commands do the same: what they are fed, what they compute, and how exactly.
 
-from collections.abc import Iterator
+They are compared as they train, not copies of their parts.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pytest
+import torch
+from jaxtyping import UInt8
 
+import train_jax
 import train_torch
 from jax_cnn import train, trainer
 from jax_cnn.checkpoint import AdamState
 from jax_cnn.config import JaxTrainConfig
 from jax_cnn.data import FashionMNIST, epoch_order
+from jax_cnn.devices import pick_devices
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.trainer import CHUNK_STEPS, EVALUATION_BATCH, Chunk, JaxTrainer, chunk_shapes
-from parity_tests.parity.trainers import (
-    Batch,
-    compare_epochs,
-    compare_feeds,
-    compare_rounding,
-    draw_weights,
-    make_trainer,
-    record_feed,
-    train_epochs,
-    train_last_steps,
-    train_nudged,
-)
+from parity_tests.harness.compare import EXACT, Bound, Divergence, compare
+from torch_ref.model import make_model
+from torch_ref.train import criterion
+from torch_ref.trainer import TorchTrainer
+
+Trainer = JaxTrainer | TorchTrainer
+
+FLOAT64 = Bound(1e-10, "float64 rounding, amplified over the steps", relative=False)
+FACTOR = 4.0  # a float32 run may be this many times further from float64 than the measured noise
+HALF_ULP = 2.0**-24  # no result in float32 can be expected to be closer
+MOMENTS = ("first_moment", "second_moment")
+
+
+class Batch(NamedTuple):
+    """The images and labels of one step."""
+
+    pixels: UInt8[np.ndarray, "batch 28 28"]
+    labels: UInt8[np.ndarray, " batch"]
+
+
+class Epoch(NamedTuple):
+    """The report of a trainer about an epoch, and its state and scores after it."""
+
+    sizes: list[int]  # images in each batch
+    losses: np.ndarray  # of each batch
+    state: AdamState
+    scores: dict[str, np.ndarray]  # loss and accuracy over the test set
+
+
+# Running the trainers
+
+
+@contextmanager
+def make_trainer(framework: str, config: JaxTrainConfig, start: TorchDict | None = None) -> Iterator[Trainer]:
+    """Make a trainer as its command makes it, starting from these weights in the run's precision.
+
+    A trainer sets PyTorch's default dtype, or whether JAX has float64, for its whole process. Both are put back at the
+    end of the block, so that trainers of several precisions can follow each other.
+    """
+    torch_dtype, has_float64 = torch.get_default_dtype(), jax.config.read("jax_enable_x64")
+    initial = None if start is None else {name: array.astype(config.weights_dtype) for name, array in start.items()}
+    try:
+        if framework == "jax":
+            trainer = train_jax.make_trainer(config, pick_devices(config), initial, print)
+        else:
+            trainer = train_torch.make_trainer(config, initial, print)
+        assert isinstance(trainer, JaxTrainer | TorchTrainer)
+        yield trainer
+    finally:
+        torch.set_default_dtype(torch_dtype)
+        jax.config.update("jax_enable_x64", has_float64)
+
+
+def draw_weights(config: JaxTrainConfig) -> TorchDict:
+    """Return PyTorch's own initial weights of the configured network, float32."""
+    torch.manual_seed(config.seed)
+    return {name: tensor.numpy().copy() for name, tensor in make_model(*config.network).state_dict().items()}
+
+
+def train_epochs(framework: str, config: JaxTrainConfig, start: TorchDict) -> list[Epoch]:
+    """Train every epoch of a run from these weights."""
+    with make_trainer(framework, config, start) as trainer:
+        return [train_epoch(trainer, epoch) for epoch in range(config.epochs)]
+
+
+def train_epoch(trainer: Trainer, epoch: int) -> Epoch:
+    """Train an epoch and evaluate. JAX reports a chunk of batches at a time, PyTorch each batch."""
+    sizes: list[int] = []
+    losses: list[np.ndarray] = []
+    for count, reported in trainer.train_epoch(epoch):
+        chunk = np.atleast_1d(np.asarray(reported))
+        sizes += [count // len(chunk)] * len(chunk)
+        losses.append(chunk)
+    loss, accuracy = trainer.evaluate()
+    scores = {"evaluation, loss": np.array(loss), "evaluation, accuracy": np.array(accuracy)}
+    return Epoch(sizes, np.concatenate(losses), AdamState(*trainer.state()), scores)
+
+
+def train_last_steps(trainer: Trainer, start: TorchDict, first: int) -> AdamState:
+    """Train the first epoch's steps from number `first` on, starting from these weights and moments of zero."""
+    first_moment, second_moment = ({name: np.zeros_like(array) for name, array in start.items()} for _ in MOMENTS)
+    trainer.restore(start, first_moment, second_moment, 0)
+    for _ in trainer.train_epoch(0, first):
+        pass
+    return AdamState(*trainer.state())
+
+
+def train_nudged(trainer: Trainer, start: TorchDict, first: int, nudges: int) -> list[AdamState]:
+    """Train from these weights, and again from the same with each moved by one unit in the last place (ULP)."""
+    starts = [start, *(nudge(start, seed) for seed in range(nudges))]
+    return [train_last_steps(trainer, weights, first) for weights in starts]
+
+
+def nudge(weights: TorchDict, seed: int) -> TorchDict:
+    """Move every weight to a neighbouring float, up or down at random."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.nextafter(array, np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype))
+        for name, array in weights.items()
+    }
+
+
+# What the trainers are fed
+
+
+def record_feed(framework: str, config: JaxTrainConfig) -> list[list[Batch]]:
+    """Train every epoch of a run, and return the batches of each that reach the network and the loss."""
+    served: list[Batch] = []
+    feed = []
+    with make_trainer(framework, config) as trainer, watch(trainer, served.append):
+        for epoch in range(config.epochs):
+            for _ in trainer.train_epoch(epoch):
+                pass
+            feed.append(served.copy())
+            served.clear()
+    return feed
+
+
+@contextmanager
+def watch(trainer: Trainer, note: Callable[[Batch], object]) -> Iterator[None]:
+    """Note each batch that a trainer trains on: the arguments of JAX's programs, and of PyTorch's network and loss."""
+    if isinstance(trainer, JaxTrainer):
+        programs: dict[int, Any] = dict(trainer._train_programs)
+        trainer._train_programs = {size: noting(program, note) for size, program in programs.items()}
+        yield
+        return
+    images: list[torch.Tensor] = []
+
+    def note_images(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        images.append(inputs[0])
+
+    def note_labels(_: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        note(torch_batch(images.pop(), inputs[1]))
+
+    with (
+        trainer._model.register_forward_pre_hook(note_images),
+        criterion.register_forward_pre_hook(note_labels),
+    ):
+        yield
+
+
+def noting(program: Any, note: Callable[[Batch], object]) -> Any:
+    """Return a training program that notes its batches before it trains on them."""
+
+    def run(state: Any, pixels: jax.Array, labels: jax.Array, steps: np.int32) -> Any:
+        for batch in zip(np.asarray(pixels)[:steps], np.asarray(labels)[:steps], strict=True):
+            note(Batch(*batch))
+        return program(state, pixels, labels, steps)
+
+    return run
+
+
+def torch_batch(images: torch.Tensor, labels: torch.Tensor) -> Batch:
+    """Return PyTorch's batch [batch, 1, 28, 28] as the bytes that it was made from."""
+    scaled = images[:, 0].numpy()
+    pixels = np.rint(scaled * 255).astype(np.uint8)
+    assert np.array_equal(pixels / np.array(255, scaled.dtype), scaled), "PyTorch is fed images other than pixels / 255"
+    return Batch(pixels, labels.numpy().astype(np.uint8))
+
+
+def compare_feeds(jax_feed: list[list[Batch]], torch_feed: list[list[Batch]], train_set: Batch) -> Iterator[Divergence]:
+    """Yield where the trainers are fed other batches, an image more or less than once, or an earlier epoch's order."""
+    whole = Counter(image_keys([train_set]))
+    orders: dict[str, list[list[bytes]]] = {"JAX": [], "PyTorch": []}
+    for epoch, (ours, theirs) in enumerate(zip(jax_feed, torch_feed, strict=True)):
+        yield from compare_batches(ours, theirs, epoch)
+        for side, batches in (("JAX", ours), ("PyTorch", theirs)):
+            order = image_keys(batches)
+            missing, again = whole - Counter(order), Counter(order) - whole
+            if missing or again:
+                problem = f"{side} leaves out {missing.total():,} images and is fed {again.total():,} once too often"
+                yield Divergence("feed", f"epoch {epoch}, every image once", problem)
+            if order in orders[side]:
+                problem = f"{side} repeats the order of epoch {orders[side].index(order)}"
+                yield Divergence("feed", f"epoch {epoch}, order", problem)
+            orders[side].append(order)
+
+
+def compare_batches(ours: list[Batch], theirs: list[Batch], epoch: int) -> Iterator[Divergence]:
+    """Yield the first batch of an epoch that differs."""
+    counted, expected_count = ({"number of batches": np.array(len(batches))} for batches in (ours, theirs))
+    yield from compare("feed", counted, expected_count, EXACT, f"epoch {epoch}, {{}}")
+    for index, (actual, expected) in enumerate(zip(ours, theirs, strict=False)):
+        where = f"epoch {epoch}, batch {index}, {{}}"
+        differences = list(compare("feed", actual._asdict(), expected._asdict(), EXACT, where))
+        if differences:
+            yield from differences
+            return
+
+
+def image_keys(batches: Sequence[Batch]) -> list[bytes]:
+    """Return the bytes of each image with its label, in order."""
+    pixels = np.concatenate([batch.pixels for batch in batches])
+    labels = np.concatenate([batch.labels for batch in batches])
+    return [row.tobytes() for row in np.column_stack([pixels.reshape(len(pixels), -1), labels])]
+
+
+# What they compute in float64
+
+
+def compare_epochs(jax_epochs: list[Epoch], torch_epochs: list[Epoch]) -> Iterator[Divergence]:
+    """Yield the first loss that differs, or all that differs after an epoch; what follows from it is not repeated."""
+    for epoch, (ours, theirs) in enumerate(zip(jax_epochs, torch_epochs, strict=True)):
+        where = f"epoch {epoch}, {{}}"
+        losses = compare("trainers", named_losses(ours), named_losses(theirs), FLOAT64, where)
+        differences = [first] if (first := next(losses, None)) else list(compare_after(ours, theirs, where))
+        if differences:
+            yield from differences
+            return
+
+
+def named_losses(epoch: Epoch) -> dict[str, np.ndarray]:
+    """Return the loss of each step under its name."""
+    steps = enumerate(zip(epoch.sizes, epoch.losses, strict=True))
+    return {f"step {step}, loss of {size} images": np.array(loss) for step, (size, loss) in steps}
+
+
+def compare_after(ours: Epoch, theirs: Epoch, where: str) -> Iterator[Divergence]:
+    """Compare the states and scores after an epoch."""
+    steps, expected_steps = ({"number of steps": np.array(epoch.state.step)} for epoch in (ours, theirs))
+    yield from compare("trainers", steps, expected_steps, EXACT, where)
+    for part in (*MOMENTS, "weights"):
+        label = where.format(f"{part.replace('_', ' ')} {{}}")
+        yield from compare("trainers", getattr(ours.state, part), getattr(theirs.state, part), FLOAT64, label)
+    yield from compare("trainers", ours.scores, theirs.scores, FLOAT64, where)
+
+
+# How exact float32 is
+
+
+def compare_rounding(
+    in_jax: Sequence[AdamState], in_torch: Sequence[AdamState], truth: AdamState, steps: int
+) -> Iterator[Divergence]:
+    """Yield where a float32 run is further from the float64 run than `FACTOR` times the measured noise.
+
+    The noise is how far runs with nudged weights end from the run without, the furthest of both frameworks. After one
+    step moments are compared tensor by tensor. Otherwise all tensors are compared as a whole: it is chance where single
+    ones end after many steps, and after one optax has moved single biases by 6 times the noise, because it computes its
+    bias correction in float32.
+
+    Args:
+        in_jax: the states after JAX's float32 runs: the first from the weights as they are, the others nudged.
+        in_torch: PyTorch's.
+        truth: the state after the float64 run.
+        steps: how many steps each run has trained.
+    """
+    tensors = list(truth.weights)
+    moments: list[tuple[str, list[str]]] = [(part, tensors) for part in MOMENTS]
+    if steps == 1:
+        moments = [(part, [name]) for part in MOMENTS for name in tensors]
+    for part, names in [*moments, ("weights", tensors)]:
+        noise = max(distance(runs[0], other, part, names) for runs in (in_jax, in_torch) for other in runs[1:])
+        noise = max(noise, HALF_ULP * size(truth, part, names))
+        for side, runs in (("JAX", in_jax), ("PyTorch", in_torch)):
+            error = distance(runs[0], truth, part, names)
+            if not error <= FACTOR * noise:
+                problem = f"{side} in float32 is {error:.1e} from float64, more than {FACTOR:g} x {noise:.1e}"
+                where = f"after step {steps}, {part.replace('_', ' ')}" + (f" {names[0]}" if len(names) == 1 else "")
+                yield Divergence("float32", where, problem)
+
+
+def distance(one: AdamState, other: AdamState, part: str, names: Sequence[str]) -> float:
+    """Return the root mean square difference over all values of these tensors."""
+    ours, theirs = getattr(one, part), getattr(other, part)
+    return root_mean_square([ours[name].astype(np.float64) - theirs[name] for name in names])
+
+
+def size(state: AdamState, part: str, names: Sequence[str]) -> float:
+    """Return the root mean square of all values of these tensors."""
+    return root_mean_square([getattr(state, part)[name] for name in names])
+
+
+def root_mean_square(arrays: Sequence[np.ndarray]) -> float:
+    """Return the root mean square of all values of these arrays."""
+    return float(np.sqrt(sum(np.square(array).sum() for array in arrays) / sum(array.size for array in arrays)))
+
+
+# The tests
+
 
 BATCH = 3
 REMAINDER = 2
