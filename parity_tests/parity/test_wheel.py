@@ -180,7 +180,7 @@ def test_the_command_is_the_wheel_s_and_not_the_checkout_s(environment: Path, fo
 
 
 def test_the_command_says_with_its_status_that_a_port_is_the_same(environment: Path, folder: Path) -> None:
-    done = run(environment, folder, "parity-report", "my_port:pair", "--out-dir=sound")
+    done = run(environment, folder, "parity-report", "my_port:pair", "--steps=2", "--out-dir=sound")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Reference: no difference." in done.stdout
     report = read_json(folder / "sound" / "report.json")
