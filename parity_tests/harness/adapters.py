@@ -922,5 +922,25 @@ def haiku_without_dropout() -> Iterator[None]:
         hk.dropout.__code__ = original
 
 
+@contextlib.contextmanager
+def attention_without_dropout(name: str) -> Iterator[None]:
+    """Let Flax's functions of attention keep every weight, also where a model imported such a function itself.
+
+    They divide what is kept by the probability to be kept: both are the same here.
+    """
+    attention: Any = sys.modules[name]
+    original = attention.random
+    attention.random = types.SimpleNamespace(bernoulli=lambda key, share, shape=(): jnp.broadcast_to(share, shape))
+    try:
+        yield
+    finally:
+        attention.random = original
+
+
 WATCHERS = {"flax.linen": watch_linen, "flax.nnx": watch_nnx, "equinox": watch_equinox, "haiku": watch_haiku}
-DROPOUTS = {"flax.linen": linen_without_dropout, "haiku": haiku_without_dropout}
+DROPOUTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "flax.linen": linen_without_dropout,
+    "flax.linen.attention": functools.partial(attention_without_dropout, "flax.linen.attention"),
+    "flax.nnx.nn.attention": functools.partial(attention_without_dropout, "flax.nnx.nn.attention"),
+    "haiku": haiku_without_dropout,
+}

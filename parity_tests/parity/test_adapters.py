@@ -23,7 +23,7 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from parity_tests.harness import Pair, examine
-from parity_tests.harness.adapters import adapt
+from parity_tests.harness.adapters import adapt, without_dropout
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.taps import Sweep, Traced, in_float64, name_leaves
 from parity_tests.parity.watched_runs import draw_variables, watch_model
@@ -254,6 +254,17 @@ def test_linens_batch_norm_and_dropout_in_both_modes() -> None:
     np.testing.assert_array_equal(evaluated.outputs[1]["bn/mean"], before)
     assert "bn/mean" not in model.trainable(variables)
     assert "bn/scale" in model.trainable(variables)
+
+
+@pytest.mark.parametrize("attend", [nn.dot_product_attention, nnx.dot_product_attention])
+def test_attention_that_a_model_calls_as_a_function_has_no_dropout(attend: Any) -> None:
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2, 4)))
+    with without_dropout():
+        kept = attend(rows, rows, rows, dropout_rng=jax.random.key(0), dropout_rate=0.3, deterministic=False)
+    plain = attend(rows, rows, rows, deterministic=True)  # for NNX a function of JAX's own, which rounds to float32
+    np.testing.assert_allclose(kept, plain, rtol=0, atol=1e-6)
+    dropped = attend(rows, rows, rows, dropout_rng=jax.random.key(0), dropout_rate=0.3, deterministic=False)
+    assert np.abs(kept - dropped).max() > 0.1
 
 
 def test_functions_between_linen_modules_have_the_scope_of_the_module() -> None:
