@@ -30,6 +30,8 @@ SETTINGS: dict[str, str | int | bool] = {
     "jax_transfer_guard": "allow",
 }
 
+VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")  # name what JAX starts; the second is the older one
+
 AnyMesh = Mesh | AbstractMesh  # an abstract mesh knows only the number of its devices
 Share = tuple[slice, ...]
 
@@ -114,19 +116,21 @@ def find_devices(kind: Device) -> list[jax.Device]:
     """Return all devices of a kind, over all processes. If a CPU is asked for, JAX starts nothing else.
 
     Raises:
-        UserError: JAX sees none, or cannot start what the variable JAX_PLATFORMS names, or may compile nothing.
+        UserError: JAX sees none, or cannot start what one of `VARIABLES` names, or may compile nothing.
     """
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # declared at run time
         raise UserError("JAX_DISABLE_JIT is set, and this command needs compiled programs: unset the variable")
     if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+        for setting in ("jax_platforms", "jax_platform_name"):
+            jax.config.update(setting, "cpu")
     allowed = jax.config.jax_platforms  # type: ignore[attr-defined]  # declared at run time
     try:
         seen = jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where the plugin for CUDA is not installed
         reason = str(error).partition("\n")[0] or "it is not installed"
+        variable = next((name for name in VARIABLES if os.environ.get(name)), VARIABLES[0])
         raise UserError(
-            f"JAX cannot start {allowed or 'its devices'}: {reason}; unset JAX_PLATFORMS, or use --device cpu"
+            f"JAX cannot start {allowed or 'its devices'}: {reason}; unset {variable}, or use --device cpu"
         ) from None
     if kind == "auto":
         return seen

@@ -17,6 +17,8 @@ import tyro
 
 from jax_cnn.config import UserError
 
+# What reads variables of the environment where it is loaded, and raises a ValueError there.
+READERS = {"JAX": Path("jax", "_src", "config.py"), "matplotlib": Path("matplotlib", "__init__.py")}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Config = TypeVar("Config")
@@ -45,9 +47,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:
-        if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith(str(Path("jax", "_src", "config.py"))):
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        reader = next((name for name, file in READERS.items() if place.endswith(str(file))), None)
+        if reader is None:
             raise
-        print(f"error: JAX cannot read its variables ({error}): unset or correct it", file=sys.stderr)
+        print(f"error: {reader} cannot read its variables ({error}): unset or correct it", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)

@@ -28,7 +28,7 @@ import train_torch
 from experiments.speed.config import Task
 from experiments.speed.workers import PREALLOCATE, worker_environment
 from jax_cnn.config import Device, JaxTrainConfig, Network, TrainConfig, UserError
-from jax_cnn.devices import SETTINGS, find_devices, fix_settings, pick_devices
+from jax_cnn.devices import SETTINGS, VARIABLES, find_devices, fix_settings, pick_devices
 from jax_cnn.files import write_json
 from jax_cnn.model import init_params
 from jax_cnn.run import command_line, loop, provenance, resume
@@ -38,7 +38,7 @@ from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from parity_tests import command
 from parity_tests.run.training import zero_weights
-from parity_tests.support import ROOT
+from parity_tests.support import ROOT, assert_slip
 
 # One CUDA for both frameworks
 
@@ -144,15 +144,16 @@ for kind in ("auto", "gpu", "cpu", "gpu"):
 """
 
 
-def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cpu() -> None:
-    env = os.environ | {"JAX_PLATFORMS": "abacus"}
+@pytest.mark.parametrize(("variable", "what"), [("JAX_PLATFORMS", "abacus"), ("JAX_PLATFORM_NAME", "its devices")])
+def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cpu(variable: str, what: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {variable: "abacus"}
     done = subprocess.run(
         [sys.executable, "-c", PLATFORMS], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     auto, gpu, cpu, second = done.stdout.splitlines()
     assert auto == gpu
-    assert auto.startswith("JAX cannot start abacus: ")
-    assert auto.endswith("; unset JAX_PLATFORMS, or use --device cpu")
+    assert auto.startswith(f"JAX cannot start {what}: ")
+    assert auto.endswith(f"; unset {variable}, or use --device cpu")
     assert cpu == "cpu"
     assert second.endswith("JAX has started with cpu alone in this process: restart it (in a notebook, the kernel)")
 
@@ -168,14 +169,23 @@ def test_a_second_command_in_one_process_is_told_what_jax_reads_only_once() -> N
         pick_devices(JaxTrainConfig(devices=64))
 
 
-def test_a_variable_that_jax_cannot_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("reader", command_line.READERS)
+def test_a_variable_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str], reader: str) -> None:
     def main() -> None:
-        place = str(Path("site-packages", "jax", "_src", "config.py"))
-        exec(compile("raise ValueError('invalid truth value: JAX_DISABLE_JIT')", place, "exec"))
+        place = str(Path("site-packages") / command_line.READERS[reader])
+        exec(compile("raise ValueError('invalid truth value: ITS_NAME')", place, "exec"))
 
     with pytest.raises(SystemExit, match="2"):
         command_line.run(main)
-    assert capsys.readouterr().err.startswith("error: JAX cannot read its variables (invalid truth value: JAX_DIS")
+    error = f"error: {reader} cannot read its variables (invalid truth value: ITS_NAME): unset or correct it\n"
+    assert capsys.readouterr().err == error
+
+
+def test_a_backend_that_matplotlib_does_not_know_is_such_a_variable() -> None:
+    load = "from jax_cnn.run import command_line; command_line.run(lambda: __import__('matplotlib'))"
+    env = os.environ | {"MPLBACKEND": "abacus"}
+    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert_slip(done, "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value")
 
 
 # The command line
