@@ -38,6 +38,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     The status is 0 after success, 2 after a `UserError` (one line on stderr), 128 + n after signal n, and 141, quietly,
     when the reader of its output has gone (`| head`), as in a shell.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed (`>&-`), as under some schedulers
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:

@@ -191,6 +191,13 @@ def test_a_backend_that_matplotlib_does_not_know_is_such_a_variable() -> None:
 # The command line
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the output")
+def test_a_command_whose_output_is_closed_works() -> None:
+    line = ["sh", "-c", 'exec "$0" scripts/train_torch.py --help >&-', sys.executable]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_main_in_a_cell_does_not_read_the_kernel_s_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/ipykernel_launcher.py", "-f", "/tmp/kernel-1.json"])
     assert command_line.parse(TrainConfig(epochs=3), "") == TrainConfig(epochs=3)
