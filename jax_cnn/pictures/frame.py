@@ -53,10 +53,8 @@ def take_from_frame(grey: UInt8[np.ndarray, "height width"]) -> tuple[UInt8[np.n
 def find_boxes(grey: UInt8[np.ndarray, "height width"]) -> list[Box]:
     """Return the rectangles that hold a picture, as they stand out from the background of the whole."""
     foreground = np.abs(grey.astype(np.int16) - commonest(border(grey, 1))) > TOLERANCE
-    grounds, _ = ndimage.label(~foreground)
-    outside = np.unique(border(grounds, 1))
     # A hole in a thing belongs to the thing, such as the white inside of black axes on white.
-    things, _ = ndimage.label(~np.isin(grounds, outside[outside > 0]), np.ones((3, 3)))
+    things, _ = ndimage.label(fill_holes(foreground), np.ones((3, 3)))
     large = np.bincount(things.ravel()) >= 4 * SHORTEST  # noise consists of a million small things
     large[0] = False
     things = np.where(large, np.cumsum(large), 0)[things]
@@ -90,6 +88,16 @@ def border(array: np.ndarray, thickness: int) -> np.ndarray:
     middle = array[thickness:-thickness]
     sides = (array[:thickness], array[-thickness:], middle[:, :thickness], middle[:, -thickness:])
     return np.concatenate([side.ravel() for side in sides])
+
+
+def fill_holes(foreground: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
+    """Return the foreground with what it encloses. `ndimage.binary_fill_holes` does the same and takes longer."""
+    grounds, number = ndimage.label(~foreground)
+    outside = np.zeros(number + 1, bool)
+    outside[border(grounds, 1)] = True
+    outside[0] = False  # the foreground
+    filled: Bool[np.ndarray, "height width"] = ~outside[grounds]
+    return filled
 
 
 def commonest(values: UInt8[np.ndarray, " size"]) -> int:

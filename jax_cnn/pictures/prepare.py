@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int, Int16, UInt8
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from jax_cnn.pictures.frame import TOLERANCE, take_from_frame
+from jax_cnn.pictures.frame import TOLERANCE, fill_holes, take_from_frame
 from jax_cnn.pictures.read import LARGE_EDGE, Picture
 
 Invert = Literal["auto", "yes", "no"]
@@ -103,10 +103,10 @@ def count_things(foreground: Bool[np.ndarray, "height width"]) -> int:
 
     Rectangles are things of their own however near they are: they are the pictures of a figure.
     """
-    grown = ndimage.binary_dilation(foreground, np.ones((3, 3)), max(1, round(max(foreground.shape) * NEAR / 2)))
+    grown = ndimage.maximum_filter(foreground, 1 + 2 * max(1, round(max(foreground.shape) * NEAR / 2)))
     things = np.where(foreground, label_things(grown), 0)
     near = label_things(foreground)
-    rectangles = list_things(label_things(ndimage.binary_fill_holes(foreground)), SMALL_PART, RECTANGULAR)
+    rectangles = list_things(label_things(fill_holes(foreground)), SMALL_PART, RECTANGULAR)
     apart = count_apart(things, list_things(things, SMALL_PART))
     return max(apart, count_apart(near, list_things(near, LARGE_PART, SOLID)), len(rectangles))
 
