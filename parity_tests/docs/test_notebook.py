@@ -116,6 +116,10 @@ def test_the_committed_outputs_are_from_one_full_run(lesson: Notebook) -> None:
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert sum("after 5 of 5 epochs" in printed(cell) for cell in cells) == 2  # one for each framework
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 15
+    tables = ["".join(output.get("data", {}).get("text/plain", "")).splitlines() for output in outputs]
+    (layers,) = (table for table in tables if table and table[0].startswith("stage | PyTorch [batch, channel, row"))
+    assert "conv2 | (64, 64, 14, 14) | (64, 14, 14, 64) | 18,496" in layers
+    assert sum("SimpleCNN Summary" in printed(cell) for cell in cells) == 1, "Flax's own table"
 
 
 def test_the_committed_file_is_small_and_contains_no_path_of_the_machine(lesson: Notebook) -> None:
