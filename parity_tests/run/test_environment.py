@@ -132,6 +132,13 @@ def test_a_seed_draws_the_same_weights_whatever_jax_s_variables_say(setting: tup
     assert np.array_equal(draw(), expected)
 
 
+def test_the_variables_of_jax_and_xla_are_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"JAX_ABACUS": "1", "XLA_ABACUS": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert variables.items() <= provenance.provenance(())["environment"].items()
+
+
 PLATFORMS = """
 import jax
 from jax_cnn.config import UserError
