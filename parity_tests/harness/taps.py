@@ -750,7 +750,8 @@ class Traced:
     def float32_constants(self) -> dict[int, Any]:
         """Return the constants that were rounded to float32 in any run, such as a table of sines, by their ids."""
         constants = {id(constant): constant for constant in [*self.constants, *self.inner_constants]}
-        return {key: constant for key, constant in constants.items() if is_array(constant) and keeps_float32(constant)}
+        floats = {key: constant for key, constant in constants.items() if is_array(constant) and is_float(constant)}
+        return {key: constant for key, constant in floats.items() if keeps_float32(constant)}
 
     @property
     def turns_images(self) -> bool:

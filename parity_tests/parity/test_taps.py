@@ -435,6 +435,12 @@ def test_python_numbers_and_texts_among_the_inputs_stay_constants() -> None:
     assert_close(result.outputs, jnp.asarray(ROWS * 3), "output")
 
 
+def test_a_key_among_the_constants_is_no_float() -> None:
+    key, table = jax.random.key(0), jnp.asarray(np.float32([0.1, 0.2]))
+    traced = trace(lambda tensors, inputs: inputs + jax.random.uniform(key) + table[0], WEIGHTS, ROWS)
+    assert [constant.dtype for constant in traced.float32_constants.values()] == [np.float32]
+
+
 def test_casts_to_float32_inside_a_model_are_casts_to_float64_in_a_float64_run() -> None:
     @jax.jit
     def normalise(x: Array) -> Array:
