@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -599,12 +600,32 @@ def schedule(case: Case) -> Iterator[Divergence]:
     """Compare the learning rates as functions of the step."""
     pair = case.pair
     if pair.torch_schedule is not None and pair.jax_schedule is not None:
-        yield from training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes)
+        found = list(training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes))
+        case.shared["schedules differ"] = bool(found)
+        yield from found
 
 
 def optimizer(case: Case) -> Iterator[Divergence]:
-    """Compare the optimizers alone, on the same gradients."""
-    yield from training.optimizer(case_setup(case), case.seed, case.notes, training_batches(case, 1, case.sizes)[0])
+    """Compare the optimizers alone, on the same gradients; where the schedules differ, with JAX's on both sides too."""
+    setup, batch = case_setup(case), training_batches(case, 1, case.sizes)[0]
+    found = list(training.optimizer(setup, case.seed, case.notes, batch))
+    if found and case.shared.get("schedules differ"):
+        alike = replace(setup, pair=replace(setup.pair, torch_schedule=partial(exact_rate, case.pair.jax_schedule)))
+        if not list(training.optimizer(alike, case.seed, case.notes, batch)):
+            add_note(case.notes, "optimizer: compared with JAX's learning rates on both sides, because they differ")
+            return
+    yield from found
+
+
+def exact_rate(schedule: Callable[[Any], Any], step: int) -> float:
+    """Return a learning rate of JAX's as its optimizer has it in a float64 run."""
+    with jax.enable_x64(True):
+        return float(schedule(jnp.asarray(step, jnp.int64)))
+
+
+def in_training_mode(case: Case) -> bool:
+    """Return whether both sides train in training mode; a pair that has none to compare trains in evaluation mode."""
+    return case.pair.training is not False
 
 
 def trajectory(case: Case) -> Iterator[Divergence]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import haiku as hk
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import linen
@@ -874,3 +875,25 @@ def test_padding_of_a_pool_is_found_at_the_pool() -> None:
     found = comparison(1, 10)
     wrong = [name for name, difference in found.local.values.items() if difference.problem]
     assert wrong == ["pool"]
+
+
+def test_a_fault_of_the_schedule_is_not_told_again_by_the_optimizer() -> None:
+    def rate(step: int) -> float:
+        return 1e-2 * 0.5 ** (step // 3)
+
+    def pair(decay: float) -> Pair:
+        schedule = optax.exponential_decay(1e-2, 3, 0.5)  # without a staircase
+        return Pair(
+            nn.Linear(3, 2),
+            lambda tree, x: x @ tree["weight"].T + tree["bias"],
+            np.ones((2, 3), np.float32),
+            dict,
+            torch_optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9),
+            jax_optimizer=optax.sgd(schedule, decay),
+            torch_schedule=rate,
+            jax_schedule=schedule,
+            schedule_steps=10,
+        )
+
+    found = [{each.check for each in examine(pair(decay)).divergences} for decay in (0.9, 0.8)]
+    assert found == [{"schedule"}, {"schedule", "optimizer"}]
