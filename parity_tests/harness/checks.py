@@ -632,14 +632,14 @@ def trajectory(case: Case) -> Iterator[Divergence]:
     """Compare losses, weights, moments and statistics step by step in training."""
     steps = TRAJECTORY_STEPS if case.small else FEW_STEPS
     batches = training_batches(case, steps * case.pair.micro_batches, case.sizes)
-    yield from training.trajectory(case_setup(case), batches, case.notes, training=True)
+    yield from training.trajectory(case_setup(case), batches, case.notes, training=in_training_mode(case))
 
 
 def handover(case: Case) -> Iterator[Divergence]:
     """Change the framework in mid-training, and compare with PyTorch's uninterrupted run."""
     steps = HANDOVER_STEPS if case.small else FEW_STEPS
     batches = training_batches(case, steps * case.pair.micro_batches, case.sizes)
-    yield from training.handover(case_setup(case), batches, case.notes, training=True)
+    yield from training.handover(case_setup(case), batches, case.notes, training=in_training_mode(case))
 
 
 def precision(case: Case) -> Iterator[Divergence]:
@@ -691,7 +691,7 @@ def drift(case: Case, steps: int, **options: Any) -> dict[str, list[float]]:
     compared = sorted({round(step) for step in np.geomspace(1, steps, DRIFT_POINTS)})
     setup = case_setup(case)
     batches = training_batches(case, steps * setup.micro_batches, case.sizes[:1])
-    curves = training.drift(setup, batches, compared, training=True, **options)
+    curves = training.drift(setup, batches, compared, training=in_training_mode(case), **options)
     return {"steps": list[float](compared), **curves}
 
 

@@ -112,7 +112,8 @@ class Pair:
     schedule_steps: int = 1000
     """The steps over which the schedules are compared."""
     training: bool | None = None
-    """Whether to compare training mode too. None: if the module has batch normalisation or dropout."""
+    """Whether to compare training mode too. None: if the module has batch normalisation or dropout. False: both sides
+    train in evaluation mode, as a fine-tuning with fixed statistics does."""
     torch_batches: Batches | None = None
     """The batches of PyTorch's data pipeline; None: inputs are drawn like the example."""
     jax_batches: Batches | None = None
