@@ -43,6 +43,7 @@ from parity_tests.harness.compare import (
     compare,
     flat,
     judge,
+    keeps_float32,
     largest,
     largest_error,
     map_leaves,
@@ -313,6 +314,9 @@ def setup_of(case: Case) -> Setup:
     tensors = draw_tensors(pair, case.seed)
     if "kinks" in case.shared:  # where the sides may differ, and weights of 0 would train at them
         tensors = {name: np.where(array == 0, np.float32(KINK), array) for name, array in tensors.items()}
+    tables = {name: case.tensors[name] for name in case.weight_map.unused & tensors.keys()}  # the port computes them
+    tensors |= {name: table for name, table in tables.items() if np.array_equal(np.float32(table), tensors[name])}
+    coarse = case.coarse or any(keeps_float32(tensors[name]) for name in tables)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
@@ -329,9 +333,7 @@ def setup_of(case: Case) -> Setup:
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),
     )
-    return Setup(
-        case.module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, case.coarse, tensors
-    )
+    return Setup(case.module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, coarse, tensors)
 
 
 def case_setup(case: Case) -> Setup:
@@ -370,6 +372,9 @@ def tables(case: Case) -> Iterator[Divergence]:
     own = case.own_variables
     if own is not None:
         buffers = buffers_of(case.pair.new_module(case.seed))
+        if random := drawn_buffers(case, buffers):
+            add_note(case.notes, f"tables: not tried for {shorten(sorted(random))}: PyTorch draws them at random")
+            buffers = {name: array for name, array in buffers.items() if name not in random}
         if buffers:
             paths = {p for entry in case.weight_map.entries if set(entry.torch) <= buffers.keys() for p in entry.jax}
             undrawn = case.model.variables is None and bool(paths & case.model.trainable(own))  # these are zeros
@@ -402,6 +407,12 @@ def buffers_of(module: nn.Module) -> dict[str, np.ndarray]:
     """Return the persistent float buffers of a module by name."""
     trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return {name: tensor.detach().numpy() for name, tensor in tensors_of(module).items() if name not in trained}
+
+
+def drawn_buffers(case: Case, buffers: Arrays) -> set[str]:
+    """Return the buffers that are others with another seed, as the frequencies of random Fourier features are."""
+    again = buffers_of(case.pair.new_module(case.seed + 1))
+    return {name for name, array in buffers.items() if name in again and not np.array_equal(array, again[name])}
 
 
 def exact_buffers(case: Case, buffers: Arrays) -> dict[str, np.ndarray]:

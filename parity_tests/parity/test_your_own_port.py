@@ -28,6 +28,7 @@ from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case, Comparison
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
+from parity_tests.harness.weights import unused
 from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
@@ -899,3 +900,40 @@ def test_a_fault_of_the_schedule_is_not_told_again_by_the_optimizer() -> None:
 
     found = [{each.check for each in examine(pair(decay)).divergences} for decay in (0.9, 0.8)]
     assert found == [{"schedule"}, {"schedule", "optimizer"}]
+
+
+class Features(nn.Module):
+    """A layer that scales its inputs by a table, and turns them by one drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]))
+        self.register_buffer("turn", torch.randn(3, 3))
+        self.fc, self.slopes = nn.Linear(3, 4), nn.PReLU(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, 4] from [batch, 3]."""
+        return self.slopes(self.fc(torch.tanh(x / self.deviation) @ self.turn))
+
+
+def features(one_slope: bool = False) -> Pair:
+    """Return its pair with a port that computes the first table itself, and may have one slope for all features."""
+
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(x / jnp.array([0.229, 0.224, 0.225])) @ lax.stop_gradient(tree["turn"])
+        x = x @ tree["fc"]["weight"].T + tree["fc"]["bias"]
+        slopes = tree["slopes"]["weight"]
+        return jnp.where(x > 0, x, x * (slopes.mean() if one_slope else slopes))
+
+    own = {
+        "turn": jnp.ones((3, 3)),
+        "fc": {"weight": jnp.ones((4, 3)), "bias": jnp.zeros(4)},
+        "slopes": {"weight": jnp.full(4, 0.25)},
+    }
+    return Pair(Features, net, np.ones((4, 3), np.float32), {"deviation": unused()}, jax_init=lambda key: own)
+
+
+def test_a_random_buffer_is_no_table_and_one_that_a_port_computes_may_be_more_exact() -> None:
+    result = examine(features(), names=("parameters", "tables", "outputs", "trajectory"))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+    assert "tables: not tried for turn: PyTorch draws them at random" in result.notes
