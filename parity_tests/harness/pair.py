@@ -282,7 +282,8 @@ def draw_tensors(pair: Pair, seed: int) -> TorchDict:
 def probing_tensors(pair: Pair, seed: int) -> TorchDict:
     """Return the reference's weights in float32, changed so that they hide no fault.
 
-    A tensor that is all zeros or all ones, as biases, scales and statistics are at first, is drawn away from there.
+    A tensor that is all zeros or all ones, as biases, scales and statistics are at first, is drawn away from there, and
+    so is any other parameter of one value, as the slopes of a PReLU or a factor that is learned.
     Every second bias is 0, so that an input of zeros asks an activation for its gradient at 0. The first two scales of
     a norm are 0: its first channel is 0 everywhere, as after a start from 0, and its second a positive constant, from
     which a max-pool cannot choose a largest value.
@@ -292,10 +293,11 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
     parameters = {name for name, _ in module.named_parameters()}
     tensors = draw_tensors(pair, seed)
     for name, array in tensors.items():
-        if array.size > 1 and np.all(array == 1):
-            tensors[name] = rng.uniform(0.5, 1.5, array.shape).astype(np.float32)
-        elif array.size > 1 and np.all(array == 0):
+        several = array.size > 1 or name in parameters  # a scale of 0 would hide all that it scales
+        if several and np.all(array == 0):
             tensors[name] = (0.2 * rng.standard_normal(array.shape)).astype(np.float32)
+        elif several and np.ptp(array) == 0 and (name in parameters or np.all(array == 1)):
+            tensors[name] = (array * rng.uniform(0.5, 1.5, array.shape)).astype(np.float32)
         if name in parameters and name.endswith("bias") and array.ndim == 1:
             tensors[name] = tensors[name].copy()
             tensors[name][::2] = 0

@@ -937,3 +937,8 @@ def test_a_random_buffer_is_no_table_and_one_that_a_port_computes_may_be_more_ex
     result = examine(features(), names=("parameters", "tables", "outputs", "trajectory"))
     assert not result.divergences, "\n".join(map(str, result.divergences))
     assert "tables: not tried for turn: PyTorch draws them at random" in result.notes
+
+
+def test_a_parameter_of_one_value_is_drawn_away_from_it() -> None:
+    result = examine(features(one_slope=True), names=("outputs",))
+    assert [each.where for each in result.divergences] == ["output of slopes"]
