@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -33,6 +33,7 @@ from parity_tests.harness.compare import (
     flat,
     keeps_float32,
     largest,
+    map_leaves,
     relative_error,
     shorten,
 )
@@ -59,12 +60,25 @@ from parity_tests.harness.stages import (
     match,
     torch_stages,
 )
-from parity_tests.harness.taps import TINY, TINY_CONSTANTS, Sweep, Traced, compiled, in_float64, make_sweep, trace
+from parity_tests.harness.taps import (
+    TINY,
+    TINY_CONSTANTS,
+    Sweep,
+    Traced,
+    compiled,
+    in_float64,
+    make_sweep,
+    trace,
+    values_inside,
+)
 from parity_tests.harness.torch_side import (
     Rounded,
     TorchCapture,
+    WithoutDropout,
+    calls_in,
     capture_torch,
     copy_module,
+    detached,
     fixed_settings,
     reference_error,
 )
@@ -146,6 +160,14 @@ class Stage(NamedTuple):
     sure: bool
 
 
+class Origin(NamedTuple):
+    """The operation in which a difference is born, and the values before it that JAX does not have."""
+
+    place: str
+    problem: str
+    gap: tuple[str, ...]
+
+
 class Comparison(NamedTuple):
     """Both sides on one batch."""
 
@@ -160,6 +182,7 @@ class Comparison(NamedTuple):
     unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
     sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
+    origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
 
     @property
     def mode(self) -> str:
@@ -840,7 +863,10 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
     if not any_problem(inherited, local):
         return comparison
-    return follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
+    comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
+    with suppress(Exception):  # an operation may not run on its own: then the places are less sharp
+        comparison = comparison._replace(origins=find_origins(sweeper, comparison))
+    return comparison
 
 
 def any_problem(*sides: Side) -> bool:
@@ -1202,6 +1228,198 @@ def gap_before(comparison: Comparison, place: str) -> list[str]:
         why = comparison.unseen.get(name)
         gap = [] if name in comparison.functions else gap if why is None else [*gap, f"{name}{why}"]
     return gap
+
+
+def has_gap(comparison: Comparison, place: str) -> bool:
+    """Return whether PyTorch has a value before a place, behind the last given one, that JAX has not under a name."""
+    return any(name not in comparison.functions for name in behind_last_given(comparison, place))
+
+
+def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
+    """Return where a difference is born whose place is not sure, because JAX has no named value before it.
+
+    JAX's values without a name help. Where one of them is what PyTorch has before the place, the fault is behind it;
+    and where PyTorch's own operation gives JAX's value from another one, that operation is right, and the fault is
+    before it.
+    """
+    values = sweeper.reference.values
+    places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
+    places = [name for name in places if has_gap(comparison, name)]
+    ends = [name for name, found in comparison.local.outputs.items() if found.problem and has_gap(comparison, "")]
+    ends = [name for name in ends if name in values and sweeper.outputs[name].carry is not None]
+    if not (places or ends) or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
+        return {}
+    calls = calls_in(
+        sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), set(values) - {""}, training=sweeper.training
+    )
+    leaves = [leaf for _, *arguments in calls.values() for leaf in flat(arguments).values() if is_array(leaf)]
+    sizes = {int(np.prod(np.shape(leaf))) for leaf in [*leaves, *values.values()]} - {1}
+    given = {*sweeper.stages, *comparison.born}
+    with exact_arithmetic("float64"):
+        taken = sweeper.in_jax({name: values[name] for name in given if name in values})
+        found = values_inside(sweeper.traced, sizes, sweeper.size, taken, sweeper.tensors, sweeper.call)
+    if not found:
+        return {}
+    side = sweeper.steered(True, True, functions=comparison.born)
+    actual = take(side.values, {**sweeper.stages, **sweeper.functions})
+    outputs, aligned = flat(side.outputs), sweeper.outputs
+    actual |= {name: carried(outputs[aligned[name].jax], aligned[name].carry) for name in ends}
+    history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
+    with ExitStack() as stack:
+        stack.enter_context(exact_arithmetic("float64"))
+        stack.enter_context(fixed_settings(torch.float64, sweeper.module))
+        stack.enter_context(torch.no_grad())
+        if sweeper.training:
+            stack.enter_context(WithoutDropout())
+        origins = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
+    return {name: origin for name, origin in origins.items() if origin is not None}
+
+
+class Inside:
+    """All values of a run of JAX, with or without a name."""
+
+    def __init__(self, values: list[np.ndarray], channels_last: bool) -> None:
+        self.channels_last = channels_last
+        self.by_size: dict[int, list[np.ndarray]] = {}
+        for value in values:
+            self.by_size.setdefault(value.size, []).append(value)
+
+    def of_shape(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the values that fit a shape of PyTorch's, in every layout in which they do."""
+        for value in self.by_size.get(prod(shape), []):
+            for way in candidates(shape, value.shape, self.channels_last):
+                yield np.asarray(way.to_torch(value))
+            if value.ndim in (2, 3, 4) and sorted(value.shape) == sorted(shape):
+                for axes in itertools.permutations(range(value.ndim)):
+                    if tuple(value.shape[axis] for axis in axes) == shape:
+                        yield value.transpose(axes)
+
+    def of_another_size(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the values of the same batch and as many channels, but of images or sequences of another size."""
+        for value in itertools.chain(*self.by_size.values()):
+            if value.ndim != len(shape) or value.ndim < 3 or value.shape[0] != shape[0]:
+                continue
+            first = np.moveaxis(value, -1, 1)
+            for found in (value, first) if value.shape[1] == shape[1] else (first,):
+                if found.shape[1] == shape[1] and found.shape != shape:
+                    yield found
+
+    def has(self, array: np.ndarray) -> bool:
+        """Return whether one of them is this value of PyTorch's."""
+        return any(is_same(value, array) for value in self.of_shape(array.shape))
+
+
+def is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two values are the same but for rounding."""
+    if one.shape != other.shape:
+        return False
+    limit = KINK * largest(other[np.isfinite(other)])
+    with np.errstate(invalid="ignore"):
+        if one.size and abs(one.flat[0] - other.flat[0]) > limit:  # most are told apart by their first value
+            return False
+    return np.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True)
+
+
+class History(NamedTuple):
+    """How PyTorch's values came about, and what JAX has of them."""
+
+    comparison: Comparison
+    values: Mapping[str, np.ndarray]
+    calls: Mapping[str, tuple[Callable[..., Any], Any, Any]]
+    inside: Inside
+
+    def trace_back(self, place: str, actual: np.ndarray) -> Origin | None:
+        """Return the first operation before a place from which on JAX's values are what PyTorch makes of JAX's."""
+        inmost = self.maker(self.values[place], place)  # in a module of several operations
+        if inmost is not None and np.array_equal(self.values[inmost], self.values[place]) and not self.is_known(inmost):
+            place = inmost
+        if place not in self.calls:
+            return None
+        while (step := self.find_argument(place, actual)) is not None:
+            argument, instead = step
+            before = self.maker(argument, place)
+            if before is None or self.is_known(before) or self.values[before].shape != argument.shape:
+                break  # JAX has the right value, but takes another
+            place, actual = before, instead
+        return Origin(place, difference(actual, self.values[place], 0.0).problem, tuple(self.unseen_before(place)))
+
+    def is_known(self, name: str) -> bool:
+        """Return whether JAX has this value."""
+        return name in self.comparison.stages or self.inside.has(self.values[name])
+
+    def maker(self, array: np.ndarray, place: str) -> str | None:
+        """Return the first operation before a place that gave this value, in whatever order of its axes, or None."""
+        before = itertools.takewhile(lambda name: name != place, self.comparison.order)
+        found = [name for name in before if name in self.calls and self.values[name].size == array.size]
+        for name in found:
+            if np.array_equal(self.values[name], array, equal_nan=True):
+                return name
+        for name in found:
+            value = self.values[name]
+            alike = np.array_equal(value.max(), array.max(), equal_nan=True)
+            if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
+                return name
+        return None
+
+    def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Yield the float arguments of an operation, with their places; one that is given twice comes once."""
+        _, *nest = self.calls[place]
+        tensors = {key: leaf for key, leaf in flat(nest).items() if isinstance(leaf, torch.Tensor)}
+        tensors = {key: leaf.numpy() for key, leaf in tensors.items() if leaf.is_floating_point() and leaf.numel() > 1}
+        while tensors:
+            array = next(iter(tensors.values()))
+            keys = [key for key, other in tensors.items() if np.array_equal(other, array)]
+            yield keys, array
+            tensors = {key: other for key, other in tensors.items() if key not in keys}
+
+    def tries(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield an argument of an operation, a value of JAX's in its place, and what PyTorch makes of that."""
+        if place not in self.calls:
+            return
+        function, *nest = self.calls[place]
+        for keys, argument in self.arguments(place):
+            fitting = self.inside.of_shape(argument.shape), self.inside.of_another_size(argument.shape)
+            for instead in itertools.chain(*fitting):
+                if is_same(instead, argument):
+                    continue
+                args, kwargs = map_leaves(partial(put, keys, instead), nest)
+                with suppress(Exception):  # as where a value is not in an operation's range
+                    yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
+
+    def find_argument(self, place: str, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return an argument, and a value of JAX's from which the operation makes JAX's value instead; or None."""
+        if len(np.unique(actual)) < 2:
+            return None
+        found = (
+            (argument, instead)
+            for argument, instead, result in self.tries(place)
+            if is_same(result, actual) and not is_same(instead, actual)
+        )
+        return next(found, None)
+
+    def is_right(self, place: str) -> bool:
+        """Return whether PyTorch's operation makes one of JAX's values of another one that PyTorch does not have."""
+        results = (result for _, instead, result in self.tries(place) if not is_same(result, instead))
+        return any(self.inside.has(result) for result in results if len(np.unique(result)) > 1)
+
+    def unseen_before(self, place: str) -> Iterator[str]:
+        """Yield the operations that a value depends on up to those whose value JAX has, with what is known of each."""
+        waiting, seen = [place], set[str]()
+        while waiting:
+            name = waiting.pop()
+            for _, argument in self.arguments(name) if name in self.calls else ():
+                before = self.maker(argument, name)
+                if before is not None and before not in seen and not self.is_known(before):
+                    seen.add(before)
+                    waiting.append(before)
+        for name in self.comparison.order:
+            if name in seen and not self.is_right(name):
+                yield f"{name}{self.comparison.unseen.get(name, '')}"
+
+
+def put(keys: Collection[str], value: np.ndarray, key: str, leaf: Any) -> Any:
+    """Return a tensor with this value for the arguments with these keys, and a copy of any other."""
+    return torch.from_numpy(np.array(value)) if key in keys else detached(leaf)
 
 
 def has_problem(part: Mapping[str, Difference]) -> bool:

@@ -25,6 +25,7 @@ from parity_tests.harness.capture import (
     LARGEST_OF_TABLES,
     Case,
     Comparison,
+    Origin,
     Sweeper,
     align_outputs,
     carried,
@@ -171,12 +172,18 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the outputs is born, with what is wrong there."""
     wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
     wrong |= {name: comparison.functions[name] for name in comparison.born}
+    origins = comparison.origins
     for name in comparison.order:
-        if name in wrong:
+        if name in wrong and name not in origins:
             yield f"output of {name}", f"{wrong[name].problem}{or_before(comparison, name)}"
+        elif name in wrong:
+            yield describe_origin(origins[name], wrong[name].problem)
     of_model = {name: difference for name, difference in comparison.local.outputs.items() if difference.problem}
     for name, difference in of_model.items():
-        yield describe_output(name), f"{difference.problem}{or_before(comparison, '')}"
+        if name in origins:
+            yield describe_origin(origins[name], difference.problem)
+        else:
+            yield describe_output(name), f"{difference.problem}{or_before(comparison, '')}"
     if not wrong and not of_model:
         for name, difference in comparison.inherited.outputs.items():
             if difference.problem:
@@ -185,8 +192,17 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 def or_before(comparison: Comparison, place: str) -> str:
     """Return what a message adds where the difference may be born before the place."""
-    gap = gap_before(comparison, place)
-    return f"; or in {shorten(gap)} before it, where JAX has no value to compare" if gap else ""
+    return or_in(gap_before(comparison, place))
+
+
+def or_in(gap: Sequence[str]) -> str:
+    """Return what a message adds where the difference may be born in these operations."""
+    return f"; or in {shorten([*gap])} before it, where JAX has no value to compare" if gap else ""
+
+
+def describe_origin(origin: Origin, problem: str) -> tuple[str, str]:
+    """Return the place where a difference is born, and what is wrong there, or else what is wrong where it showed."""
+    return f"output of {origin.place}", f"{origin.problem or problem}{or_in(origin.gap)}"
 
 
 def describe_output(name: str) -> str:

@@ -210,13 +210,17 @@ FLOAT32_ERRORS = ("jax_float32_error", "torch_float32_error")  # from float64, i
 def stage_rows(comparison: Comparison) -> list[StageRow]:
     """Return a row for each of PyTorch's values, in the order of its run."""
     rows = []
+    problems = {origin.place: origin.problem for origin in comparison.origins.values()}
     for name in filter(None, comparison.order):  # without the last one, which is the network's output
         if name in comparison.stages:
-            rows.append(stage_row(comparison, name))
+            row = stage_row(comparison, name)
         elif name in comparison.functions:
-            rows.append(function_row(comparison, name, name in comparison.born))
+            row = function_row(comparison, name, name in comparison.born)
         else:
-            rows.append(StageRow(name))
+            row = StageRow(name, verdict=BORN, problem=problems[name]) if name in problems else StageRow(name)
+        if name in comparison.origins and name not in problems and row.born:
+            row = row._replace(verdict=INHERITED)
+        rows.append(row)
     return rows
 
 
@@ -256,7 +260,8 @@ def output_rows(comparison: Comparison) -> list[StageRow]:
     rows = []
     for name, inherited in comparison.inherited.outputs.items():
         local = comparison.local.outputs[name]
-        verdict = SAME if not inherited.problem else BORN if local.problem else INHERITED
+        born = local.problem and name not in comparison.origins  # else it is in an operation before
+        verdict = SAME if not inherited.problem else BORN if born else INHERITED
         problem = first_problem([local, inherited])
         rows.append(StageRow(name, "", "output", (), local.error, inherited.error, verdict=verdict, problem=problem))
     return rows

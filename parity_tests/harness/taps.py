@@ -49,6 +49,8 @@ def compiled(fn: Callable[..., Any], **options: Any) -> Any:
     return jax.jit(fn, compiler_options=QUICKLY if quickly else None, **options)
 
 
+MOST_VALUES = 2**26  # numbers that are kept of one run: 0.5 GiB in float64
+
 tap_p = Primitive("tap")
 tap_p.def_impl(lambda value, **parameters: value)
 tap_p.def_abstract_eval(lambda value, **parameters: value)
@@ -608,11 +610,15 @@ class Walk:
             elif index in plan.inner:
                 outputs = self.enter(equation, plan.inner[index], inputs)
             else:
-                outputs = bind(equation, inputs)
+                outputs = self.bind(equation, inputs)
             if index in plan.taps:
                 outputs = [self.visit(plan.taps[index], outputs[0])]
             values.update(zip(equation.outvars, outputs, strict=True))
         return [read(variable) for variable in plan.jaxpr.outvars]
+
+    def bind(self, equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
+        """Evaluate an equation that is not walked."""
+        return bind(equation, inputs)
 
     def visit(self, name: str, value: Array) -> Array:
         """Record a value, and return what is handed on."""
@@ -695,6 +701,70 @@ class Walk:
         outputs, records = lax.switch(index, [complete(run) for run in branches], *arguments)
         self.records.update({name: records[name] for name in shapes})
         return outputs
+
+
+@dataclass
+class Collector(Walk):
+    """A walk that goes into every function, and keeps the values of all equations that are not in a loop."""
+
+    kept: dict[int, Any] = field(default_factory=dict)  # by their ids
+
+    def bind(self, equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
+        """Evaluate an equation, the inside of a function too."""
+        outputs = None
+        if equation.primitive.name in INLINED | CUSTOM:
+            inner = first_closed(equation)
+            jaxpr, constants = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+            if len(jaxpr.invars) == len(inputs) and len(jaxpr.constvars) == len(constants):
+                outputs = self.run(Plan(jaxpr, {}, {}), constants, inputs)
+        if outputs is None:
+            outputs = bind(equation, inputs)
+        self.kept.update({id(output): output for output in outputs})
+        return outputs
+
+    def enter(self, equation: JaxprEqn, plans: Sequence[Plan], inputs: list[Any]) -> list[Any]:
+        """Evaluate an equation whose jaxprs are walked; no gradient is asked for."""
+        if equation.primitive.name not in CUSTOM:
+            return super().enter(equation, plans, inputs)
+        inner = first_closed(equation)
+        return self.run(plans[0], inner.consts if isinstance(inner, ClosedJaxpr) else (), inputs)
+
+    def visit(self, name: str, value: Array) -> Array:
+        """Keep what is handed on as well."""
+        replaced = super().visit(name, value)
+        self.kept[id(replaced)] = replaced
+        return replaced
+
+
+def values_inside(
+    traced: "Traced", sizes: Collection[int], batch: int, given: Mapping[str, Any], *args: Any
+) -> list[np.ndarray]:
+    """Return all float values of these sizes, or of the batch and several axes, in a run that goes on with given ones.
+
+    There are none if they would take too much memory.
+
+    Args:
+        traced: the program.
+        sizes: of the values.
+        batch: the first axis of values of other sizes.
+        given: what is handed on at taps, by name.
+        args: of the program.
+    """
+
+    def is_wanted(value: Any) -> bool:
+        if not is_array(value) or not is_float(value):
+            return False
+        return value.size in sizes or (value.ndim > 2 and value.shape[0] == batch)
+
+    def program(arrays: list[Any], slots: dict[str, Any]) -> list[Any]:
+        walk = Collector(lambda name, value, slot: (None, value if slot is None else slot), slots, moved=traced.moved)
+        walk.run(traced.plan, traced.constants, arrays)
+        return [value for value in walk.kept.values() if is_wanted(value)]
+
+    slots = {name: jnp.asarray(value, traced.taps[name].dtype) for name, value in given.items()}
+    if sum(value.size for value in jax.eval_shape(program, arrays_of(args), slots)) > MOST_VALUES:
+        return []
+    return [np.asarray(value) for value in compiled(rewrite(program))(arrays_of(args), slots)]
 
 
 def branch_of_platform(equation: JaxprEqn) -> int | None:

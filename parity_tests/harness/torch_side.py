@@ -791,6 +791,16 @@ def sum_of_products(outputs: Any, cotangents: Any) -> torch.Tensor | None:
     return total
 
 
+def calls_in(
+    module: nn.Module, inputs: Call, names: Collection[str], *, training: bool
+) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+    """Return function, positional and keyword arguments of these calls in a float64 run of the reference."""
+    watch, model = Watch(calls_of=names), fresh_copy(module, training, torch.float64)
+    with watch.attach(model):
+        run(model, inputs, lambda outputs: None, training, torch.float64, watch)
+    return watch.kept_calls
+
+
 # The reference's own errors: where it is less exact than float64, so that float64 cannot judge a port of it. Some
 # stages compute in float32 inside a float64 run (a softmax, a time embedding): all their values then fit float32,
 # though weights and inputs were moved so that no exact result would. Some stages have a gradient that is off by more
