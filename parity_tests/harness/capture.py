@@ -1365,12 +1365,12 @@ class History(NamedTuple):
         """Yield the float arguments of an operation, with their places; one that is given twice comes once."""
         _, *nest = self.calls[place]
         tensors = {key: leaf for key, leaf in flat(nest).items() if isinstance(leaf, torch.Tensor)}
-        tensors = {key: leaf.numpy() for key, leaf in tensors.items() if leaf.is_floating_point() and leaf.numel() > 1}
-        while tensors:
-            array = next(iter(tensors.values()))
-            keys = [key for key, other in tensors.items() if np.array_equal(other, array)]
+        arrays = {key: leaf.numpy() for key, leaf in tensors.items() if leaf.is_floating_point() and leaf.numel() > 1}
+        while arrays:
+            array = next(iter(arrays.values()))
+            keys = [key for key, other in arrays.items() if np.array_equal(other, array)]
             yield keys, array
-            tensors = {key: other for key, other in tensors.items() if key not in keys}
+            arrays = {key: other for key, other in arrays.items() if key not in keys}
 
     def tries(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield an argument of an operation, a value of JAX's in its place, and what PyTorch makes of that."""

@@ -636,8 +636,9 @@ def optimizer(case: Case) -> Iterator[Divergence]:
     """Compare the optimizers alone, on the same gradients; where the schedules differ, with JAX's on both sides too."""
     setup, batch = case_setup(case), training_batches(case, 1, case.sizes)[0]
     found = list(training.optimizer(setup, case.seed, case.notes, batch))
-    if found and case.shared.get("schedules differ"):
-        alike = replace(setup, pair=replace(setup.pair, torch_schedule=partial(exact_rate, case.pair.jax_schedule)))
+    rates = case.pair.jax_schedule
+    if found and rates is not None and case.shared.get("schedules differ"):
+        alike = replace(setup, pair=replace(setup.pair, torch_schedule=partial(exact_rate, rates)))
         if not list(training.optimizer(alike, case.seed, case.notes, batch)):
             add_note(case.notes, "optimizer: compared with JAX's learning rates on both sides, because they differ")
             return

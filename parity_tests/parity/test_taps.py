@@ -436,7 +436,7 @@ def test_python_numbers_and_texts_among_the_inputs_stay_constants() -> None:
 
 
 def test_a_key_among_the_constants_is_no_float() -> None:
-    key, table = jax.random.key(0), jnp.asarray(np.float32([0.1, 0.2]))
+    key, table = jax.random.key(0), jnp.asarray([0.1, 0.2], np.float32)
     traced = trace(lambda tensors, inputs: inputs + jax.random.uniform(key) + table[0], WEIGHTS, ROWS)
     assert [constant.dtype for constant in traced.float32_constants.values()] == [np.float32]
 

@@ -905,6 +905,9 @@ def test_a_fault_of_the_schedule_is_not_told_again_by_the_optimizer() -> None:
 class Features(nn.Module):
     """A layer that scales its inputs by a table, and turns them by one drawn at random."""
 
+    deviation: torch.Tensor
+    turn: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]))
