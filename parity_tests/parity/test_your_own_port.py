@@ -683,7 +683,8 @@ def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     pair = Pair(network, Port(), np.ones((4, 1, 6, 6), np.float32), batch_sizes=(4,))
     (found,) = examine(pair, names=("outputs",)).divergences
-    assert "; or in 0 (4x4x4x2 in JAX, 4x2x6x6 in PyTorch) before it" in found.problem
+    assert found.where == "output of 0"
+    assert "JAX's shape is [4, 2, 4, 4], PyTorch's [4, 2, 6, 6]" in found.problem
 
 
 def test_the_sizes_of_what_is_not_carried_are_told() -> None:
