@@ -190,7 +190,7 @@ def test_the_form_is_faster_where_it_is_chosen(form: Any, shapes: str) -> None:
 
 
 def test_on_a_gpu_the_comparison_runs_with_the_networks_own_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU is needed: JAX translates the programs for CUDA, and the CPU runs them as the GPU would get them."""
+    """Translate the programs for CUDA, and run them on the CPU as a GPU would get them: no GPU is needed."""
     texts = []
 
     def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
