@@ -138,7 +138,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_run(
     assert_same_run(results, undisturbed)
 
 
-@pytest.mark.parametrize(("framework", "number"), [("jax", signal.SIGINT), ("torch", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("framework", "number"), [("jax", signal.SIGINT), pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     train_once: TrainOnce, flags: Flags, results: Path, framework: str, number: int
 ) -> None:
