@@ -189,7 +189,8 @@ def test_a_slip_gets_one_line(flags: tuple[object, ...], complaint: str, tmp_pat
     assert_slip(run_command("train_jax", *flags, "--out-dir", tmp_path, cwd=tmp_path, env=clusterless), complaint)
 
 
-@pytest.mark.parametrize("process_id", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("process_id", [0, 1])
 def test_a_process_that_stays_alone_says_so_within_a_minute(
     alone: dict[int, subprocess.Popen[str]], process_id: int
 ) -> None:

@@ -154,11 +154,13 @@ def new_pair(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[R
     return pair
 
 
+@pytest.mark.slow
 def test_a_new_seed_lies_within_the_studys_spread(new_pair: list[Run]) -> None:
     # Bounds: prediction intervals. One sound seed in 10,000 lies outside each of them.
     assert not outliers(*new_pair)
 
 
+@pytest.mark.slow
 def test_a_loss_one_and_a_half_times_as_large_lies_outside(new_pair: list[Run], tmp_path: Path) -> None:
     jax_run, torch_run = new_pair
     (row,) = read_metrics(jax_run.config.out_dir)

@@ -176,6 +176,7 @@ def complete(name: str, study: StudyConfig, planned: Sequence[Run], data: Fashio
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_accuracy_study_goes_on_where_it_stopped(
     small_accuracy: AccuracyConfig, data: FashionMNIST, tmp_path: Path
 ) -> None:
