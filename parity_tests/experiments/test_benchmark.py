@@ -194,7 +194,7 @@ def test_a_round_with_checkpoints_trains_twice_and_writes_one(
 
 def test_results_without_a_section_of_checkpoints_are_shown_too() -> None:
     result = read_json(ROOT / "docs" / "results" / "benchmark" / benchmark.RESULT)
-    assert "checkpoints" not in result
+    result.pop("checkpoints", None)
     output = print_to_text(*tables(result))
     for title in ("Training, in turns", "By batch size", "Where a JAX step's time goes", "Whole commands"):
         assert title in output
