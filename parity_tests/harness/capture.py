@@ -97,6 +97,7 @@ LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 MASK = 1e30  # no activation is so large; the smallest float32 and the smallest float64 are
 SAME_VALUES = 1e-3  # a relative error below this, in float32 too, means that a layout is right
 KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activation
+EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
@@ -1316,7 +1317,7 @@ def is_same(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two values are the same but for rounding."""
     if one.shape != other.shape:
         return False
-    limit = KINK * largest(other[np.isfinite(other)])
+    limit = EQUAL * largest(other[np.isfinite(other)])
     with np.errstate(invalid="ignore"):
         if one.size and abs(one.flat[0] - other.flat[0]) > limit:  # most are told apart by their first value
             return False
