@@ -77,6 +77,7 @@ class Watch(TorchFunctionMode):
         self.copies: dict[int, tuple[weakref.ref[torch.Tensor], np.ndarray, torch.Tensor]] = {}
         self.recorded_views: list[tuple[str, torch.Tensor, int]] = []
         self.nodes: dict[tuple[Any, int], list[str]] = {}  # node of autograd's graph and number of its output -> values
+        self.sources: dict[str, set[str]] = {}
         self.busy = False
 
     @contextmanager
@@ -257,12 +258,17 @@ class Watch(TorchFunctionMode):
             sources[names[0]] = nearest
         return sources
 
-    def begin_backward(self) -> None:
-        """End the recording of values. A view that was changed in place since would get a part of its gradient."""
-        self.backward = True
+    def end_forward(self, backward: bool) -> None:
+        """End the recording of values, and let go of the graph; a backward pass may follow.
+
+        A view that was changed in place since it was recorded would get a part of its gradient.
+        """
+        self.backward = backward
         self.changed_views = {key for key, view, version in self.recorded_views if view._version != version}
+        self.sources = self.find_sources()
         self.recorded_views.clear()
         self.copies.clear()
+        self.nodes.clear()
 
     def explain_missing(self) -> Iterator[str]:
         """Drop the gradients that are not whole, and yield why each gradient is missing."""
@@ -445,7 +451,7 @@ def capture_torch(
         watch.values,
         watch.gradients,
         watch.kinds,
-        watch.find_sources(),
+        watch.sources,
         result.weight_gradients,
         result.buffers,
         result.loss,
@@ -714,9 +720,10 @@ def run(
             loss = objective(outputs) if callable(objective) else sum_of_products(outputs, objective)
             if loss is not None and loss.numel() != 1:
                 raise Refused(f"the objective gives {loss.numel()} values; one is needed")
-            if loss is not None and loss.requires_grad:
-                if watch:
-                    watch.begin_backward()
+            differentiable = loss is not None and loss.requires_grad
+            if watch:
+                watch.end_forward(differentiable)
+            if differentiable:
                 run_backward(loss)
         except Refused:
             raise
