@@ -270,10 +270,12 @@ class Case:
         trained = self.model.trainable(shapes)
         drawn = {id(leaf) for path, leaf in self.model.leaves(shapes).items() if path in trained}
         leaves, structure = jax.tree.flatten(shapes)
-        made = [number for number, leaf in enumerate(leaves) if id(leaf) not in drawn]
-        # The compiler leaves out whatever these do not depend on.
-        run = compiled(lambda key: [jax.tree.leaves(self.initialise(key))[number] for number in made])
-        values = dict(zip(made, run(key), strict=True))
+
+        def make(key: jax.Array) -> dict[int, jax.Array]:
+            made = enumerate(jax.tree.leaves(self.initialise(key)))
+            return {number: leaf for number, leaf in made if id(leaves[number]) not in drawn}
+
+        values = compiled(make)(key)  # the compiler leaves out whatever these do not depend on
         zeros = (values[n] if n in values else np.zeros(leaf.shape, leaf.dtype) for n, leaf in enumerate(leaves))
         return jax.tree.unflatten(structure, zeros)
 
