@@ -67,7 +67,7 @@ def map_leaves(function: Callable[[str, Any], Any], nest: Any, name: str = "") -
     return changed
 
 
-SLICE = 2**20  # values that are compared at once: large tensors need no second copy
+SLICE = 2**16  # values that are compared at once: they fit into the cache, and large tensors need no second copy
 
 
 class Refused(Exception):
@@ -185,21 +185,27 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 
 def slices(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Yield slices of the first axis that hold about `SLICE` values each."""
+    """Yield slices of the longest axis that hold about `SLICE` values each.
+
+    One of the two sides is often a transposed view. A slice of its longest axis is near together in either layout.
+    """
     if array.ndim == 0 or array.size <= SLICE:
         yield ()
         return
-    rows = max(1, SLICE * len(array) // array.size)
-    for start in range(0, len(array), rows):
-        yield (slice(start, start + rows),)
+    axis = int(np.argmax(array.shape))
+    rows = max(1, SLICE * array.shape[axis] // array.size)
+    for start in range(0, array.shape[axis], rows):
+        yield (*[slice(None)] * axis, slice(start, start + rows))
 
 
 def largest(array: np.ndarray) -> float:
     """Return the largest finite absolute value; 0 for an array without any."""
-    return max(
-        (float(np.abs(array[part]).max(initial=0, where=np.isfinite(array[part]))) for part in slices(array)),
-        default=0.0,
-    )
+    sizes = [0.0]
+    for part in slices(array):
+        values = np.abs(array[part])
+        size = values.max(initial=0)
+        sizes.append(float(size if np.isfinite(size) else values.max(initial=0, where=np.isfinite(values))))
+    return max(sizes)
 
 
 def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
