@@ -371,6 +371,15 @@ def training_batches(case: Case, count: int, sizes: Sequence[int]) -> list[Batch
     return [(for_jax(case, a), for_torch(case, b)) for a, b in itertools.islice(both, count)]
 
 
+def batches_of(case: Case, steps: int) -> list[BatchPair]:
+    """Return the batches of these steps; a large network takes fewer.
+
+    They have one size, if no data pipelines are given: another is one more program to compile, and its gradients are
+    compared elsewhere.
+    """
+    return training_batches(case, (steps if case.small else FEW_STEPS) * case.pair.micro_batches, case.sizes[:1])
+
+
 def for_torch(case: Case, batch: Batch) -> Any:
     """Return a batch as the module takes it."""
     inputs = case.torch_inputs(as_inputs(batch.inputs))
@@ -658,15 +667,13 @@ def in_training_mode(case: Case) -> bool:
 
 def trajectory(case: Case) -> Iterator[Divergence]:
     """Compare losses, weights, moments and statistics step by step in training."""
-    steps = TRAJECTORY_STEPS if case.small else FEW_STEPS
-    batches = training_batches(case, steps * case.pair.micro_batches, case.sizes)
+    batches = batches_of(case, TRAJECTORY_STEPS)
     yield from training.trajectory(case_setup(case), batches, case.notes, training=in_training_mode(case))
 
 
 def handover(case: Case) -> Iterator[Divergence]:
     """Change the framework in mid-training, and compare with PyTorch's uninterrupted run."""
-    steps = HANDOVER_STEPS if case.small else FEW_STEPS
-    batches = training_batches(case, steps * case.pair.micro_batches, case.sizes)
+    batches = batches_of(case, HANDOVER_STEPS)
     yield from training.handover(case_setup(case), batches, case.notes, training=in_training_mode(case))
 
 
