@@ -720,10 +720,9 @@ def run(
             loss = objective(outputs) if callable(objective) else sum_of_products(outputs, objective)
             if loss is not None and loss.numel() != 1:
                 raise Refused(f"the objective gives {loss.numel()} values; one is needed")
-            differentiable = loss is not None and loss.requires_grad
             if watch:
-                watch.end_forward(differentiable)
-            if differentiable:
+                watch.end_forward(loss is not None and loss.requires_grad)
+            if loss is not None and loss.requires_grad:
                 run_backward(loss)
         except Refused:
             raise
