@@ -34,6 +34,11 @@ from parity_tests.support import ROOT, run_command
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    torch.manual_seed(0)
+
+
 def places(pair: Pair, *checks: str) -> list[str]:
     """Return where these checks find a difference; without names, the check of the outputs."""
     return [divergence.where for divergence in examine(pair, names=checks or ("outputs",)).divergences]
@@ -212,15 +217,13 @@ def test_the_constant_of_a_mask_hides_no_fault_and_is_none() -> None:
         x = net.inner(x)
         return net.out(net.mask(x).softmax(-1) + x)
 
-    def reference() -> nn.Module:
-        mask = TorchNet(lambda net, x: x.masked_fill(x < 0, torch.finfo(x.dtype).min))
-        return TorchNet(forward, inner=nn.Linear(4, 4), mask=mask, out=nn.Linear(4, 2))
-
     def port(x: jax.Array) -> jax.Array:
         x = linen.Dense(4, name="inner")(x * (1 + 1e-6))
         masked = LinenNet(lambda x: jnp.where(x < 0, jnp.finfo(jnp.float32).min, x), name="mask")(x)
         return linen.Dense(2, name="out")(linen.softmax(masked) + x)
 
+    mask = TorchNet(lambda net, x: x.masked_fill(x < 0, torch.finfo(x.dtype).min))
+    reference = TorchNet(forward, inner=nn.Linear(4, 4), mask=mask, out=nn.Linear(4, 2))
     pair = Pair(reference, LinenNet(port), np.ones((8, 4), np.float32), batch_sizes=(8,))
     result = examine(pair, names=("parameters", "outputs"))
     assert [divergence.where for divergence in result.divergences] == ["output of inner"]
@@ -317,9 +320,6 @@ def test_a_constant_that_float32_does_not_see_is_no_fault(epsilon: float) -> Non
 def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> None:
     """Such a loss has a buffer, the weights of the classes, and one that does not promote its float targets."""
 
-    def reference() -> nn.Module:
-        return TorchNet(lambda net, x, keep: net.fc(x * keep), fc=nn.Linear(3, 2))
-
     def port(tree: Any, x: jax.Array, keep: jax.Array) -> jax.Array:
         return linear(tree["fc"], x * keep)
 
@@ -335,6 +335,7 @@ def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> 
         return jnp.where(error < 1, error**2 / 2, error - 0.5).mean()
 
     labels, numbers = np.array([0, 1, 1, 0]), np.arange(8, dtype=np.float32).reshape(4, 2) / 3
+    reference = TorchNet(lambda net, x, keep: net.fc(x * keep), fc=nn.Linear(3, 2))
     declared = Pair(reference, port, inputs, nested)
     for pair in (
         replace(declared, targets=labels, torch_loss=weighted, jax_loss=jax_loss),
@@ -378,9 +379,8 @@ def test_how_a_faulty_port_flattens_is_asked_only_if_it_turns_its_images(turned:
 
 
 def test_a_module_that_is_used_twice_is_compared_at_each_use() -> None:
-    def reference() -> nn.Module:
-        layers = {"first": nn.Linear(4, 4), "relu": nn.ReLU(), "second": nn.Linear(4, 10)}
-        return TorchNet(lambda net, x: net.second(net.relu(net.relu(net.first(x)) - 0.1)), **layers)
+    layers = {"first": nn.Linear(4, 4), "relu": nn.ReLU(), "second": nn.Linear(4, 10)}
+    reference = TorchNet(lambda net, x: net.second(net.relu(net.relu(net.first(x)) - 0.1)), **layers)
 
     def compare(shift: float) -> Result:
         def twice(tree: Any, x: jax.Array) -> jax.Array:
@@ -444,9 +444,7 @@ def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_to
         x = linen.gelu(linen.Dense(6, name="first")(x))  # the approximation
         return linen.Dense(3, name="head")(x + linen.Dense(6, name="second")(x)) + shift
 
-    def reference() -> nn.Module:
-        return TorchNet(forward, first=nn.Linear(6, 6), second=nn.Linear(6, 6), head=nn.Linear(6, 3))
-
+    reference = TorchNet(forward, first=nn.Linear(6, 6), second=nn.Linear(6, 6), head=nn.Linear(6, 3))
     result = examine(Pair(reference, LinenNet(port), np.ones((4, 6), np.float32), batch_sizes=(4,)), names=("outputs",))
     assert [found.where for found in result.divergences] == [f"output of {place}" for place in where]
     rows = {row.stage: row.verdict for row in stage_rows(result.comparisons[0])}
@@ -458,9 +456,6 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
         x = functional.max_pool2d(torch.relu(net.conv1(x)), 3, 2, 1)
         return torch.relu(net.conv2(x)).mean((2, 3))
-
-    def reference() -> nn.Module:
-        return TorchNet(forward, conv1=nn.Conv2d(3, 4, 3, padding=1), conv2=nn.Conv2d(4, 4, 3, stride=2, padding=1))
 
     def conv(layer: Any, x: jax.Array, stride: int, padding: Any) -> jax.Array:
         layout = ("NHWC", "HWIO", "NHWC")
@@ -475,6 +470,7 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
         x = jax.nn.relu(conv(tree["conv2"], x, 2, "SAME" if faulty == "conv" else around))
         return x.mean((1, 2))
 
+    reference = TorchNet(forward, conv1=nn.Conv2d(3, 4, 3, padding=1), conv2=nn.Conv2d(4, 4, 3, stride=2, padding=1))
     pair = Pair(reference, apply, values(4, 3, 16, 16), nested, batch_sizes=(4,))
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of conv2")
@@ -541,11 +537,8 @@ def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
             x = x + layers(x)
         return x
 
-    def reference() -> nn.Module:
-        blocks = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2)]
-        return TorchNet(forward, blocks=nn.ModuleList(blocks))
-
-    pair = Pair(reference, LinenNet(port), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
+    pair = Pair(TorchNet(forward, blocks=blocks), LinenNet(port), np.ones((4, 4), np.float32), batch_sizes=(4,))
     assert places(pair) == [f"output of blocks.{number}.1" for number in range(2)]
 
 
@@ -554,9 +547,9 @@ def test_a_fault_in_a_cell_is_found_there() -> None:
         cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
         return linen.Dense(2, name="head")(cell(state, x)[1])
 
-    def reference() -> nn.Module:
-        return TorchNet(lambda net, x, state: net.head(net.cell(x, state)), cell=nn.GRUCell(3, 4), head=nn.Linear(4, 2))
-
+    reference = TorchNet(
+        lambda net, x, state: net.head(net.cell(x, state)), cell=nn.GRUCell(3, 4), head=nn.Linear(4, 2)
+    )
     inputs = np.ones((4, 3), np.float32), np.ones((4, 4), np.float32)
     assert places(Pair(reference, LinenNet(port), inputs, batch_sizes=(4,))) == ["output of cell"]
 
