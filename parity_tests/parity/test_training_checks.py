@@ -5,7 +5,6 @@ The faults are those that people met when they carried a training to JAX.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,22 +17,27 @@ from jax import numpy as jnp
 from torch import nn
 
 from parity_tests.harness import checks, examine, training
-from parity_tests.harness.adapters import adapt
 from parity_tests.harness.capture import Case
+from parity_tests.harness.checks import setup_of
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
-from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
+from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
-from parity_tests.harness.weights import Entry, WeightMap, unused
+from parity_tests.harness.weights import Entry, Layer, Rule, WeightMap, unused
 from parity_tests.parity.networks import LinenNet, TorchNet
+from parity_tests.parity.ports.registry import nested
 
 Tree = dict[str, Any]
 SEEDS = range(3)
+INPUTS = np.ones((8, 6), np.float32)
 
 
 def normed_module() -> nn.Module:
-    """Return two linear layers with batch normalisation between them."""
+    """Return two linear layers with batch normalisation between them, and no scale or bias of 0 or 1."""
     layers = {"fc1": nn.Linear(6, 8), "norm": nn.BatchNorm1d(8), "fc2": nn.Linear(8, 3)}
+    for parameter in (parameter for layer in layers.values() for parameter in layer.parameters()):
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return TorchNet(lambda net, inputs: net.fc2(torch.relu(net.norm(net.fc1(inputs)))), **layers)
 
 
@@ -53,21 +57,13 @@ def normed(variables: Tree, inputs: Any, train: bool = False, keep: float = 0.9,
     return logits, {"params": params, "stats": {"norm": new}}
 
 
-NORMED = {
-    "fc1.weight": "params/fc1/kernel",
-    "fc1.bias": "params/fc1/bias",
-    "norm.weight": "params/norm/scale",
-    "norm.bias": "params/norm/bias",
-    "norm.running_mean": "stats/norm/mean",
-    "norm.running_var": "stats/norm/var",
-    "fc2.weight": "params/fc2/kernel",
-    "fc2.bias": "params/fc2/bias",
-}
-
-
-def transpose(array: Any) -> tuple[Any, ...]:
-    """Carry a tensor as it is, and a matrix transposed."""
-    return (array.T,)
+def load_normed(state: Tree) -> Tree:
+    """Return its variables."""
+    tree = nested(state)
+    norm = tree["norm"]
+    params = {name: {"kernel": tree[name]["weight"].T, "bias": tree[name]["bias"]} for name in ("fc1", "fc2")}
+    params["norm"] = {"scale": norm["weight"], "bias": norm["bias"]}
+    return {"params": params, "stats": {"norm": {"mean": norm["running_mean"], "var": norm["running_var"]}}}
 
 
 def same(array: Any) -> tuple[Any, ...]:
@@ -81,72 +77,32 @@ def same_map(tensors: Mapping[str, np.ndarray]) -> WeightMap:
     return WeightMap(tuple(Entry((name,), (name,), same, "same()") for name in tensors), shapes, shapes)
 
 
-def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Compute the mean cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def build(
-    module: nn.Module,
-    function: Callable[..., Any],
-    places: Mapping[str, str],
-    seed: int = 0,
-    torch_loss: Callable[..., torch.Tensor] = nn.functional.cross_entropy,
-    jax_loss: Callable[..., Any] = cross_entropy,
-    entries: Sequence[Entry] = (),
-    **pair: Any,
+    reference: nn.Module | Callable[[], nn.Module],
+    jax_model: Any,
+    weights: Any,
+    inputs: Any = INPUTS,
+    **fields: Any,
 ) -> Setup:
-    """Set up a training; parameters of one dimension get values away from 0 and 1."""
-    rng = np.random.default_rng(seed)
-    module = module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, len(parameter))))
-    tensors = tensors_of(module)
-    entries = [*(Entry((name,), (path,), transpose, "linear()") for name, path in places.items()), *entries]
-    leaves: dict[str, np.ndarray] = {}
-    for entry in entries:
-        leaves.update(convert(entry, [tensors[name] for name in entry.torch]))
-    model = adapt(function)
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        branch = tree
-        for name in parents:
-            branch = branch.setdefault(name, {})
-        branch[last] = np.zeros_like(leaf)
-    shorter = {path: path.removeprefix("params/").removeprefix("stats/") for path in leaves}
-    weight_map = WeightMap(
-        tuple(entry._replace(jax=tuple(shorter[path] for path in entry.jax)) for entry in entries),
-        {name: tensors[name].shape for entry in entries for name in entry.torch},
-        {shorter[path]: leaf.shape for path, leaf in leaves.items()},
-        frozenset(name for name, _ in module.named_parameters()),
-    )
-
-    def torch_objective(module: nn.Module, batch: Any) -> torch.Tensor:
-        return torch_loss(module(batch[0]), batch[1])
-
-    def jax_objective(variables: Any, batch: Any, train: bool) -> Any:
-        outputs, variables = model.apply(variables, SimpleNamespace(args=(batch[0],), kwargs={}), train)
-        return jax_loss(outputs, batch[1]), variables
-
-    defaults = {"torch_optimizer": ADAM, "jax_optimizer": None, "torch_step": None, "jax_step": None}
-    user = SimpleNamespace(**{**defaults, "torch_schedule": None, "micro_batches": 1, **pair})
-    return Setup(module, model, tree, weight_map, user, torch_objective, jax_objective)
+    """Set up the training of a pair, by default with inputs [batch, 6], and with the cross-entropy of 3 classes."""
+    return setup_of(Case(Pair(reference, jax_model, inputs, weights, targets=np.arange(8) % 3, **fields)))
 
 
-def build_normed(function: Callable[..., Any] = normed, seed: int = 0, **pair: Any) -> Setup:
-    """Set up the training of the module above."""
-    torch.manual_seed(seed)
-    return build(normed_module(), function, NORMED, seed, **pair)
+def build_normed(function: Callable[..., Any] = normed, **fields: Any) -> Setup:
+    """Set up the training of the network above."""
+    return build(normed_module, function, load_normed, **fields)
+
+
+def as_batch(inputs: np.ndarray, targets: np.ndarray) -> BatchPair:
+    """Return a batch that is the same for both sides."""
+    batch = {"args": (inputs,), "kwargs": {}, "targets": targets}
+    return batch, batch
 
 
 def draw_batches(sizes: Sequence[int], seed: int = 0) -> list[BatchPair]:
-    """Return batches of random inputs [batch, 6] and classes, the same for both sides."""
+    """Return batches of random inputs [batch, 6] and classes."""
     rng = np.random.default_rng(seed)
-    batches = [(rng.normal(size=(size, 6)), rng.integers(0, 3, size)) for size in sizes]
-    return [(batch, batch) for batch in batches]
+    return [as_batch(rng.normal(size=(size, 6)), rng.integers(0, 3, size)) for size in sizes]
 
 
 def messages(found: Iterator[Divergence]) -> str:
@@ -244,7 +200,7 @@ WARM_UP = {"torch_schedule": lambda step: 1e-3 * min(step / 10, 1.0)}
 SUM_OF_FOUR = {"micro_batches": 4, "torch_step": step(4, norm=0.5, total=True)}
 
 SOUND: dict[str, Tree] = {
-    "Adam": both(ADAM, None),
+    "Adam": {},  # the default
     "AdamW": both(of_all(torch.optim.AdamW, 1e-3, weight_decay=0.1), optax.adamw(1e-3, weight_decay=0.1)),
     "Adam, decay in the gradient": both(ADAM_WITH_DECAY, optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3))),
     "SGD": both(SGD, optax.sgd(1e-2)),
@@ -286,7 +242,7 @@ SOUND: dict[str, Tree] = {
 FAULTS: dict[str, tuple[Tree, list[str]]] = {
     "eps of RMSprop in the root": (
         both(of_all(torch.optim.RMSprop, 1e-2, alpha=0.9, eps=0.01), optax.rmsprop(1e-2, 0.9, eps=0.01)),
-        ["from the start, step 1, weights fc1.weight", "nothing else differs", "eps"],
+        ["from the start, step 1, weights fc1.bias", "nothing else differs", "eps"],
     ),
     "decay beside the gradient": (
         both(ADAM_WITH_DECAY, optax.adamw(1e-3, weight_decay=0.1)),
@@ -296,7 +252,7 @@ FAULTS: dict[str, tuple[Tree, list[str]]] = {
         both(decay_matrices, optax.adamw(1e-3, weight_decay=0.1, mask=is_vector)),
         [
             "fc1.weight, fc2.weight decayed in PyTorch alone",
-            "fc1.bias, norm.weight, norm.bias, fc2.bias decayed in JAX",
+            "fc1.bias, fc2.bias, norm.bias, norm.weight decayed in JAX",
         ],
     ),
     "a step for each micro-batch": (
@@ -314,11 +270,11 @@ FAULTS: dict[str, tuple[Tree, list[str]]] = {
     ),
     "trained though frozen": (
         both(freeze_first, optax.adam(1e-3)),
-        ["weights fc1.weight, fc1.bias: ", "moved in JAX, frozen in PyTorch"],
+        ["weights fc1.bias, fc1.weight: ", "moved in JAX, frozen in PyTorch"],
     ),
     "frozen though trained": (
         both(ADAM, FROZEN),
-        ["weights fc1.weight, fc1.bias: ", "moved in PyTorch, frozen in JAX"],
+        ["weights fc1.bias, fc1.weight: ", "moved in PyTorch, frozen in JAX"],
     ),
     "not clipped": (
         both(SGD, optax.sgd(1e-2), torch_step=step(norm=0.5)),
@@ -379,7 +335,8 @@ def test_a_loss_divided_by_the_usual_batch_size_shows_on_the_smaller_batch() -> 
     def divided_by_eight(logits: Any, labels: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum() / 8
 
-    found = messages(training.trajectory(build_normed(jax_loss=divided_by_eight), draw_batches((8, 5)), []))
+    setup = build_normed(torch_loss=nn.functional.cross_entropy, jax_loss=divided_by_eight)
+    found = messages(training.trajectory(setup, draw_batches((8, 5)), []))
     assert "step 2, loss: JAX" in found
     assert "JAX / PyTorch = 0.625" in found
 
@@ -405,46 +362,52 @@ def test_a_fault_of_small_gradients_alone_is_seen(change: Callable[[Any], Any], 
         kernels = [change(variables["params"][f"w{number}"]) for number in range(3)]
         return sum(scale * inputs @ kernel for scale, kernel in zip(scales, kernels, strict=True))
 
-    torch.manual_seed(0)
-    layers = nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in scales)
-    for scale, parameter in zip(scales, layers.parameters(), strict=True):
-        parameter.data *= scale
-    places = {f"layers.{number}.weight": f"params/w{number}" for number in range(3)}
-    setup = build(TorchNet(forward, layers=layers), function, places, **SOUND["SGD"])
+    def reference() -> nn.Module:
+        layers = nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in scales)
+        for scale, parameter in zip(scales, layers.parameters(), strict=True):
+            parameter.data *= scale
+        return TorchNet(forward, layers=layers)
+
+    def load(state: Tree) -> Tree:
+        return {"params": {f"w{number}": state[f"layers.{number}.weight"].T for number in range(3)}}
+
+    setup = build(reference, function, load, **SOUND["SGD"])
     found = messages(training.trajectory(setup, draw_batches((8, 5)), []))
     assert expected in found if expected else not found
 
 
-def build_tied(entries: int = 1) -> Setup:
+def build_tied(leaves: int = 1, constant: bool = False) -> Setup:
     """Set up the training of an embedding that is the output layer too; JAX may hold its table once or twice."""
 
     def tied(variables: Tree, tokens: Any) -> Any:
         params = variables["params"]
         return params["embed"][tokens].mean(1) @ params.get("head", params["embed"].T)
 
-    torch.manual_seed(0)
-    embed, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-    head.weight = embed.weight
-    module = TorchNet(lambda net, tokens: net.head(net.embed(tokens).mean(1)), embed=embed, head=head)
-    as_it_is = Entry(("embed.weight",), ("params/embed",), same, "embedding()")
-    turned = Entry(("embed.weight",), ("params/head",), transpose, "linear()")
-    return build(module, tied, {}, entries=[as_it_is, turned][:entries])
+    def reference() -> nn.Module:
+        embed, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        head.weight = embed.weight
+        if constant:
+            nn.init.zeros_(embed.weight)
+        return TorchNet(lambda net, tokens: net.head(net.embed(tokens).mean(1)), embed=embed, head=head)
+
+    def load(state: Tree) -> Tree:
+        once = {"embed": state["embed.weight"]}
+        return {"params": once if leaves == 1 else {**once, "head": state["head.weight"].T}}
+
+    return build(reference, tied, load, np.arange(40).reshape(8, 5) % 7)
 
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_a_tied_tensor_starts_from_the_same_values_under_all_its_names(constant: bool) -> None:
-    setup = build_tied()
-    if constant:
-        nn.init.zeros_(setup.module.get_parameter("embed.weight"))
-    assert not messages(training.optimizer(setup, 0, []))
+    assert not messages(training.optimizer(build_tied(constant=constant), 0, []))
 
 
 @pytest.mark.parametrize("leaves", [1, 2])
 def test_two_leaves_for_one_tied_tensor_train_otherwise(leaves: int) -> None:
     setup, rng, notes = build_tied(leaves), np.random.default_rng(0), list[str]()
-    batches = [((tokens := rng.integers(0, 7, (size, 5))), tokens[:, 0]) for size in (8, 5)]
+    batches = [as_batch(tokens := rng.integers(0, 7, (size, 5)), tokens[:, 0]) for size in (8, 5)]
     assert not messages(training.optimizer(setup, 0, notes))
-    found = messages(training.trajectory(setup, [(batch, batch) for batch in batches], notes))
+    found = messages(training.trajectory(setup, batches, notes))
     assert ("weights embed.weight" in found) == (leaves == 2), found
 
 
@@ -455,10 +418,16 @@ def test_a_leaf_that_is_the_sum_of_two_biases_is_left_out_and_said_so(name: str)
     def one_bias(variables: Tree, inputs: Any) -> Any:
         return inputs @ variables["params"]["kernel"] + variables["params"]["bias"]
 
-    second = nn.Parameter(torch.ones(3))
-    module = TorchNet(lambda net, inputs: net.fc(inputs) + net.second, fc=nn.Linear(6, 3), second=second)
-    sum_of_two = Entry(("fc.bias", "second"), ("params/bias",), lambda one, two: (one + two,), "sum of two")
-    setup = build(module, one_bias, {"fc.weight": "params/kernel"}, entries=[sum_of_two], **SOUND[name])
+    def reference() -> nn.Module:
+        second = nn.Parameter(torch.ones(3))
+        return TorchNet(lambda net, inputs: net.fc(inputs) + net.second, fc=nn.Linear(6, 3), second=second)
+
+    def carry(_: Layer) -> list[Entry]:
+        turned = Entry(("fc.weight",), ("kernel",), lambda kernel: (kernel.T,), "linear()")
+        return [turned, Entry(("fc.bias", "second"), ("bias",), lambda one, two: (one + two,), "sum of two")]
+
+    variables = {"params": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(3)}}
+    setup = build(reference, (variables, one_bias), {"": Rule(carry, ("",))}, **SOUND[name])
     notes: list[str] = []
     assert not messages(training.optimizer(setup, 0, notes))
     assert not messages(training.trajectory(setup, draw_batches((8, 5, 8)), notes))
@@ -473,14 +442,14 @@ def test_a_fused_leaf_names_the_tensor_that_is_wrong(fault: float) -> None:
         right = fault * both[:, 3:] + (1 - fault) * jax.lax.stop_gradient(both[:, 3:])
         return both[:, :3] * right
 
-    def join(left: Any, right: Any) -> tuple[Any, ...]:
-        return (jnp.concatenate([left, right]).T,)
+    def reference() -> nn.Module:
+        layers = {name: nn.Linear(6, 3, bias=False) for name in ("left", "right")}
+        return TorchNet(lambda net, inputs: net.left(inputs) * net.right(inputs), **layers)
 
-    torch.manual_seed(0)
-    layers = {name: nn.Linear(6, 3, bias=False) for name in ("left", "right")}
-    module = TorchNet(lambda net, inputs: net.left(inputs) * net.right(inputs), **layers)
-    entry = Entry(("left.weight", "right.weight"), ("params/both",), join, "joined()")
-    setup, notes = build(module, fused, {}, entries=[entry], **SOUND["SGD"]), list[str]()
+    def load(state: Tree) -> Tree:
+        return {"params": {"both": np.concatenate([state["left.weight"], state["right.weight"]]).T}}
+
+    setup, notes = build(reference, fused, load, **SOUND["SGD"]), list[str]()
     found = messages(training.trajectory(setup, draw_batches((8, 5)), notes))
     if fault == 1:
         assert not found
@@ -767,7 +736,7 @@ def test_values_and_updates_rounded_more_than_float32_does_are_found() -> None:
         optax.adam(1e-3),
         optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), updates)),
     )
-    found = messages(precision(run_sides, SEEDS, [], setup=build_normed(jax_optimizer=rounded)))
+    found = messages(precision(run_sides, SEEDS, [], setup=build_normed(**both(ADAM, rounded))))
     assert "update of fc1.weight after 10 steps" in found, found
 
 
