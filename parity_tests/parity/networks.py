@@ -1,6 +1,6 @@
-"""Three small sound pairs in which faults are planted: convolutional, recurrent, and with attention.
+"""Networks that a function makes, and three small sound pairs in which faults are planted.
 
-Each declares all that a pair can declare, so that every check runs.
+The pairs (convolutional, recurrent, and with attention) declare all that a pair can declare, so that every check runs.
 """
 
 import math
@@ -33,6 +33,40 @@ IGNORED = -100  # the label of padding
 EXAMPLES, BATCH_SIZE = 20, 8
 PEAK, WARM_UP, STEPS = 1e-2, 4, 20
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+# --- Networks that a function makes ---
+
+
+class TorchNet(nn.Module):
+    """A PyTorch module of named layers and parameters, and the function that calls them.
+
+    `TorchNet(lambda net, x: x + net.fc(x), fc=nn.Linear(4, 4))` is a residual block.
+    """
+
+    def __init__(self, function: Callable[..., Any], /, **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Call the function with this module and the inputs."""
+        return self.function(self, *inputs, **named)
+
+
+class LinenNet(linen.Module):
+    """A Linen module that calls a function; the layers that the function makes are its own.
+
+    `LinenNet(lambda x: x + linen.Dense(4, name="fc")(x))` is the same block.
+    """
+
+    function: Callable[..., Any]
+
+    @linen.compact
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the function with the inputs."""
+        return self.function(*inputs)
 
 
 # --- Data ---

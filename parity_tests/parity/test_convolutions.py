@@ -16,6 +16,7 @@ from parity_tests.harness import Pair, examine, taps
 from parity_tests.harness.taps import by_phases, choose, rewrite, with_padding
 
 RNG = np.random.default_rng(0)
+LAST, FIRST, ONE = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NWC", "WIO", "NWC")
 ROUNDING = 1e-14  # of the largest value; the worst seen in every case here is 2e-15
 
 
@@ -25,9 +26,11 @@ def _float64() -> Iterator[None]:
         yield
 
 
-def convolution(layout: tuple[str, str, str], **options: Any) -> Callable[[Array, Array], Array]:
+def convolution(strides: Any, padding: Any, layout: Any = LAST, **options: Any) -> Callable[[Array, Array], Array]:
     """Return a convolution of an image and a kernel."""
-    return lambda image, kernel: lax.conv_general_dilated(image, kernel, dimension_numbers=layout, **options)
+    return lambda image, kernel: lax.conv_general_dilated(
+        image, kernel, strides, padding, dimension_numbers=layout, **options
+    )
 
 
 def gradients(fn: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Any]:
@@ -50,78 +53,33 @@ def forms(fn: Callable[..., Any], *args: Any) -> set[Any]:
     return find(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-LAST, FIRST, ONE = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NWC", "WIO", "NWC")
+AROUND, WIDE = ((1, 1), (1, 1)), ((2, 1), (0, 2))
 # A convolution, the shapes of image and kernel, and the form in which a part of its gradient is computed.
 CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], list[Any]]] = {
-    "3x3 stride 2": (
-        convolution(LAST, window_strides=(2, 2), padding=[(1, 1), (1, 1)]),
-        (2, 8, 8, 9),
-        (3, 3, 9, 10),
-        [by_phases],
-    ),
-    "channels first": (
-        convolution(FIRST, window_strides=(2, 2), padding=[(1, 1), (1, 1)]),
-        (2, 9, 8, 8),
-        (10, 9, 3, 3),
-        [by_phases],
-    ),
-    "odd size": (convolution(LAST, window_strides=(2, 2), padding="SAME"), (2, 7, 9, 9), (3, 3, 9, 10), [by_phases]),
-    "1x1 stride 2": (
-        convolution(LAST, window_strides=(2, 2), padding="VALID"),
-        (2, 8, 8, 9),
-        (1, 1, 9, 10),
-        [by_phases],
-    ),
-    "5x5 stride 3": (
-        convolution(LAST, window_strides=(3, 3), padding=[(2, 1), (0, 2)]),
-        (2, 11, 10, 9),
-        (5, 5, 9, 8),
-        [by_phases],
-    ),
-    "uneven strides": (
-        convolution(LAST, window_strides=(1, 2), padding="SAME"),
-        (2, 6, 6, 9),
-        (3, 3, 9, 8),
-        [by_phases],
-    ),
-    "stride 4, kernel 2": (
-        convolution(LAST, window_strides=(4, 4), padding="VALID"),
-        (2, 9, 9, 9),
-        (2, 2, 9, 8),
-        [by_phases],
-    ),
-    "one dimension": (convolution(ONE, window_strides=(2,), padding="SAME"), (2, 9, 9), (3, 9, 8), [by_phases]),
+    "3x3 stride 2": (convolution((2, 2), AROUND), (2, 8, 8, 9), (3, 3, 9, 10), [by_phases]),
+    "channels first": (convolution((2, 2), AROUND, FIRST), (2, 9, 8, 8), (10, 9, 3, 3), [by_phases]),
+    "odd size": (convolution((2, 2), "SAME"), (2, 7, 9, 9), (3, 3, 9, 10), [by_phases]),
+    "1x1 stride 2": (convolution((2, 2), "VALID"), (2, 8, 8, 9), (1, 1, 9, 10), [by_phases]),
+    "5x5 stride 3": (convolution((3, 3), WIDE), (2, 11, 10, 9), (5, 5, 9, 8), [by_phases]),
+    "uneven strides": (convolution((1, 2), "SAME"), (2, 6, 6, 9), (3, 3, 9, 8), [by_phases]),
+    "stride 4, kernel 2": (convolution((4, 4), "VALID"), (2, 9, 9, 9), (2, 2, 9, 8), [by_phases]),
+    "one dimension": (convolution((2,), "SAME", ONE), (2, 9, 9), (3, 9, 8), [by_phases]),
     "dilated kernel": (
-        convolution(LAST, window_strides=(2, 2), rhs_dilation=(2, 2), padding="SAME"),
+        convolution((2, 2), "SAME", rhs_dilation=(2, 2)),
         (2, 9, 9, 9),
         (3, 3, 9, 8),
         [with_padding],
     ),
     "depthwise": (
-        convolution(LAST, window_strides=(2, 2), feature_group_count=9, padding="SAME"),
+        convolution((2, 2), "SAME", feature_group_count=9),
         (2, 8, 8, 9),
         (3, 3, 1, 9),
         [with_padding],
     ),
-    "kernel beyond the image": (
-        convolution(LAST, window_strides=(1, 1), padding=[(1, 1), (1, 1)]),
-        (2, 2, 2, 9),
-        (3, 3, 9, 10),
-        [with_padding],
-    ),
-    "few input channels": (
-        convolution(LAST, window_strides=(2, 2), padding="SAME"),
-        (2, 9, 9, 3),
-        (3, 3, 3, 8),
-        [],
-    ),
-    "grouped": (
-        convolution(LAST, window_strides=(2, 2), feature_group_count=3, padding="SAME"),
-        (2, 8, 8, 27),
-        (3, 3, 9, 27),
-        [],
-    ),
-    "unstrided": (convolution(LAST, window_strides=(1, 1), padding="SAME"), (2, 8, 8, 9), (3, 3, 9, 10), []),
+    "kernel beyond the image": (convolution((1, 1), AROUND), (2, 2, 2, 9), (3, 3, 9, 10), [with_padding]),
+    "few input channels": (convolution((2, 2), "SAME"), (2, 9, 9, 3), (3, 3, 3, 8), []),
+    "grouped": (convolution((2, 2), "SAME", feature_group_count=3), (2, 8, 8, 27), (3, 3, 9, 27), []),
+    "unstrided": (convolution((1, 1), "SAME"), (2, 8, 8, 9), (3, 3, 9, 10), []),
 }
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,21 @@ from parity_tests.harness.capture import Case
 from parity_tests.harness.checks import Result, examine
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
+from parity_tests.parity.networks import LinenNet, TorchNet
+from parity_tests.parity.ports.registry import network
 
 STAGE_CHECKS = ("parameters", "outputs", "gradients")
 
 
-class Small(nn.Module):
-    """Four layers, one of them batch normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Linear(3, 6), nn.BatchNorm1d(6)
-        self.middle, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs of a batch."""
-        return self.last(torch.tanh(self.middle(torch.relu(self.norm(self.first(x))))))
+def small() -> nn.Module:
+    """Return four layers, one of them batch normalisation."""
+    return TorchNet(
+        lambda net, x: net.last(torch.tanh(net.middle(torch.relu(net.norm(net.first(x)))))),
+        first=nn.Linear(3, 6),
+        norm=nn.BatchNorm1d(6),
+        middle=nn.Linear(6, 5),
+        last=nn.Linear(5, 2),
+    )
 
 
 class SmallPort(linen.Module):
@@ -56,63 +57,34 @@ class SmallPort(linen.Module):
         return linen.Dense(2, name="last")(x * self.factor)
 
 
-class Block(nn.Module):
-    """A residual block of two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs of a batch."""
-        return x + self.down(torch.tanh(self.up(x)))
+def block(x: jax.Array, factor: float) -> jax.Array:
+    """Compute a residual block of two layers; another factor than 1 is a fault."""
+    return x + linen.Dense(4, name="down")(factor * jnp.tanh(linen.Dense(8, name="up")(x)))
 
 
-class BlockPort(linen.Module):
-    """The same in Linen; another factor than 1 is a fault."""
-
-    factor: float = 1.0
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute the outputs of a batch."""
-        return x + linen.Dense(4, name="down")(self.factor * jnp.tanh(linen.Dense(8, name="up")(x)))
+def six_blocks(x: jax.Array) -> jax.Array:
+    """Compute six blocks and a head; the fourth block is wrong."""
+    for number in range(6):
+        x = LinenNet(partial(block, factor=1.01 if number == 3 else 1.0), name=f"block_{number}")(x)
+    return linen.Dense(2, name="head")(x)
 
 
-class DeepPort(linen.Module):
-    """Six blocks and a head; the block of this number is wrong."""
+def three_groups() -> nn.Module:
+    """Return the same in PyTorch, in three groups of two blocks."""
 
-    wrong: int
+    def new_block() -> nn.Module:
+        return TorchNet(lambda net, x: x + net.down(torch.tanh(net.up(x))), up=nn.Linear(4, 8), down=nn.Linear(8, 4))
 
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute the outputs of a batch."""
-        for number in range(6):
-            x = BlockPort(1.01 if number == self.wrong else 1.0, name=f"block_{number}")(x)
-        return linen.Dense(2, name="head")(x)
-
-
-class Deep(nn.Module):
-    """The same in PyTorch, in three groups of two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.groups = nn.Sequential(*(nn.Sequential(*(Block() for _ in range(2))) for _ in range(3)))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs of a batch."""
-        return self.head(self.groups(x))
+    groups = nn.Sequential(*(nn.Sequential(new_block(), new_block()) for _ in range(3)))
+    return network(groups=groups, head=nn.Linear(4, 2))
 
 
 def small_pair(**faults: Any) -> Pair:
     """Return the small network in both frameworks, with these faults in JAX."""
     names = {name: name for name in ("first", "norm", "middle", "last")}
-    inputs = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    training = "frozen" in faults
-    return Pair(
-        Small, SmallPort(**faults), inputs, names, batch_sizes=(6,), training=training, targets=np.arange(6) % 2
-    )
+    inputs, training = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32), "frozen" in faults
+    pair = Pair(small, SmallPort(**faults), inputs, names, name="Small", batch_sizes=(6,))
+    return replace(pair, training=training, targets=np.arange(6) % 2)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +104,7 @@ def deep() -> Result:
     """Return the result of a deep pair with a fault in its fourth block."""
     inputs = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     names = {"groups.{i}.{j}": "block_{2*i+j}", "head": "head"}
-    return examine(Pair(Deep, DeepPort(wrong=3), inputs, names, batch_sizes=(6,)), names=STAGE_CHECKS)
+    return examine(Pair(three_groups, LinenNet(six_blocks), inputs, names, batch_sizes=(6,)), names=STAGE_CHECKS)
 
 
 def show(result: Result, every: bool = False) -> list[str]:

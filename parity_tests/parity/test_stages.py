@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from flax import nnx
 from torch import nn
 
 from parity_tests.harness.adapters import adapt
@@ -19,6 +18,7 @@ from parity_tests.harness.pair import Inputs
 from parity_tests.harness.stages import Match, Stage, candidates, carry, jax_stages, match, torch_stages
 from parity_tests.harness.taps import trace
 from parity_tests.harness.torch_side import capture_torch
+from parity_tests.parity.networks import LinenNet, TorchNet
 from parity_tests.parity.test_propose import ResNet18
 
 
@@ -36,14 +36,12 @@ def stages_of_torch(module: nn.Module, *arrays: np.ndarray) -> dict[str, Stage]:
     return torch_stages(capture.kinds, shapes, [name for name, _ in module.named_modules()])
 
 
-def stages_of_jax(model: Any, *arrays: np.ndarray) -> dict[str, Stage]:
+def stages_of_jax(model: linen.Module, *arrays: np.ndarray) -> dict[str, Stage]:
     adapted = adapt(model)
-    variables, init = adapted.variables, adapted.init
-    if init is not None:
-        variables = jax.eval_shape(lambda key: init(key, Inputs(*arrays)), jax.random.key(0))
+    init: Any = adapted.init
     traced = trace(
         lambda variables, *arrays: adapted.apply(variables, Inputs(*arrays), False)[0],
-        variables,
+        jax.eval_shape(lambda key: init(key, Inputs(*arrays)), jax.random.key(0)),
         *arrays,
         context=adapted.context,
         verify=False,
@@ -79,95 +77,66 @@ def test_a_resnet_whose_shortcut_comes_first_is_matched_whole() -> None:
     assert set(torch_side) - set(matches) == alone
 
 
-class TorchBlock(nn.Module):
-    """A block of GPT with q, k and v in one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln_1, self.c_attn, self.c_proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
-        self.ln_2, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 32), nn.GELU("tanh"), nn.Linear(32, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the block of a sequence."""
-        query, key, value = (
-            part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).chunk(3, -1)
-        )
-        weights = torch.softmax(query @ key.transpose(-1, -2) / 2.0, -1)
-        x = x + self.c_proj((weights @ value).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.ln_2(x))
+def torch_block(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute a block of GPT with queries, keys and values in one layer."""
+    parts = net.c_attn(net.ln_1(x)).chunk(3, -1)
+    query, key, value = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts)
+    weights = torch.softmax(query @ key.transpose(-1, -2) / 2.0, -1)
+    x = x + net.c_proj((weights @ value).transpose(1, 2).flatten(2))
+    return x + net.mlp(net.ln_2(x))
 
 
-class TorchGPT(nn.Module):
-    """Two blocks and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wte, self.h, self.head = nn.Embedding(11, 8), nn.ModuleList([TorchBlock(), TorchBlock()]), nn.Linear(8, 11)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits."""
-        x = self.wte(ids)
-        for block in self.h:
-            x = block(x)
-        return self.head(x)
+def torch_gpt(net: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Compute the logits of two blocks."""
+    x = net.wte(ids)
+    for block in net.h:
+        x = block(x)
+    return net.head(x)
 
 
-class Attention(nnx.Module):
-    """Attention with q, k and v apart."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.query, self.key, self.value = (nnx.Linear(8, 8, rngs=rngs) for _ in range(3))
-        self.out = nnx.Linear(8, 8, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the attention over a sequence."""
-        query, key, value = (layer(x).reshape(*x.shape[:2], 2, 4) for layer in (self.query, self.key, self.value))
-        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape))
+def new_torch_block() -> nn.Module:
+    """Return a block of GPT."""
+    layers = {"ln_1": nn.LayerNorm(8), "c_attn": nn.Linear(8, 24), "c_proj": nn.Linear(8, 8), "ln_2": nn.LayerNorm(8)}
+    return TorchNet(torch_block, **layers, mlp=nn.Sequential(nn.Linear(8, 32), nn.GELU("tanh"), nn.Linear(32, 8)))
 
 
-class Block(nnx.Module):
-    """A block of GPT whose feed-forward part has no module of its own."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.norm1, self.norm2 = nnx.LayerNorm(8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
-        self.attention = Attention(rngs)
-        self.up, self.down = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 8, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the block of a sequence."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
+def jax_attention(x: jax.Array) -> jax.Array:
+    """Compute attention with queries, keys and values apart."""
+    layers = [linen.Dense(8, name=name)(x) for name in ("query", "key", "value")]
+    query, key, value = (layer.reshape(*x.shape[:2], 2, 4) for layer in layers)
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) / 2.0)
+    return linen.Dense(8, name="out")(jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape))
 
 
-class GPT(nnx.Module):
-    """Two blocks and a head."""
+def jax_block(x: jax.Array) -> jax.Array:
+    """Compute a block of GPT whose feed-forward part has no module of its own."""
+    x = x + LinenNet(jax_attention, name="attention")(linen.LayerNorm(name="norm1")(x))
+    hidden = jax.nn.gelu(linen.Dense(32, name="up")(linen.LayerNorm(name="norm2")(x)))
+    return x + linen.Dense(8, name="down")(hidden)
 
-    def __init__(self) -> None:
-        rngs = nnx.Rngs(0)
-        self.embed, self.blocks = nnx.Embed(11, 8, rngs=rngs), nnx.List([Block(rngs), Block(rngs)])
-        self.head = nnx.Linear(8, 11, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Return the logits."""
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+def jax_gpt(ids: jax.Array) -> jax.Array:
+    """Compute the logits of two blocks."""
+    x = linen.Embed(11, 8, name="embed")(ids)
+    for number in range(2):
+        x = LinenNet(jax_block, name=f"blocks_{number}")(x)
+    return linen.Dense(11, name="head")(x)
 
 
 def test_blocks_of_a_gpt_with_query_key_and_value_apart() -> None:
     ids = np.zeros((2, 5), np.int32)
-    torch_side, jax_side = stages_of_torch(TorchGPT(), ids), stages_of_jax(nnx.eval_shape(GPT), ids)
+    blocks = nn.ModuleList(new_torch_block() for _ in range(2))
+    torch_side = stages_of_torch(TorchNet(torch_gpt, wte=nn.Embedding(11, 8), h=blocks, head=nn.Linear(8, 11)), ids)
+    jax_side = stages_of_jax(LinenNet(jax_gpt), ids)
     owners = {"wte": "embed", "head": "head"}
     expected: dict[str, str] = {}
     for layer in range(2):
-        owners |= {f"h.{layer}.ln_1": f"blocks/{layer}/norm1", f"h.{layer}.ln_2": f"blocks/{layer}/norm2"}
-        owners |= {f"h.{layer}.c_proj": f"blocks/{layer}/attention/out"}
-        owners |= {f"h.{layer}.mlp.0": f"blocks/{layer}/up", f"h.{layer}.mlp.2": f"blocks/{layer}/down"}
+        owners |= {f"h.{layer}.ln_1": f"blocks_{layer}/norm1", f"h.{layer}.ln_2": f"blocks_{layer}/norm2"}
+        owners |= {f"h.{layer}.c_proj": f"blocks_{layer}/attention/out"}
+        owners |= {f"h.{layer}.mlp.0": f"blocks_{layer}/up", f"h.{layer}.mlp.2": f"blocks_{layer}/down"}
     matches = match(torch_side, jax_side, owners)
     for layer in range(2):
-        block, attention = f"blocks/{layer}", f"blocks/{layer}/attention"
+        block, attention = f"blocks_{layer}", f"blocks_{layer}/attention"
         expected |= {f"h.{layer}": block, f"h.{layer}.add": f"{block}.add", f"h.{layer}.add#2": f"{block}.add#2"}
         expected |= {f"h.{layer}.mlp.1": f"{block}.gelu", f"h.{layer}.softmax": f"{attention}.softmax"}
         expected |= {f"h.{layer}.matmul": f"{attention}.einsum", f"h.{layer}.matmul#2": f"{attention}.einsum#2"}
@@ -193,16 +162,14 @@ def test_a_sequential_is_matched_with_functions_between_layers() -> None:
     )
     model.extend([nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3), nn.Softmax(-1)])
 
-    class Net(linen.Module):
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            x = linen.max_pool(linen.relu(linen.Conv(4, (3, 3), padding="VALID")(x)), (2, 2), (2, 2))
-            x = linen.silu(linen.Conv(8, (3, 3), padding="VALID")(x))
-            return jax.nn.softmax(linen.Dense(3)(jnp.mean(x, axis=(1, 2))))
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.max_pool(linen.relu(linen.Conv(4, (3, 3), padding="VALID")(x)), (2, 2), (2, 2))
+        x = linen.silu(linen.Conv(8, (3, 3), padding="VALID")(x))
+        return jax.nn.softmax(linen.Dense(3)(jnp.mean(x, axis=(1, 2))))
 
     images = np.zeros((2, 1, 12, 12), np.float32)
     owners = {"0": "Conv_0", "3": "Conv_1", "8": "Dense_0"}
-    matches = match(stages_of_torch(model, images), stages_of_jax(Net(), images.transpose(0, 2, 3, 1)), owners)
+    matches = match(stages_of_torch(model, images), stages_of_jax(LinenNet(port), images.transpose(0, 2, 3, 1)), owners)
     between = {"1": "relu", "2": "max_pool", "4": "silu", "5": "mean", "9": "softmax"}
     assert partners(matches) == owners | between | {"": ""}
 
@@ -237,14 +204,10 @@ def test_what_has_no_weights_is_matched_by_kind_size_and_number(
 
 
 def test_calls_are_matched_in_order_if_both_sides_have_equally_many() -> None:
-    twice = {"a": ((2, 5), "Linear"), "a#2": ((2, 5), "Linear")}
-    assert partners(
-        match(stages(twice, "a"), taps({"x": ((2, 5), "Dense"), "x#2": ((2, 5), "Dense")}), {"a": "x"})
-    ) == {
-        "a": "x",
-        "a#2": "x#2",
-    }
-    assert match(stages(twice, "a"), taps({"x": ((2, 5), "Dense")}), {"a": "x"}) == {}
+    twice = stages({"a": ((2, 5), "Linear"), "a#2": ((2, 5), "Linear")}, "a")
+    both = taps({"x": ((2, 5), "Dense"), "x#2": ((2, 5), "Dense")})
+    assert partners(match(twice, both, {"a": "x"})) == {"a": "x", "a#2": "x#2"}
+    assert match(twice, taps({"x": ((2, 5), "Dense")}), {"a": "x"}) == {}
 
 
 def test_parts_of_nests_are_matched_by_size() -> None:

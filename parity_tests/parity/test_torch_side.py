@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from flax.traverse_util import unflatten_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,8 +22,8 @@ from parity_tests import harness
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.pair import Inputs
 from parity_tests.harness.torch_side import Rounded, TorchCapture, capture_torch, flat, gradient_error, reference_error
-
-torch.manual_seed(0)  # of the modules that are parameters: a finite difference across a kink is none
+from parity_tests.parity.networks import TorchNet
+from parity_tests.parity.ports.registry import linear, nested
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -36,103 +36,65 @@ def wave(outputs: Any) -> torch.Tensor:
     return sum((tensor.cos().sum() for tensor in tensors), torch.zeros(()))
 
 
-class InPlace(nn.Module):
-    """A residual block that changes tensors in place, as torchvision writes it."""
+def watch(model: nn.Module, *inputs: Any, training: bool = False, **options: Any) -> TorchCapture:
+    """Return the values of a module on these inputs, and the gradients of that objective."""
+    return capture_torch(model, Inputs(*inputs), wave, training=training, **options)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the block of images."""
-        stem = self.relu(self.conv(images))
-        branch = self.norm(stem)
+def in_place() -> nn.Module:
+    """Return a residual block that changes tensors in place, as torchvision writes it."""
+
+    def forward(net: Any, images: torch.Tensor) -> torch.Tensor:
+        stem = net.relu(net.conv(images))
+        branch = net.norm(stem)
         branch += stem
-        return self.relu(branch)
+        return net.relu(branch)
+
+    return TorchNet(forward, conv=nn.Conv2d(3, 3, 3, padding=1), norm=nn.BatchNorm2d(3), relu=nn.ReLU(inplace=True))
 
 
-class HandedThrough(nn.Module):
-    """A submodule that returns its input, which is used beside it as well."""
+def handed_through() -> nn.Module:
+    """Return a network with a submodule that returns its input, which is used beside it as well."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.identity, self.rest = nn.Conv2d(3, 3, 1), nn.Identity(), nn.Sequential(nn.Dropout(0.5))
+    def forward(net: Any, images: torch.Tensor) -> torch.Tensor:
+        features = net.conv(images)
+        return features * 2 + net.identity(features).sin() * net.rest(features)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return a sum of products of the features."""
-        features = self.conv(images)
-        return features * 2 + self.identity(features).sin() * self.rest(features)
+    return TorchNet(forward, conv=nn.Conv2d(3, 3, 1), identity=nn.Identity(), rest=nn.Sequential(nn.Dropout(0.5)))
 
 
-class Pair(nn.Module):
-    """Returns a tensor together with another one that was computed from it, and the first one twice."""
+def uses_pair() -> nn.Module:
+    """Return a network with a submodule that returns one tensor in two places, and what is computed from it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        """Return one tensor in two places, and what is computed from it."""
-        hidden = self.linear(x)
+    def pair(net: Any, x: torch.Tensor) -> dict[str, Any]:
+        hidden = net.linear(x)
         return {"hidden": hidden, "all": (hidden, hidden.exp()), "size": 4, "nothing": None}
 
-
-class UsesPair(nn.Module):
-    """Uses every output of a module that shares a tensor among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pair = Pair()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a value that uses every part."""
-        outputs = self.pair(x)
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        outputs = net.pair(x)
         return outputs["hidden"].sin() + outputs["all"][0] * outputs["all"][1]
 
-
-class ChangedView(nn.Module):
-    """Changes a view in place after it was used: autograd then gives the view a part of its gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.flatten = nn.Conv2d(3, 3, 1), nn.Flatten()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the view was and what the base became."""
-        features = self.conv(images)
-        row = self.flatten(features)
-        before = row * 3
-        row += 1
-        return features.sin() + before.view_as(features)
+    return TorchNet(forward, pair=TorchNet(pair, linear=nn.Linear(4, 4)))
 
 
-class Block(nn.Module):
-    """Attention and a gelu, without submodules for them."""
+def stack(use: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda block, x: block(x)) -> nn.Module:
+    """Return a block of attention and a GELU, twice under two names, and a layer whose `forward` is called directly."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the attended and activated sequence."""
-        query, key, value = self.qkv(x).chunk(3, -1)
-        weights = F.dropout((query @ key.transpose(1, 2) / 8**0.5).softmax(-1), 0.5, self.training)
-        x = x + self.drop(self.out(weights @ value))
+    def forward_block(net: Any, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = net.qkv(x).chunk(3, -1)
+        weights = F.dropout((query @ key.transpose(1, 2) / 8**0.5).softmax(-1), 0.5, net.training)
+        x = x + net.drop(net.out(weights @ value))
         x = x + F.gelu(x)
-        return 1.0 - F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+        return 1.0 - F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if net.training else 0.0)
 
-
-class Stack(nn.Module):
-    """The same block twice under two names, once more, and a layer whose forward method is called directly."""
-
-    def __init__(self, use: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda block, x: block(x)) -> None:
-        super().__init__()
-        self.block, self.head, self.unused, self.use = Block(), nn.Linear(8, 8), nn.Linear(2, 2), use
-        self.tied = self.block
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the head of the twice transformed sequence."""
-        return self.head.forward(self.use(self.tied, self.use(self.block, x)))
+    block = TorchNet(forward_block, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8), drop=nn.Dropout(0.3))
+    return TorchNet(
+        lambda net, x: net.head.forward(use(net.tied, use(net.block, x))),
+        block=block,
+        head=nn.Linear(8, 8),
+        unused=nn.Linear(2, 2),
+        tied=block,
+    )
 
 
 def slope_by_replacing(
@@ -166,12 +128,15 @@ def slope_by_replacing(
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"),
-    [(InPlace(), (2, 3, 4, 4)), (HandedThrough(), (2, 3, 4, 4)), (UsesPair(), (2, 4)), (Stack(), (2, 5, 8))],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    ("make", "shape"),
+    [(in_place, (2, 3, 4, 4)), (handed_through, (2, 3, 4, 4)), (uses_pair, (2, 4)), (stack, (2, 5, 8))],
 )
-def test_gradients_of_submodules_are_those_of_finite_differences(model: nn.Module, shape: tuple[int, ...]) -> None:
-    capture = capture_torch(model, Inputs(draw(*shape)), wave, training=False)
+def test_gradients_of_submodules_are_those_of_finite_differences(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)  # a finite difference across a kink is none
+    model = make()
+    capture = watch(model, draw(*shape))
     checked = 0
     for name, gradient in capture.gradients.items():
         stage, place = (
@@ -192,7 +157,16 @@ def test_gradients_of_submodules_are_those_of_finite_differences(model: nn.Modul
 
 
 def test_a_gradient_that_autograd_gives_in_part_is_left_out() -> None:
-    capture = capture_torch(ChangedView(), Inputs(draw(2, 3, 4, 4)), wave, training=False)
+    """A view that is changed in place after it was used gets a part of its gradient."""
+
+    def forward(net: Any, images: torch.Tensor) -> torch.Tensor:
+        features = net.conv(images)
+        row = net.flatten(features)
+        before = row * 3
+        row += 1
+        return features.sin() + before.view_as(features)
+
+    capture = watch(TorchNet(forward, conv=nn.Conv2d(3, 3, 1), flatten=nn.Flatten()), draw(2, 3, 4, 4))
     assert "flatten" in capture.values
     assert "flatten" not in capture.gradients
     assert any("changed in place): add, flatten" in note for note in capture.notes)
@@ -200,59 +174,44 @@ def test_a_gradient_that_autograd_gives_in_part_is_left_out() -> None:
 
 
 def test_the_gradient_by_what_is_made_in_place_counts_its_other_name() -> None:
-    class Alias(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = net.linear(x)
+        return net.relu(hidden) + 2 * hidden  # `hidden` is what ReLU made of it
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.linear(x)
-            return self.relu(hidden) + 2 * hidden  # `hidden` is what ReLU made of it
-
-    capture = capture_torch(Alias(), Inputs(draw(2, 4)), draw(2, 4), training=False)
+    model = TorchNet(forward, linear=nn.Linear(4, 4), relu=nn.ReLU(inplace=True))
+    capture = capture_torch(model, Inputs(draw(2, 4)), draw(2, 4), training=False)
     np.testing.assert_array_equal(capture.gradients["relu"], 3 * draw(2, 4))
 
 
 def test_functions_are_named_by_scope_and_calls_are_counted() -> None:
-    capture = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True)
+    capture = watch(stack(), draw(2, 5, 8), training=True)
     first = ["qkv", "matmul", "div", "softmax", "matmul#2", "out", "drop", "add", "gelu", "add#2"]
     first += ["scaled_dot_product_attention", "sub"]
     second = ["qkv#2", "matmul#3", "div#2", "softmax#2", "matmul#4", "out#2", "drop#2", "add#3", "gelu#2", "add#4"]
     second += ["scaled_dot_product_attention#2", "sub#2"]
     names = [f"block.{name}" for name in first] + ["block"] + [f"block.{name}" for name in second] + ["block#2"]
     assert list(capture.values) == [*names, "linear", ""]
-    assert capture.kinds["block#2"] == "Block"
+    assert capture.kinds["block#2"] == "TorchNet"
     assert capture.kinds["block.gelu"] == "function"
     assert any("without being called" in note and note.endswith(": head") for note in capture.notes)
     assert "unused.weight" not in capture.weight_gradients
-    without = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True, functions=False)
+    without = watch(stack(), draw(2, 5, 8), training=True, functions=False)
     assert "function" not in without.kinds.values()
 
 
 def test_the_gradient_by_a_function_is_the_one_by_a_module_that_does_the_same() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).double()
-
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = model[0], model[2]
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(F.gelu(self.first(x)))
-
-    with_module, with_function = (
-        capture_torch(m, Inputs(draw(2, 8)), wave, training=True) for m in (model, Functional())
-    )
-    np.testing.assert_array_equal(with_module.gradients["1"], with_function.gradients["gelu"])
+    functional = TorchNet(lambda net, x: net.second(F.gelu(net.first(x))), first=model[0], second=model[2])
+    with_module, with_function = (watch(net, draw(2, 8), training=True) for net in (model, functional))
     np.testing.assert_array_equal(with_module.values["1"], with_function.values["gelu"])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_is_recorded_once(reentrant: bool) -> None:
-    plain = capture_torch(Stack(), Inputs(draw(2, 5, 8)), wave, training=True)
+    plain = watch(stack(), draw(2, 5, 8), training=True)
     torch.manual_seed(0)
-    model = Stack(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
-    capture = capture_torch(model, Inputs(draw(2, 5, 8)), wave, training=True)
+    model = stack(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
+    capture = watch(model, draw(2, 5, 8), training=True)
     assert list(capture.values) == list(plain.values)
     if reentrant:  # the forward pass computes no gradient
         assert set(capture.gradients) == {"linear", ""}
@@ -273,7 +232,7 @@ def test_a_checkpoint_is_recorded_once(reentrant: bool) -> None:
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_has_no_dropout(model: nn.Module, names: list[str], training: bool) -> None:
-    capture = capture_torch(model, Inputs(draw(2, 5, 8)), wave, training=training)
+    capture = watch(model, draw(2, 5, 8), training=training)
     assert set(names) <= set(capture.values)
     assert set(capture.gradients) == set(capture.values)
     expected = flat(copy.deepcopy(model).double().eval()(torch.tensor(draw(2, 5, 8))))
@@ -299,25 +258,21 @@ class Output:
     pooled: Any = None
 
 
-class Language(nn.Module):
-    """Token ids in, a dataclass out; the table is frozen and tied."""
+def language() -> Any:
+    """Return a network that takes token ids and returns a dataclass; its table is frozen and tied."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm, self.head = nn.Embedding(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 11, bias=False)
-        self.head.weight = self.embed.weight
-        self.embed.weight.requires_grad_(False)
-        self.scale = torch.ones(8)  # no buffer
-
-    def forward(self, ids: torch.Tensor, *, mask: torch.Tensor) -> Output:
-        """Return two hidden states and their mean."""
+    def forward(net: Any, ids: torch.Tensor, *, mask: torch.Tensor) -> Output:
         assert ids.dtype == torch.int64
-        hidden = self.norm(self.embed(ids).transpose(1, 2)).transpose(1, 2) * mask[..., None] @ torch.diag(self.scale)
-        return Output((hidden, self.head(hidden)), hidden.mean(1))
+        hidden = net.norm(net.embed(ids).transpose(1, 2)).transpose(1, 2) * mask[..., None] @ torch.diag(net.scale)
+        return Output((hidden, net.head(hidden)), hidden.mean(1))
+
+    embed, head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+    head.weight = embed.weight.requires_grad_(False)
+    return TorchNet(forward, embed=embed, norm=nn.BatchNorm1d(8), head=head, scale=torch.ones(8))  # no buffer
 
 
 def test_integers_keywords_dataclasses_and_frozen_weights() -> None:
-    model = Language()
+    model = language()
     before = copy.deepcopy(model.state_dict())
     ids = np.random.default_rng(0).integers(0, 11, (3, 5))
     capture = capture_torch(model, Inputs(ids, mask=np.ones((3, 5), np.float32)), wave, training=True)
@@ -335,77 +290,60 @@ def test_cotangents_weigh_the_outputs() -> None:
     ids = np.random.default_rng(0).integers(0, 11, (3, 5))
     inputs = Inputs(ids, mask=np.ones((3, 5)))
     cotangents = Output((draw(3, 5, 8), draw(3, 5, 11)))
-    capture = capture_torch(Language(), inputs, cotangents, training=False)
+    capture = capture_torch(language(), inputs, cotangents, training=False)
     np.testing.assert_array_equal(capture.gradients["head"], cotangents.hidden[1])
     products = [(cotangents.hidden[i] * capture.outputs.hidden[i]).sum() for i in range(2)]
     assert capture.loss == pytest.approx(sum(products), rel=1e-12)
     with pytest.raises(Refused, match="fits no output"):
-        capture_torch(Language(), inputs, Output(draw(3, 5, 8)), training=False)
-
-
-class Counting(nn.Module):
-    """Gives another result at each call."""
-
-    calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input times the number of calls."""
-        Counting.calls += 1
-        return x * Counting.calls
-
-
-class Aware(nn.Module):
-    """Gives another result when it has hooks."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input, doubled if there are hooks."""
-        return x * (2 if self._forward_hooks else 1)
+        capture_torch(language(), inputs, Output(draw(3, 5, 8)), training=False)
 
 
 def test_a_module_that_holds_a_computed_weight_can_be_copied() -> None:
     with pytest.warns(FutureWarning):
         layer = nn.utils.weight_norm(nn.Linear(4, 3))
-    capture = capture_torch(nn.Sequential(layer), Inputs(draw(2, 4)), wave, training=False)
+    capture = watch(nn.Sequential(layer), draw(2, 4))
     assert capture.weight_gradients.keys() == {"0.bias", "0.weight_g", "0.weight_v"}
+
+
+CALLS = itertools.count()
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Counting(), "other results each time it runs, first: output of the module"),
-        (Aware(), "other results when its submodules are watched"),
+        (
+            TorchNet(lambda net, x: x * next(CALLS)),
+            "other results each time it runs, first: output of the module",
+        ),
+        (
+            TorchNet(lambda net, x: x * (2 if net._forward_hooks else 1)),
+            "other results when its submodules are watched",
+        ),
         (nn.Linear(5, 5), "does not run on these inputs in torch.float64: RuntimeError: mat1 and mat2"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    ids=["counting", "aware", "narrow"],
 )
 def test_a_module_that_cannot_be_watched_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(Refused, match=message):
-        capture_torch(model, Inputs(draw(2, 4)), wave, training=False)
+        watch(model, draw(2, 4))
 
 
 def test_float32_and_an_unverified_run() -> None:
-    capture = capture_torch(
-        HandedThrough(), Inputs(draw(2, 3, 4, 4)), wave, training=True, dtype="float32", verify=False
-    )
+    capture = watch(handed_through(), draw(2, 3, 4, 4), training=True, dtype="float32", verify=False)
     assert {value.dtype for value in (capture.values | capture.gradients).values()} == {np.dtype(np.float32)}
     with pytest.raises(Refused, match="the objective gives 96 values"):
-        capture_torch(HandedThrough(), Inputs(draw(2, 3, 4, 4)), lambda outputs: outputs, training=True)
+        capture_torch(handed_through(), Inputs(draw(2, 3, 4, 4)), lambda outputs: outputs, training=True)
 
 
 def test_no_run_is_kept_after_it_was_recorded() -> None:
     """A graph of autograd that is kept holds all weights: 0.1 GiB for each run of ResNet-18."""
     weights: list[weakref.ref[torch.Tensor]] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        weights.append(weakref.ref(net.fc.weight))
+        return net.fc(x).relu()
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weights.append(weakref.ref(self.fc.weight))
-            return self.fc(x).relu()
-
-    capture_torch(Net(), Inputs(np.ones((2, 3), np.float32)), lambda outputs: outputs.sum(), training=False)
+    watch(TorchNet(forward, fc=nn.Linear(3, 2)), np.ones((2, 3), np.float32))
     gc.collect()
     assert [weight() for weight in weights] == [None, None]
 
@@ -413,7 +351,7 @@ def test_no_run_is_kept_after_it_was_recorded() -> None:
 def test_settings_are_as_before() -> None:
     model = nn.Linear(4, 4)
     state = torch.get_rng_state()
-    capture_torch(model, Inputs(draw(2, 4)), wave, training=False)
+    watch(model, draw(2, 4))
     assert torch.get_default_dtype() is torch.float32
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.get_rng_state().equal(state)
@@ -429,19 +367,15 @@ def test_flat_names_the_parts_of_nests_of_any_framework() -> None:
     assert list(flat(np.ones(2))) == [""]
 
 
-class AsksForFloat32(nn.Module):
-    """Asks for float32 in all ways, and for the eps of its dtype."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return roots of a softmax, with a table."""
+def test_float32_inside_the_reference_is_float64_in_a_float64_run() -> None:
+    def asks_for_float32(net: Any, x: torch.Tensor) -> torch.Tensor:
+        """Ask for float32 in all ways, and for the eps of the dtype."""
         table = torch.arange(4, dtype=torch.float32).div(7) + torch.tensor(np.ones(4, np.float32) / 3).type_as(x)
         y = F.softmax(x.float(), -1, dtype=torch.float32) + F.rms_norm(x.to(torch.float32), (4,))
         return y.type(torch.float32) + table.to("cpu", torch.float32) * (1 + torch.finfo(x.dtype).eps)
 
-
-def test_float32_inside_the_reference_is_float64_in_a_float64_run() -> None:
-    x, finfo = draw(2, 4), torch.finfo
-    capture = capture_torch(AsksForFloat32(), Inputs(x), wave, training=False)
+    x, finfo, model = draw(2, 4), torch.finfo, TorchNet(asks_for_float32)
+    capture = watch(model, x)
     exponentials, eps = np.exp(x), np.finfo(np.float32).eps
     table = np.arange(4) / 7 + np.float32(1) / np.float32(3)
     expected = exponentials / exponentials.sum(-1, keepdims=True) + table * (1 + eps)
@@ -451,41 +385,29 @@ def test_float32_inside_the_reference_is_float64_in_a_float64_run() -> None:
         "PyTorch's float32 (arange, finfo, float, rms_norm, softmax, to and 1 more) is float64 in the float64 run",
     )
     assert torch.finfo is finfo
-    single = capture_torch(AsksForFloat32(), Inputs(x), wave, training=False, dtype="float32")
+    single = watch(model, x, dtype="float32")
     assert single.outputs.dtype == np.float32
     assert not single.notes
-
-
-class ChecksFloat32(nn.Module):
-    """A softmax in float32 behind a checkpoint; it may insist on float32."""
-
-    def __init__(self, insists: bool) -> None:
-        super().__init__()
-        self.fc, self.insists = nn.Linear(3, 4), insists
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the softmax of a linear layer."""
-
-        def normalise(logits: torch.Tensor) -> torch.Tensor:
-            chances = torch.softmax(logits.float(), -1)
-            assert chances.dtype is torch.float32 or not self.insists
-            return chances.type_as(logits)
-
-        chances: torch.Tensor = checkpoint(normalise, self.fc(x), use_reentrant=False)
-        return chances
 
 
 @pytest.mark.parametrize("insists", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 1 + 1e-9])
 def test_float32_inside_the_reference_hides_no_fault(insists: bool, factor: float) -> None:
-    def port(variables: Any, x: jax.Array) -> jax.Array:
-        return factor * jax.nn.softmax(x @ variables["fc"]["weight"].T + variables["fc"]["bias"])
+    """The softmax is behind a checkpoint, and may insist on float32."""
 
-    load = lambda state: unflatten_dict(state, sep=".")  # noqa: E731  # one use
-    pair = harness.Pair(lambda: ChecksFloat32(insists), port, draw(2, 3), load)
-    result = harness.examine(
-        pair, names=("outputs", "gradients") if insists else ("outputs", "gradients", "trajectory")
-    )
+    def normalise(logits: torch.Tensor) -> torch.Tensor:
+        chances = torch.softmax(logits.float(), -1)
+        assert chances.dtype is torch.float32 or not insists
+        return chances.type_as(logits)
+
+    def reference() -> nn.Module:
+        return TorchNet(lambda net, x: checkpoint(normalise, net.fc(x), use_reentrant=False), fc=nn.Linear(3, 4))
+
+    def port(variables: Any, x: jax.Array) -> jax.Array:
+        return factor * jax.nn.softmax(linear(variables["fc"], x))
+
+    checks = ("outputs", "gradients") if insists else ("outputs", "gradients", "trajectory")
+    result = harness.examine(harness.Pair(reference, port, draw(2, 3), nested), names=checks)
     own = any("judged by its own error" in note for note in result.notes)
     if insists:  # it does not run otherwise, and is judged by its own error
         assert (not result.divergences, own) == (True, True)
@@ -494,25 +416,29 @@ def test_float32_inside_the_reference_hides_no_fault(insists: bool, factor: floa
         assert (found, own) == (set() if factor == 1 else {"outputs"}, False), result.divergences
 
 
-class Waves(nn.Module):
-    """A table of float32 that is not among the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 4)
-        self.register_buffer("waves", torch.sin(torch.arange(4.0) / 7), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a linear layer times the table."""
-        return self.fc(x) * self.waves
-
-
 def test_a_table_that_the_reference_builds_is_exact_in_a_float64_run() -> None:
-    def port(variables: Any, x: jax.Array) -> jax.Array:
-        return (x @ variables["fc"]["weight"].T + variables["fc"]["bias"]) * jnp.sin(jnp.arange(4.0) / 7)
+    """The table is not among the weights."""
 
-    pair = harness.Pair(Waves, port, draw(2, 3), lambda state: unflatten_dict(state, sep="."))
+    def reference() -> nn.Module:
+        waves = nn.Buffer(torch.sin(torch.arange(4.0) / 7), persistent=False)
+        return TorchNet(lambda net, x: net.fc(x) * net.waves, fc=nn.Linear(3, 4), waves=waves)
+
+    def port(variables: Any, x: jax.Array) -> jax.Array:
+        return linear(variables["fc"], x) * jnp.sin(jnp.arange(4.0) / 7)
+
+    pair = harness.Pair(reference, port, draw(2, 3), nested)
     assert not harness.examine(pair, names=("outputs", "gradients")).divergences
+
+
+def keeping_float32() -> nn.Module:
+    """Return a softmax in float32, and an activation whose gradient PyTorch computes with a float32 factor."""
+
+    def forward(net: Any, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        y = net.relu(net.act(net.first(x)) + net.embed(ids))
+        return torch.softmax(y, -1, dtype=torch.float32).to(y.dtype).sqrt() * y.sign()
+
+    layers = {"first": nn.Linear(8, 8), "act": nn.Hardsigmoid(), "embed": nn.Embedding(5, 8), "relu": nn.ReLU()}
+    return TorchNet(forward, **layers, keeps_float32=True)  # as the harness says of a module that insists on float32
 
 
 class KeepsFloat32(nn.Module):
@@ -538,7 +464,7 @@ def test_the_own_error_of_the_reference_is_found_where_it_is_born() -> None:
         names = [name for name in capture.values if name]
         return reference_error(model, inputs, wave, capture, backward_of=names)
 
-    error = measure(KeepsFloat32(), inputs)
+    error = measure(keeping_float32(), inputs)
     assert error.born == {"softmax"}
     assert "softmax" in error.born_gradients
     assert "first" not in error.born_gradients  # the activation's own float64 gradient follows
@@ -550,24 +476,13 @@ def test_the_own_error_of_the_reference_is_found_where_it_is_born() -> None:
     assert not any(sound)
 
 
-class Saturated(nn.Module):
-    """A softmax that is nearly 1 at one place: its gradient is the small difference of two large terms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(torch.tensor([0.0, -30.0]))
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return a weighted sum of x, [2]."""
-        return (torch.softmax(self.scores + mask, 0) * x).sum()
-
-
 def test_other_rounding_shows_what_can_cancel_in_a_gradient() -> None:
+    """The gradient of a softmax that is nearly 1 at one place is the small difference of two large terms."""
     inputs = Inputs(np.array([1000.0, 0.0]), np.zeros(2))
 
     def gradient(move: float = 0.0, seed: int | None = None) -> np.ndarray:
-        model = Saturated()
-        model.scores.data *= 1 + move
+        scores = nn.Parameter(torch.tensor([0.0, -30.0], dtype=torch.float64) * (1 + move))
+        model = TorchNet(lambda net, x, mask: (torch.softmax(net.scores + mask, 0) * x).sum(), scores=scores)
         with nullcontext() if seed is None else Rounded(seed):
             capture = capture_torch(model, inputs, torch.Tensor.sum, training=False, verify=False)
         return capture.weight_gradients["scores"]

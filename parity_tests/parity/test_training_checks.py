@@ -4,7 +4,7 @@ The faults are those that people met when they carried a training to JAX.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,28 +17,28 @@ from jax import numpy as jnp
 from torch import nn
 
 from parity_tests.harness import checks, examine, training
-from parity_tests.harness.adapters import adapt
 from parity_tests.harness.capture import Case
+from parity_tests.harness.checks import setup_of
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
-from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, convert, tensors_of
+from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
-from parity_tests.harness.weights import Entry, WeightMap, unused
+from parity_tests.harness.weights import Entry, Layer, Rule, WeightMap, unused
+from parity_tests.parity.networks import LinenNet, TorchNet
+from parity_tests.parity.ports.registry import nested
 
 Tree = dict[str, Any]
 SEEDS = range(3)
+INPUTS = np.ones((8, 6), np.float32)
 
 
-class Normed(nn.Module):
-    """Two linear layers with batch normalisation between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.norm, self.fc2 = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, 3]."""
-        return self.fc2(torch.relu(self.norm(self.fc1(inputs))))
+def normed_module() -> nn.Module:
+    """Return two linear layers with batch normalisation between them, and no scale or bias of 0 or 1."""
+    layers = {"fc1": nn.Linear(6, 8), "norm": nn.BatchNorm1d(8), "fc2": nn.Linear(8, 3)}
+    for parameter in (parameter for layer in layers.values() for parameter in layer.parameters()):
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return TorchNet(lambda net, inputs: net.fc2(torch.relu(net.norm(net.fc1(inputs)))), **layers)
 
 
 def normed(variables: Tree, inputs: Any, train: bool = False, keep: float = 0.9, biased: bool = False) -> Any:
@@ -57,89 +57,52 @@ def normed(variables: Tree, inputs: Any, train: bool = False, keep: float = 0.9,
     return logits, {"params": params, "stats": {"norm": new}}
 
 
-NORMED = {
-    "fc1.weight": "params/fc1/kernel",
-    "fc1.bias": "params/fc1/bias",
-    "norm.weight": "params/norm/scale",
-    "norm.bias": "params/norm/bias",
-    "norm.running_mean": "stats/norm/mean",
-    "norm.running_var": "stats/norm/var",
-    "fc2.weight": "params/fc2/kernel",
-    "fc2.bias": "params/fc2/bias",
-}
+def load_normed(state: Tree) -> Tree:
+    """Return its variables."""
+    tree = nested(state)
+    norm = tree["norm"]
+    params = {name: {"kernel": tree[name]["weight"].T, "bias": tree[name]["bias"]} for name in ("fc1", "fc2")}
+    params["norm"] = {"scale": norm["weight"], "bias": norm["bias"]}
+    return {"params": params, "stats": {"norm": {"mean": norm["running_mean"], "var": norm["running_var"]}}}
 
 
-def transpose(array: Any) -> tuple[Any, ...]:
-    """Carry a tensor as it is, and a matrix transposed."""
-    return (array.T,)
+def same(array: Any) -> tuple[Any, ...]:
+    """Carry a tensor as it is."""
+    return (array,)
 
 
-def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Compute the mean cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def same_map(tensors: Mapping[str, np.ndarray]) -> WeightMap:
+    """Return the map that carries these tensors as they are, under their own names."""
+    shapes = {name: array.shape for name, array in tensors.items()}
+    return WeightMap(tuple(Entry((name,), (name,), same, "same()") for name in tensors), shapes, shapes)
 
 
 def build(
-    module: nn.Module,
-    function: Callable[..., Any],
-    places: Mapping[str, str],
-    seed: int = 0,
-    torch_loss: Callable[..., torch.Tensor] = nn.functional.cross_entropy,
-    jax_loss: Callable[..., Any] = cross_entropy,
-    entries: Sequence[Entry] = (),
-    **pair: Any,
+    reference: nn.Module | Callable[[], nn.Module],
+    jax_model: Any,
+    weights: Any,
+    inputs: Any = INPUTS,
+    **fields: Any,
 ) -> Setup:
-    """Set up a training; parameters of one dimension get values away from 0 and 1."""
-    rng = np.random.default_rng(seed)
-    module = module.double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, len(parameter))))
-    tensors = tensors_of(module)
-    entries = [*(Entry((name,), (path,), transpose, "linear()") for name, path in places.items()), *entries]
-    leaves: dict[str, np.ndarray] = {}
-    for entry in entries:
-        leaves.update(convert(entry, [tensors[name] for name in entry.torch]))
-    model = adapt(function)
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        branch = tree
-        for name in parents:
-            branch = branch.setdefault(name, {})
-        branch[last] = np.zeros_like(leaf)
-    shorter = {path: path.removeprefix("params/").removeprefix("stats/") for path in leaves}
-    weight_map = WeightMap(
-        tuple(entry._replace(jax=tuple(shorter[path] for path in entry.jax)) for entry in entries),
-        {name: tensors[name].shape for entry in entries for name in entry.torch},
-        {shorter[path]: leaf.shape for path, leaf in leaves.items()},
-        frozenset(name for name, _ in module.named_parameters()),
-    )
-
-    def torch_objective(module: nn.Module, batch: Any) -> torch.Tensor:
-        return torch_loss(module(batch[0]), batch[1])
-
-    def jax_objective(variables: Any, batch: Any, train: bool) -> Any:
-        outputs, variables = model.apply(variables, SimpleNamespace(args=(batch[0],), kwargs={}), train)
-        return jax_loss(outputs, batch[1]), variables
-
-    defaults = {"torch_optimizer": ADAM, "jax_optimizer": None, "torch_step": None, "jax_step": None}
-    user = SimpleNamespace(**{**defaults, "torch_schedule": None, "micro_batches": 1, **pair})
-    return Setup(module, model, tree, weight_map, user, torch_objective, jax_objective)
+    """Set up the training of a pair, by default with inputs [batch, 6], and with the cross-entropy of 3 classes."""
+    return setup_of(Case(Pair(reference, jax_model, inputs, weights, targets=np.arange(8) % 3, **fields)))
 
 
-def build_normed(function: Callable[..., Any] = normed, seed: int = 0, **pair: Any) -> Setup:
-    """Set up the training of `Normed`."""
-    torch.manual_seed(seed)
-    return build(Normed(), function, NORMED, seed, **pair)
+def build_normed(function: Callable[..., Any] = normed, **fields: Any) -> Setup:
+    """Set up the training of the network above."""
+    return build(normed_module, function, load_normed, **fields)
+
+
+def as_batch(inputs: np.ndarray, targets: np.ndarray) -> BatchPair:
+    """Return a batch that is the same for both sides."""
+    batch = {"args": (inputs,), "kwargs": {}, "targets": targets}
+    return batch, batch
 
 
 def draw_batches(sizes: Sequence[int], seed: int = 0) -> list[BatchPair]:
-    """Return batches of random inputs [batch, 6] and classes, the same for both sides."""
+    """Return batches of random inputs [batch, 6] and classes."""
     rng = np.random.default_rng(seed)
-    batches = [(rng.normal(size=(size, 6)), rng.integers(0, 3, size)) for size in sizes]
-    return [(batch, batch) for batch in batches]
+    return [as_batch(rng.normal(size=(size, 6)), rng.integers(0, 3, size)) for size in sizes]
 
 
 def messages(found: Iterator[Divergence]) -> str:
@@ -195,14 +158,8 @@ def label(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "frozen" if path[0].key == "fc1" else "trained", params)
 
 
-def is_matrix(params: Any) -> Any:
-    """Say of every leaf whether it is a matrix."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
-def is_vector(params: Any) -> Any:
-    """Say of every leaf whether it is a vector."""
-    return jax.tree.map(lambda leaf: leaf.ndim == 1, params)
+is_matrix = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+is_vector = partial(jax.tree.map, lambda leaf: leaf.ndim == 1)
 
 
 def step(
@@ -228,51 +185,44 @@ def sum_and_clip(optimizer: Any, gradients: Sequence[Any], state: Any, params: A
     return optax.apply_updates(params, updates), state
 
 
+def both(torch_optimizer: Any, jax_optimizer: Any, **options: Any) -> Tree:
+    """Return what a pair declares of its optimizers."""
+    return {"torch_optimizer": torch_optimizer, "jax_optimizer": jax_optimizer, **options}
+
+
 ADAM = of_all(torch.optim.Adam, 1e-3)
 SGD = of_all(torch.optim.SGD, 1e-2)
+MOMENTUM = of_all(torch.optim.SGD, 1e-2, momentum=0.9)
+ADAM_WITH_DECAY = of_all(torch.optim.Adam, 1e-3, weight_decay=0.1)
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))
+FROZEN = optax.multi_transform({"frozen": optax.set_to_zero(), "trained": optax.adam(1e-3)}, label)
 WARM_UP = {"torch_schedule": lambda step: 1e-3 * min(step / 10, 1.0)}
+SUM_OF_FOUR = {"micro_batches": 4, "torch_step": step(4, norm=0.5, total=True)}
 
-SOUND: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "Adam": (ADAM, None, {}),
-    "AdamW": (of_all(torch.optim.AdamW, 1e-3, weight_decay=0.1), optax.adamw(1e-3, weight_decay=0.1), {}),
-    "Adam, decay in the gradient": (
-        of_all(torch.optim.Adam, 1e-3, weight_decay=0.1),
-        optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3)),
-        {},
-    ),
-    "SGD": (SGD, optax.sgd(1e-2), {}),
-    "momentum": (of_all(torch.optim.SGD, 1e-2, momentum=0.9), optax.sgd(1e-2, 0.9), {}),
-    "momentum after the rate": (
-        of_all(torch.optim.SGD, 1e-2, momentum=0.9),
-        optax.chain(optax.scale(-1e-2), optax.trace(0.9)),
-        {},
-    ),
-    "Nesterov": (
+SOUND: dict[str, Tree] = {
+    "Adam": {},  # the default
+    "AdamW": both(of_all(torch.optim.AdamW, 1e-3, weight_decay=0.1), optax.adamw(1e-3, weight_decay=0.1)),
+    "Adam, decay in the gradient": both(ADAM_WITH_DECAY, optax.chain(optax.add_decayed_weights(0.1), optax.adam(1e-3))),
+    "SGD": both(SGD, optax.sgd(1e-2)),
+    "momentum": both(MOMENTUM, optax.sgd(1e-2, 0.9)),
+    "momentum after the rate": both(MOMENTUM, optax.chain(optax.scale(-1e-2), optax.trace(0.9))),
+    "Nesterov": both(
         of_all(torch.optim.SGD, 1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
         optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-2, 0.9, nesterov=True)),
-        {},
     ),
-    "RMSprop": (of_all(torch.optim.RMSprop, 1e-2, alpha=0.9), optax.rmsprop(1e-2, 0.9, eps_in_sqrt=False), {}),
-    "RMSprop, centered, momentum": (
+    "RMSprop": both(of_all(torch.optim.RMSprop, 1e-2, alpha=0.9), optax.rmsprop(1e-2, 0.9, eps_in_sqrt=False)),
+    "RMSprop, centered, momentum": both(
         of_all(torch.optim.RMSprop, 1e-2, alpha=0.9, eps=1e-2, centered=True, momentum=0.9),
         optax.rmsprop(1e-2, 0.9, 1e-2, centered=True, momentum=0.9, eps_in_sqrt=False),
-        {},
     ),
-    "Adagrad": (
-        of_all(torch.optim.Adagrad, 1e-2, eps=0.0, initial_accumulator_value=0.1),
-        optax.adagrad(1e-2, 0.1, eps=0.0),
-        {},
+    "Adagrad": both(
+        of_all(torch.optim.Adagrad, 1e-2, eps=0.0, initial_accumulator_value=0.1), optax.adagrad(1e-2, 0.1, eps=0.0)
     ),
-    "Lion": (of_all(Lion, 1e-3), optax.lion(1e-3, weight_decay=0.0), {}),
-    "Adadelta": (of_all(torch.optim.Adadelta, 1e-2, eps=1e-6), optax.adadelta(1e-2, 0.9, 1e-6), {}),
-    "groups": (decay_matrices, optax.adamw(1e-3, weight_decay=0.1, mask=is_matrix), {}),
-    "frozen": (
-        freeze_first,
-        optax.multi_transform({"frozen": optax.set_to_zero(), "trained": optax.adam(1e-3)}, label),
-        {},
-    ),
-    "masked": (
+    "Lion": both(of_all(Lion, 1e-3), optax.lion(1e-3, weight_decay=0.0)),
+    "Adadelta": both(of_all(torch.optim.Adadelta, 1e-2, eps=1e-6), optax.adadelta(1e-2, 0.9, 1e-6)),
+    "groups": both(decay_matrices, optax.adamw(1e-3, weight_decay=0.1, mask=is_matrix)),
+    "frozen": both(freeze_first, FROZEN),
+    "masked": both(
         freeze_first,
         optax.chain(
             optax.masked(optax.adam(1e-3), lambda params: jax.tree.map(lambda text: text == "trained", label(params))),
@@ -280,83 +230,66 @@ SOUND: dict[str, tuple[Any, Any, dict[str, Any]]] = {
                 optax.set_to_zero(), lambda params: jax.tree.map(lambda text: text == "frozen", label(params))
             ),
         ),
-        {},
     ),
-    "clipped by norm": (ADAM, CLIPPED, {"torch_step": step(norm=0.5)}),
-    "clipped by value": (ADAM, optax.chain(optax.clip(0.1), optax.adam(1e-3)), {"torch_step": step(value=0.1)}),
-    "accumulated": (ADAM, optax.MultiSteps(optax.adam(1e-3), 4), {"micro_batches": 4, "torch_step": step(4)}),
-    "accumulated by three": (ADAM, optax.MultiSteps(optax.adam(1e-3), 3), {"micro_batches": 3, "torch_step": step(3)}),
-    "summed and clipped": (
-        ADAM,
-        CLIPPED,
-        {"micro_batches": 4, "torch_step": step(4, norm=0.5, total=True), "jax_step": sum_and_clip},
-    ),
-    "injected": (ADAM, optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), {}),
-    "schedule": (ADAM, optax.adam(optax.linear_schedule(0.0, 1e-3, 10)), WARM_UP),
+    "clipped by norm": both(ADAM, CLIPPED, torch_step=step(norm=0.5)),
+    "clipped by value": both(ADAM, optax.chain(optax.clip(0.1), optax.adam(1e-3)), torch_step=step(value=0.1)),
+    "accumulated": both(ADAM, optax.MultiSteps(optax.adam(1e-3), 4), micro_batches=4, torch_step=step(4)),
+    "accumulated by three": both(ADAM, optax.MultiSteps(optax.adam(1e-3), 3), micro_batches=3, torch_step=step(3)),
+    "summed and clipped": both(ADAM, CLIPPED, jax_step=sum_and_clip, **SUM_OF_FOUR),
+    "injected": both(ADAM, optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)),
+    "schedule": both(ADAM, optax.adam(optax.linear_schedule(0.0, 1e-3, 10)), **WARM_UP),
 }
-FAULTS: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
+FAULTS: dict[str, tuple[Tree, list[str]]] = {
     "eps of RMSprop in the root": (
-        of_all(torch.optim.RMSprop, 1e-2, alpha=0.9, eps=0.01),
-        optax.rmsprop(1e-2, 0.9, eps=0.01),
-        {},
-        ["from the start, step 1, weights fc1.weight", "nothing else differs", "eps"],
+        both(of_all(torch.optim.RMSprop, 1e-2, alpha=0.9, eps=0.01), optax.rmsprop(1e-2, 0.9, eps=0.01)),
+        ["from the start, step 1, weights fc1.bias", "nothing else differs", "eps"],
     ),
     "decay beside the gradient": (
-        of_all(torch.optim.Adam, 1e-3, weight_decay=0.1),
-        optax.adamw(1e-3, weight_decay=0.1),
-        {},
+        both(ADAM_WITH_DECAY, optax.adamw(1e-3, weight_decay=0.1)),
         ["first moment", "0.01 times the weight; weight decay is a part of the gradient in PyTorch alone"],
     ),
     "decay masked the wrong way": (
-        decay_matrices,
-        optax.adamw(1e-3, weight_decay=0.1, mask=is_vector),
-        {},
+        both(decay_matrices, optax.adamw(1e-3, weight_decay=0.1, mask=is_vector)),
         [
             "fc1.weight, fc2.weight decayed in PyTorch alone",
-            "fc1.bias, norm.weight, norm.bias, fc2.bias decayed in JAX",
+            "fc1.bias, fc2.bias, norm.bias, norm.weight decayed in JAX",
         ],
     ),
     "a step for each micro-batch": (
-        ADAM,
-        CLIPPED,
-        {"micro_batches": 4, "torch_step": step(4, norm=0.5, total=True)},
+        both(ADAM, CLIPPED, **SUM_OF_FOUR),
         ["JAX's optimizer has counted 4 steps, PyTorch's 1", "weights"],
     ),
     "sum for mean": (
-        ADAM,
-        optax.MultiSteps(optax.adam(1e-3), 4, use_grad_mean=False),
-        {"micro_batches": 4, "torch_step": step(4)},
+        both(
+            ADAM,
+            optax.MultiSteps(optax.adam(1e-3), 4, use_grad_mean=False),
+            micro_batches=4,
+            torch_step=step(4),
+        ),
         ["first moment", "JAX's are 4 times PyTorch's"],
     ),
     "trained though frozen": (
-        freeze_first,
-        optax.adam(1e-3),
-        {},
-        ["weights fc1.weight, fc1.bias: ", "moved in JAX, frozen in PyTorch"],
+        both(freeze_first, optax.adam(1e-3)),
+        ["weights fc1.bias, fc1.weight: ", "moved in JAX, frozen in PyTorch"],
     ),
     "frozen though trained": (
-        ADAM,
-        optax.multi_transform({"frozen": optax.set_to_zero(), "trained": optax.adam(1e-3)}, label),
-        {},
-        ["weights fc1.weight, fc1.bias: ", "moved in PyTorch, frozen in JAX"],
+        both(ADAM, FROZEN),
+        ["weights fc1.bias, fc1.weight: ", "moved in PyTorch, frozen in JAX"],
     ),
-    "not clipped": (SGD, optax.sgd(1e-2), {"torch_step": step(norm=0.5)}, ["JAX's step is", "times PyTorch's"]),
+    "not clipped": (
+        both(SGD, optax.sgd(1e-2), torch_step=step(norm=0.5)),
+        ["JAX's step is", "times PyTorch's"],
+    ),
     "clipped at another norm": (
-        SGD,
-        optax.chain(optax.clip_by_global_norm(0.501), optax.sgd(1e-2)),
-        {"torch_step": step(norm=0.5)},
+        both(SGD, optax.chain(optax.clip_by_global_norm(0.501), optax.sgd(1e-2)), torch_step=step(norm=0.5)),
         ["JAX's step is 1.002 times PyTorch's"],
     ),
     "warm-up of another length": (
-        ADAM,
-        optax.adam(optax.linear_schedule(0.0, 1e-3, 11)),
-        WARM_UP,
+        both(ADAM, optax.adam(optax.linear_schedule(0.0, 1e-3, 11)), **WARM_UP),
         ["step 2", "JAX's step is 0.9091 times PyTorch's"],
     ),
     "Nesterov left out": (
-        of_all(torch.optim.SGD, 1e-2, momentum=0.9, nesterov=True),
-        optax.sgd(1e-2, 0.9),
-        {},
+        both(of_all(torch.optim.SGD, 1e-2, momentum=0.9, nesterov=True), optax.sgd(1e-2, 0.9)),
         ["weights", "JAX's step is 0.5263 times PyTorch's"],
     ),
 }
@@ -364,9 +297,7 @@ FAULTS: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("name", SOUND)
 def test_an_optimizer_and_its_equal_in_optax_agree(name: str) -> None:
-    torch_optimizer, jax_optimizer, options = SOUND[name]
-    setup = build_normed(torch_optimizer=torch_optimizer, jax_optimizer=jax_optimizer, **options)
-    notes: list[str] = []
+    setup, notes = build_normed(**SOUND[name]), list[str]()
     for seed in SEEDS:
         assert not messages(training.optimizer(setup, seed, notes))
     known = name not in ("Lion", "Adadelta")
@@ -375,9 +306,8 @@ def test_an_optimizer_and_its_equal_in_optax_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_the_optimizer_is_named(name: str) -> None:
-    torch_optimizer, jax_optimizer, options, expected = FAULTS[name]
-    setup = build_normed(torch_optimizer=torch_optimizer, jax_optimizer=jax_optimizer, **options)
-    found = messages(training.optimizer(setup, 0, []))
+    declared, expected = FAULTS[name]
+    found = messages(training.optimizer(build_normed(**declared), 0, []))
     for text in expected:
         assert text in found, found
 
@@ -389,9 +319,7 @@ IN_TRAINING = ("Adam", "RMSprop, centered, momentum", "Lion", "clipped by norm",
 
 @pytest.mark.parametrize("name", IN_TRAINING)
 def test_training_and_a_change_of_framework_agree(name: str) -> None:
-    torch_optimizer, jax_optimizer, options = SOUND[name]
-    setup = build_normed(torch_optimizer=torch_optimizer, jax_optimizer=jax_optimizer, **options)
-    notes: list[str] = []
+    setup, notes = build_normed(**SOUND[name]), list[str]()
     for seed in SEEDS if name == "Adam" else SEEDS[:1]:
         batches = draw_batches((8, 8, 5, 5) * 3 if setup.micro_batches > 1 else (8, 5, 8, 5, 8, 5), seed)
         assert not messages(training.trajectory(setup, batches, notes, training=True))
@@ -403,13 +331,12 @@ def test_training_and_a_change_of_framework_agree(name: str) -> None:
     assert (name == "Lion") == any("handover: not tried" in note for note in notes), notes
 
 
-def divided_by_eight(logits: Any, labels: Any) -> Any:
-    """Divide the sum of the losses by the usual size of a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum() / 8
-
-
 def test_a_loss_divided_by_the_usual_batch_size_shows_on_the_smaller_batch() -> None:
-    found = messages(training.trajectory(build_normed(jax_loss=divided_by_eight), draw_batches((8, 5)), []))
+    def divided_by_eight(logits: Any, labels: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum() / 8
+
+    setup = build_normed(torch_loss=nn.functional.cross_entropy, jax_loss=divided_by_eight)
+    found = messages(training.trajectory(setup, draw_batches((8, 5)), []))
     assert "step 2, loss: JAX" in found
     assert "JAX / PyTorch = 0.625" in found
 
@@ -423,104 +350,84 @@ def drop_small(array: jax.Array) -> jax.Array:
 drop_small.defvjp(lambda array: (array, None), lambda _, grad: (jnp.where(jnp.abs(grad) < 1e-6, 0.0, grad),))
 
 
-class Scaled(nn.Module):
-    """Weights of scales 1, 1e-3 and 1e-6, and outputs that these scale again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in range(3))
-        with torch.no_grad():
-            for number, layer in enumerate(self.layers):
-                next(layer.parameters()).mul_(10.0 ** (-3 * number))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, 3]."""
-        outputs = [10.0 ** (-3 * number) * layer(inputs) for number, layer in enumerate(self.layers)]
-        return torch.stack(outputs).sum(0)
-
-
-def scaled(variables: Tree, inputs: Any, change: Callable[[Any], Any] = lambda kernel: kernel) -> Any:
-    """Compute the same."""
-    return sum(10.0 ** (-3 * number) * inputs @ change(variables["params"][f"w{number}"]) for number in range(3))
-
-
 @pytest.mark.parametrize(("change", "expected"), [(lambda kernel: kernel, ""), (drop_small, "weights layers.2.weight")])
 def test_a_fault_of_small_gradients_alone_is_seen(change: Callable[[Any], Any], expected: str) -> None:
-    def function(variables: Tree, inputs: Any) -> Any:
-        return scaled(variables, inputs, change)
+    """Train weights of scales 1, 1e-3 and 1e-6, whose outputs are scaled in the same way."""
+    scales = (1.0, 1e-3, 1e-6)
 
-    places = {f"layers.{number}.weight": f"params/w{number}" for number in range(3)}
-    torch.manual_seed(0)
-    setup = build(Scaled(), function, places, torch_optimizer=SGD, jax_optimizer=optax.sgd(1e-2))
+    def forward(net: Any, inputs: torch.Tensor) -> Any:
+        return sum(scale * layer(inputs) for scale, layer in zip(scales, net.layers, strict=True))
+
+    def function(variables: Tree, inputs: Any) -> Any:
+        kernels = [change(variables["params"][f"w{number}"]) for number in range(3)]
+        return sum(scale * inputs @ kernel for scale, kernel in zip(scales, kernels, strict=True))
+
+    def reference() -> nn.Module:
+        layers = nn.ModuleList(nn.Linear(6, 3, bias=False) for _ in scales)
+        for scale, parameter in zip(scales, layers.parameters(), strict=True):
+            parameter.data *= scale
+        return TorchNet(forward, layers=layers)
+
+    def load(state: Tree) -> Tree:
+        return {"params": {f"w{number}": state[f"layers.{number}.weight"].T for number in range(3)}}
+
+    setup = build(reference, function, load, **SOUND["SGD"])
     found = messages(training.trajectory(setup, draw_batches((8, 5)), []))
     assert expected in found if expected else not found
 
 
-class Tied(nn.Module):
-    """An embedding whose table is the output layer's weight as well."""
+def build_tied(leaves: int = 1, constant: bool = False) -> Setup:
+    """Set up the training of an embedding that is the output layer too; JAX may hold its table once or twice."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
+    def tied(variables: Tree, tokens: Any) -> Any:
+        params = variables["params"]
+        return params["embed"][tokens].mean(1) @ params.get("head", params["embed"].T)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, 7] of the next token."""
-        return self.head(self.embed(tokens).mean(1))
+    def reference() -> nn.Module:
+        embed, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        head.weight = embed.weight
+        if constant:
+            nn.init.zeros_(embed.weight)
+        return TorchNet(lambda net, tokens: net.head(net.embed(tokens).mean(1)), embed=embed, head=head)
 
+    def load(state: Tree) -> Tree:
+        once = {"embed": state["embed.weight"]}
+        return {"params": once if leaves == 1 else {**once, "head": state["head.weight"].T}}
 
-def tied(variables: Tree, tokens: Any) -> Any:
-    """Compute the same, with one leaf or two that start equal."""
-    params = variables["params"]
-    return params["embed"][tokens].mean(1) @ params.get("head", params["embed"].T)
+    return build(reference, tied, load, np.arange(40).reshape(8, 5) % 7)
 
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_a_tied_tensor_starts_from_the_same_values_under_all_its_names(constant: bool) -> None:
-    setup = build(Tied(), tied, {}, entries=[Entry(("embed.weight",), ("params/embed",), lambda table: (table,), "")])
-    if constant:
-        nn.init.zeros_(setup.module.get_parameter("embed.weight"))
-    assert not messages(training.optimizer(setup, 0, []))
+    assert not messages(training.optimizer(build_tied(constant=constant), 0, []))
 
 
 @pytest.mark.parametrize("leaves", [1, 2])
 def test_two_leaves_for_one_tied_tensor_train_otherwise(leaves: int) -> None:
-    torch.manual_seed(0)
-    as_it_is = Entry(("embed.weight",), ("params/embed",), lambda table: (table,), "embedding()")
-    turned = Entry(("embed.weight",), ("params/head",), transpose, "linear()")
-    setup = build(Tied(), tied, {}, entries=[as_it_is, turned][:leaves])
-    rng, notes = np.random.default_rng(0), list[str]()
-    batches = [((tokens := rng.integers(0, 7, (size, 5))), tokens[:, 0]) for size in (8, 5)]
+    setup, rng, notes = build_tied(leaves), np.random.default_rng(0), list[str]()
+    batches = [as_batch(tokens := rng.integers(0, 7, (size, 5)), tokens[:, 0]) for size in (8, 5)]
     assert not messages(training.optimizer(setup, 0, notes))
-    found = messages(training.trajectory(setup, [(batch, batch) for batch in batches], notes))
+    found = messages(training.trajectory(setup, batches, notes))
     assert ("weights embed.weight" in found) == (leaves == 2), found
-
-
-class TwoBiases(nn.Module):
-    """A layer with two biases, as in PyTorch's recurrent cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 3)
-        self.second = nn.Parameter(torch.ones(3))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return logits [batch, 3]."""
-        return self.fc(inputs) + self.second
-
-
-def one_bias(variables: Tree, inputs: Any) -> Any:
-    """Compute the same with the sum of both."""
-    return inputs @ variables["params"]["kernel"] + variables["params"]["bias"]
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "momentum"])
 def test_a_leaf_that_is_the_sum_of_two_biases_is_left_out_and_said_so(name: str) -> None:
-    torch_optimizer, jax_optimizer, _ = SOUND[name]
-    sum_of_two = Entry(("fc.bias", "second"), ("params/bias",), lambda one, two: (one + two,), "sum of two")
-    options = {"torch_optimizer": torch_optimizer, "jax_optimizer": jax_optimizer, "entries": [sum_of_two]}
-    setup = build(TwoBiases(), one_bias, {"fc.weight": "params/kernel"}, **options)
+    """PyTorch's recurrent cells have two biases."""
+
+    def one_bias(variables: Tree, inputs: Any) -> Any:
+        return inputs @ variables["params"]["kernel"] + variables["params"]["bias"]
+
+    def reference() -> nn.Module:
+        second = nn.Parameter(torch.ones(3))
+        return TorchNet(lambda net, inputs: net.fc(inputs) + net.second, fc=nn.Linear(6, 3), second=second)
+
+    def carry(_: Layer) -> list[Entry]:
+        turned = Entry(("fc.weight",), ("kernel",), lambda kernel: (kernel.T,), "linear()")
+        return [turned, Entry(("fc.bias", "second"), ("bias",), lambda one, two: (one + two,), "sum of two")]
+
+    variables = {"params": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(3)}}
+    setup = build(reference, (variables, one_bias), {"": Rule(carry, ("",))}, **SOUND[name])
     notes: list[str] = []
     assert not messages(training.optimizer(setup, 0, notes))
     assert not messages(training.trajectory(setup, draw_batches((8, 5, 8)), notes))
@@ -528,52 +435,35 @@ def test_a_leaf_that_is_the_sum_of_two_biases_is_left_out_and_said_so(name: str)
     assert [note for note in notes if "not tried for fc.bias, second" in note] == notes
 
 
-def test_a_fused_leaf_names_the_tensor_that_is_wrong() -> None:
-    class Two(nn.Module):
-        """Two layers side by side."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(6, 3, bias=False), nn.Linear(6, 3, bias=False)
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            """Return logits [batch, 3]."""
-            return self.left(inputs) * self.right(inputs)
-
-    def fused(variables: Tree, inputs: Any, fault: float = 1.0) -> Any:
+@pytest.mark.parametrize("fault", [1.0, 1.01])
+def test_a_fused_leaf_names_the_tensor_that_is_wrong(fault: float) -> None:
+    def fused(variables: Tree, inputs: Any) -> Any:
         both = inputs @ variables["params"]["both"]
         right = fault * both[:, 3:] + (1 - fault) * jax.lax.stop_gradient(both[:, 3:])
         return both[:, :3] * right
 
-    join = Entry(
-        ("left.weight", "right.weight"),
-        ("params/both",),
-        lambda left, right: (jnp.concatenate([left, right]).T,),
-        "joined()",
-    )
-    for fault in (1.0, 1.01):
+    def reference() -> nn.Module:
+        layers = {name: nn.Linear(6, 3, bias=False) for name in ("left", "right")}
+        return TorchNet(lambda net, inputs: net.left(inputs) * net.right(inputs), **layers)
 
-        def function(variables: Tree, inputs: Any, fault: float = fault) -> Any:
-            return fused(variables, inputs, fault)
+    def load(state: Tree) -> Tree:
+        return {"params": {"both": np.concatenate([state["left.weight"], state["right.weight"]]).T}}
 
-        torch.manual_seed(0)
-        setup = build(Two(), function, {}, entries=[join], torch_optimizer=SGD, jax_optimizer=optax.sgd(1e-2))
-        notes: list[str] = []
-        assert not messages(training.handover(setup, draw_batches((8, 5, 8)), notes)) or fault != 1
-        found = messages(training.trajectory(setup, draw_batches((8, 5)), notes))
-        assert not notes
-        assert (
-            not found if fault == 1 else ("weights right.weight: " in found and "JAX's step is 1.01 times" in found)
-        ), found
+    setup, notes = build(reference, fused, load, **SOUND["SGD"]), list[str]()
+    found = messages(training.trajectory(setup, draw_batches((8, 5)), notes))
+    if fault == 1:
+        assert not found
+        assert not messages(training.handover(setup, draw_batches((8, 5, 8)), notes))
+    else:
+        assert "weights right.weight: " in found
+        assert "JAX's step is 1.01 times" in found
+    assert not notes
 
 
 def test_differences_as_large_as_the_references_own_noise_are_no_alarm() -> None:
     """Steps of 10 in every direction: PyTorch's own run is another one if its weights move by rounding."""
-    options = {
-        "torch_optimizer": of_all(torch.optim.Adam, 10.0, eps=1e-15),
-        "jax_optimizer": optax.adam(10.0, eps=1e-15),
-    }
-    setup, notes = build_normed(**options), list[str]()
+    declared = both(of_all(torch.optim.Adam, 10.0, eps=1e-15), optax.adam(10.0, eps=1e-15))
+    setup, notes = build_normed(**declared), list[str]()
     batches = draw_batches((8, 5) * 6)
     jax_run, torch_run = JaxRun(setup, training=True), TorchRun(setup, training=True)
     for jax_batch, torch_batch in batches:
@@ -644,11 +534,7 @@ def draw_tensors(
     }
 
 
-INITIAL_MAP = WeightMap(
-    tuple(Entry((name,), (name,), lambda array: (array,), "same()") for name in draw_tensors(0)),
-    {name: array.shape for name, array in draw_tensors(0).items()},
-    {name: array.shape for name, array in draw_tensors(0).items()},
-)
+INITIAL_MAP = same_map(draw_tensors(0))
 
 
 @pytest.mark.parametrize(
@@ -695,9 +581,7 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
     index = np.arange(12).reshape(3, 4)
     mask = np.where(np.tri(4, dtype=bool), 0, -np.inf).astype(np.float32)
     buffers: dict[str, np.ndarray] = {"index": index, "mask": mask, "rotary": rotary(np.float32)}
-    shapes = {name: array.shape for name, array in buffers.items()}
-    entries = tuple(Entry((name,), (name,), lambda array: (array,), "same()") for name in buffers)
-    weight_map = WeightMap(entries, shapes, shapes)
+    weight_map, exact = same_map(buffers), {"rotary": rotary(np.float64)}
     exact = {"rotary": rotary(np.float64)}
     port = buffers | {"rotary": rotary(np.float32, power=False)}
     assert not messages(checks.compare_tables(weight_map, buffers, port, exact))
@@ -710,75 +594,31 @@ def test_tables_that_the_port_builds_are_compared_as_it_builds_them() -> None:
 
 def test_tables_of_the_same_kind_are_told_in_one_line() -> None:
     buffers = {f"norm{number}.running_var": np.ones(2, np.float32) for number in range(3)}
-    entries = tuple(Entry((name,), (name,), lambda array: (array,), "same()") for name in buffers)
-    weight_map = WeightMap(entries, dict.fromkeys(buffers, (2,)), dict.fromkeys(buffers, (2,)))
-    (found,) = checks.compare_tables(weight_map, buffers, {name: 0 * array for name, array in buffers.items()})
+    (found,) = checks.compare_tables(same_map(buffers), buffers, {name: 0 * array for name, array in buffers.items()})
     assert found.where == "norm0.running_var, norm1.running_var, norm2.running_var"
     assert found.problem.startswith("JAX builds the first of them, norm0.running_var otherwise than PyTorch: error 1.0")
 
 
-class Rotary(nn.Module):
-    """A layer times a row of a rotary table."""
-
-    cos: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        frequencies = 10_000.0 ** -(torch.arange(8, dtype=torch.float32) / 8)
-        self.register_buffer("cos", torch.cos(torch.arange(500)[:, None] * frequencies))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product [batch, 8]."""
-        return self.fc(x) * self.cos[-1]
-
-
-class RotaryPort(linen.Module):
-    """The same, with a table that is exacter than PyTorch's."""
-
-    base: float = 10_000.0
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the product [batch, 8]."""
-        cos = self.variable("tables", "cos", lambda: rotary(np.float64, self.base).astype(np.float32))
-        return linen.Dense(8, name="fc")(x) * cos.value[-1]
-
-
-class Positions(nn.Module):
-    """Adds a table of sines that is no part of the state dict."""
-
-    table: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        frequencies = 10_000.0 ** -(torch.arange(8) / 8)
-        self.register_buffer("table", torch.sin(torch.arange(500)[:, None] * frequencies), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product [batch, 8] of the sum."""
-        return self.fc(x + self.table[-1])
-
-
-class PositionsPort(linen.Module):
-    """The same, with a table that NumPy made and rounded to float32."""
-
-    base: float = 10_000.0
-    dtype: str = "float32"  # of the array that holds the table
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the product [batch, 8] of the sum."""
-        table = np.sin(np.arange(500)[:, None] * self.base ** -(np.arange(8) / 8)).astype(np.float32)
-        return linen.Dense(8, name="fc")(x + jnp.asarray(table.astype(self.dtype))[-1])
+def table(of: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None, persistent: bool) -> nn.Buffer:
+    """Return sines or cosines of 500 positions as PyTorch computes them, [position, frequency]."""
+    frequencies = 10_000.0 ** -(torch.arange(8, dtype=dtype) / 8)
+    return nn.Buffer(of(torch.arange(500)[:, None] * frequencies), persistent=persistent)
 
 
 @pytest.mark.parametrize(("base", "dtype"), [(10_000.0, "float32"), (10_000.0, "float64"), (10_001.0, "float32")])
 def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float, dtype: str) -> None:
+    """PyTorch's table is no part of its state dict. NumPy makes JAX's, which is rounded to float32."""
+
+    def reference() -> nn.Module:
+        sines = table(torch.sin, None, persistent=False)
+        return TorchNet(lambda net, x: net.fc(x + net.sines[-1]), fc=nn.Linear(8, 8), sines=sines)
+
+    def port(x: jax.Array) -> jax.Array:
+        sines = np.sin(np.arange(500)[:, None] * base ** -(np.arange(8) / 8)).astype(np.float32)
+        return linen.Dense(8, name="fc")(x + jnp.asarray(sines.astype(dtype))[-1])
+
     names = ("parameters", "outputs", "gradients", "trajectory")
-    pair = Pair(Positions, PositionsPort(base, dtype), np.ones((2, 8), np.float32), batch_sizes=(2,))
-    result = examine(pair, names=names)
+    result = examine(Pair(reference, LinenNet(port), np.ones((2, 8), np.float32), batch_sizes=(2,)), names=names)
     if base == 10_000:
         assert not result.divergences
         assert "JAX keeps 1 of its own constants in float32: judged by their rounding" in result.notes
@@ -786,38 +626,18 @@ def test_a_constant_of_float32_in_jax_is_judged_by_its_own_rounding(base: float,
         assert result.divergences[0].check == "outputs"
 
 
-class Rates(nn.Module):
-    """Adds sines of rates that are part of the state dict, and can be made in float32 alone if they come from NumPy."""
-
-    rates: torch.Tensor
-
-    def __init__(self, numpy: bool) -> None:
-        super().__init__()
-        rates = 10_000.0 ** -(torch.arange(8) / 8)
-        self.register_buffer("rates", torch.FloatTensor(10_000.0 ** -(np.arange(8) / 8)) if numpy else rates)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum [batch, 8]."""
-        return x + torch.sin(500 * self.rates)
-
-
-class RatesPort(linen.Module):
-    """The same behind a linear layer, with rates that it computes itself."""
-
-    base: float = 10_000.0
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the sum [batch, 8]."""
-        return linen.Dense(8, name="0")(x) + jnp.sin(500 * self.base ** -(jnp.arange(8) / 8))
-
-
 @pytest.mark.parametrize(("numpy", "base"), [(False, 10_000.0), (True, 10_000.0), (True, 10_001.0)])
 def test_a_table_in_the_state_dict_may_be_one_that_jax_computes(numpy: bool, base: float) -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 8), Rates(numpy))
+    """A table that comes from NumPy is one of float32 in a float64 run too."""
 
-    pair = Pair(make, RatesPort(base), np.ones((2, 8), np.float32), {"1": unused()}, batch_sizes=(2,))
+    def reference() -> nn.Module:
+        rates = 10_000.0 ** -(torch.arange(8) / 8)
+        rates = torch.FloatTensor(10_000.0 ** -(np.arange(8) / 8)) if numpy else rates
+        waves = TorchNet(lambda net, x: x + torch.sin(500 * net.rates), rates=nn.Buffer(rates))
+        return nn.Sequential(nn.Linear(8, 8), waves)
+
+    port = LinenNet(lambda x: linen.Dense(8, name="0")(x) + jnp.sin(500 * base ** -(jnp.arange(8) / 8)))
+    pair = Pair(reference, port, np.ones((2, 8), np.float32), {"1": unused()}, batch_sizes=(2,))
     result = examine(pair, names=("parameters", "outputs"))
     assert bool(result.divergences) == (base != 10_000)
     assert any("PyTorch keeps 1.rates in float32" in note for note in result.notes) == numpy
@@ -825,7 +645,17 @@ def test_a_table_in_the_state_dict_may_be_one_that_jax_computes(numpy: bool, bas
 
 @pytest.mark.parametrize("base", [10_000.0, 10_010.0])
 def test_a_table_may_be_exacter_than_pytorchs(base: float) -> None:
-    found = messages(checks.tables(Case(Pair(Rotary, RotaryPort(base), np.ones((2, 8), np.float32)))))
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            cos = self.variable("tables", "cos", lambda: rotary(np.float64, base).astype(np.float32))
+            return linen.Dense(8, name="fc")(x) * cos.value[-1]
+
+    def reference() -> nn.Module:
+        cos = table(torch.cos, torch.float32, persistent=True)
+        return TorchNet(lambda net, x: net.fc(x) * net.cos[-1], fc=nn.Linear(8, 8), cos=cos)
+
+    found = messages(checks.tables(Case(Pair(reference, Port(), np.ones((2, 8), np.float32)))))
     assert found.startswith("tables: cos: ") if base != 10_000 else not found
 
 
@@ -889,8 +719,7 @@ def to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["Adam", "momentum after the rate"])
 def test_float32_is_judged_by_float64(name: str) -> None:
-    torch_optimizer, jax_optimizer, _ = SOUND[name]
-    setup, notes = build_normed(torch_optimizer=torch_optimizer, jax_optimizer=jax_optimizer), list[str]()
+    setup, notes = build_normed(**SOUND[name]), list[str]()
     assert not messages(precision(run_sides, SEEDS, notes, setup=setup))
     assert not notes
 
@@ -907,7 +736,7 @@ def test_values_and_updates_rounded_more_than_float32_does_are_found() -> None:
         optax.adam(1e-3),
         optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), updates)),
     )
-    found = messages(precision(run_sides, SEEDS, [], setup=build_normed(jax_optimizer=rounded)))
+    found = messages(precision(run_sides, SEEDS, [], setup=build_normed(**both(ADAM, rounded))))
     assert "update of fc1.weight after 10 steps" in found, found
 
 

@@ -2,9 +2,7 @@
 
 import re
 import sys
-from collections import OrderedDict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +13,6 @@ import optax
 import pytest
 import torch
 from flax import linen
-from flax.traverse_util import unflatten_dict
 from jax import lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -26,13 +23,25 @@ from torch.nn import functional
 from jax_cnn.config import UserError
 from parity_tests.command import ReportConfig, load_pair, plant
 from parity_tests.harness import Inputs, Pair, Result, examine
-from parity_tests.harness.capture import Case, Comparison
+from parity_tests.harness.capture import Case
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
+from parity_tests.parity.networks import LinenNet, TorchNet
+from parity_tests.parity.ports.registry import linear, nested, network, values
 from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
+
+
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    torch.manual_seed(0)
+
+
+def places(pair: Pair, *checks: str) -> list[str]:
+    """Return where these checks find a difference; without names, the check of the outputs."""
+    return [divergence.where for divergence in examine(pair, names=checks or ("outputs",)).divergences]
 
 
 def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +78,7 @@ def test_keyword_arguments_keep_their_order() -> None:
 
 def module() -> nn.Module:
     """Return a network with a strided convolution, batch normalisation, average pooling and dropout."""
-    layers = OrderedDict[str, nn.Module](
+    return network(
         conv=nn.Conv2d(1, 6, 3, stride=2, padding=1),
         norm=nn.BatchNorm2d(6),
         relu=nn.ReLU(),
@@ -78,7 +87,6 @@ def module() -> nn.Module:
         flatten=nn.Flatten(),
         out=nn.Linear(6, 10),
     )
-    return nn.Sequential(layers)
 
 
 def apply(tree: Any, images: jax.Array, eps: float = 1e-5) -> jax.Array:
@@ -92,11 +100,6 @@ def apply(tree: Any, images: jax.Array, eps: float = 1e-5) -> jax.Array:
     x = checkpoint_name(x, "normalised")
     x = jax.nn.relu(x).mean(axis=(1, 2))
     return x @ out["kernel"] + out["bias"]
-
-
-def apply_with_another_eps(tree: Any, images: jax.Array) -> jax.Array:
-    """Compute it with Keras's eps; Flax's default is PyTorch's 1e-5."""
-    return apply(tree, images, eps=1e-3)
 
 
 def to_tree(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +127,8 @@ def test_stride_average_pool_dropout_and_batch_normalisation_are_compared() -> N
 
 
 def test_a_wrong_eps_in_the_normalisation_is_found_there() -> None:
-    divergences = examine(port(apply_with_another_eps), names=STAGE_CHECKS).divergences
-    assert ("outputs", "output of norm") in [(divergence.check, divergence.where) for divergence in divergences]
+    pair = port(lambda tree, images: apply(tree, images, eps=1e-3))  # Keras's eps; Flax's default is PyTorch's 1e-5
+    assert "output of norm" in places(pair, *STAGE_CHECKS)
 
 
 class Configured(nn.Sequential):
@@ -157,160 +160,71 @@ def test_a_port_may_turn_its_images_itself() -> None:
     assert result.comparisons[0].local.values.keys() == {"0", "1", "2"}
 
 
-def embed(tree: Any, tokens: jax.Array) -> jax.Array:
-    """Look the tokens up, the padding too."""
-    return tree["weight"][tokens]
-
-
 def test_a_row_of_padding_that_only_jax_trains_is_named() -> None:
     tokens = np.arange(8).reshape(2, 4) % 5
     reference = nn.Sequential(nn.Embedding(5, 3, padding_idx=2))
-    pair = Pair(reference, embed, tokens, lambda tensors: {"weight": tensors["0.weight"]}, batch_sizes=(2,))
+    pair = Pair(reference, lambda tree, tokens: tree["0.weight"][tokens], tokens, dict, batch_sizes=(2,))
     (found,) = examine(pair, names=("parameters", "outputs", "gradients")).divergences
     assert found.cause == "PyTorch's padding_idx=2 gives this row no gradient"
 
 
-class Demanding(linen.Module):
-    """A model that takes JAX's arrays alone."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return what it was given."""
-        assert isinstance(x, jax.Array)
-        return x + self.param("bias", linen.initializers.zeros, ())
-
-
 def test_a_model_makes_its_variables_with_arrays_of_jax() -> None:
-    case = Case(Pair(nn.Identity(), Demanding(), np.ones((8, 4), np.float32)))
+    def demanding(x: Any) -> Any:
+        assert isinstance(x, jax.Array)
+        return linen.Dense(4)(x)
+
+    case = Case(Pair(nn.Linear(4, 4), LinenNet(demanding), np.ones((8, 4), np.float32)))
     assert case.own_variables is not None
 
 
-class Timed(nn.Module):
-    """Adds a vector of 4 numbers for each of 8 moments to 4 channels: 8 values are no image of 4 channels here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.time = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(8, 4)
-
-    def forward(self, images: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-        """Return the channels."""
-        return self.conv(images).mean((2, 3)) + self.time(moments)
-
-
-class TimedPort(linen.Module):
-    """The same in Linen, but for a factor."""
-
-    @linen.compact
-    def __call__(self, images: jax.Array, moments: jax.Array) -> jax.Array:
-        """Return the channels."""
-        return linen.Conv(4, (3, 3))(images).mean((1, 2)) + 1.5 * linen.Dense(4)(moments)
-
-
 def test_a_layer_is_taken_to_be_behind_a_flatten_only_if_it_gets_as_many_values_as_an_image_has() -> None:
-    """The outputs of a faulty port would not decide it."""
+    """Here, the 8 values of `time` are no image of 4 channels. The outputs of a faulty port would not decide it."""
+    reference = TorchNet(
+        lambda net, images, times: net.conv(images).mean((2, 3)) + net.time(times),
+        conv=nn.Conv2d(3, 4, 3, padding=1),
+        time=nn.Linear(8, 4),
+    )
+    port = LinenNet(lambda images, times: linen.Conv(4, (3, 3))(images).mean((1, 2)) + 1.5 * linen.Dense(4)(times))
     inputs = np.ones((2, 3, 6, 6), np.float32), np.ones((2, 8), np.float32)
-    assert not Case(Pair(Timed(), TimedPort(), inputs, batch_sizes=(2,))).proposal.ambiguous
-
-
-class Bucketed(nn.Module):
-    """Adds the logarithms of whole numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum."""
-        return self.fc(x) + torch.log(torch.arange(1, 5) / 3)
-
-
-class BucketedPort(linen.Module):
-    """The same in Linen, where whole numbers of 32 bits give logarithms of 32 bits."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the sum."""
-        return linen.Dense(4)(x) + jnp.log(jnp.arange(1, 5, dtype="int32") / 3)
+    assert not Case(Pair(reference, port, inputs, batch_sizes=(2,))).proposal.ambiguous
 
 
 def test_whole_numbers_of_32_bits_are_divided_in_float64() -> None:
-    pair = Pair(Bucketed(), BucketedPort(), np.ones((2, 4), np.float32), batch_sizes=(2,))
-    result = examine(pair, names=("parameters", "outputs"))
+    reference = TorchNet(lambda net, x: net.fc(x) + torch.log(torch.arange(1, 5) / 3), fc=nn.Linear(4, 4))
+    port = LinenNet(lambda x: linen.Dense(4)(x) + jnp.log(jnp.arange(1, 5, dtype="int32") / 3))
+    result = examine(Pair(reference, port, np.ones((2, 4), np.float32), batch_sizes=(2,)), names=("outputs",))
     assert not result.divergences
     assert {"div", "log", "add"} <= result.comparisons[0].functions.keys()
 
 
-class BothWays(nn.Module):
-    """Reads a sequence in both directions."""
+def test_the_directions_of_a_recurrent_layer_keep_their_order_where_outputs_do_not_decide() -> None:
+    """The names of JAX's cells say nothing of their directions, and a factor makes the outputs differ."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(3, 2, bidirectional=True, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the states of both directions."""
-        return self.rnn(x)[0]
-
-
-class BothWaysPort(linen.Module):
-    """The same in Linen, but for a factor; the names of its cells say nothing of their directions."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the states of both directions."""
+    def port(x: jax.Array) -> jax.Array:
         forward, backward = (linen.RNN(linen.OptimizedLSTMCell(2)) for _ in range(2))
         return 1.5 * jnp.asarray(linen.Bidirectional(forward, backward)(x))
 
-
-def test_the_directions_of_a_recurrent_layer_keep_their_order_where_outputs_do_not_decide() -> None:
-    case = Case(Pair(BothWays(), BothWaysPort(), np.ones((2, 4, 3), np.float32), batch_sizes=(2,)))
+    reference = TorchNet(lambda net, x: net.rnn(x)[0], rnn=nn.LSTM(3, 2, bidirectional=True, batch_first=True))
+    case = Case(Pair(reference, LinenNet(port), np.ones((2, 4, 3), np.float32), batch_sizes=(2,)))
     assert not case.proposal.ambiguous
     assert all(("Cell_1/" in row.jax) == ("reverse" in row.torch) for row in case.proposal.rows)
 
 
-class Masking(nn.Module):
-    """Hides what is negative, with the smallest number that there is."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the inputs with the smallest number in the place of negative ones."""
-        return x.masked_fill(x < 0, torch.finfo(x.dtype).min)
-
-
-class Masked(nn.Module):
-    """A softmax of masked values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.mask, self.out = nn.Linear(4, 4), Masking(), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, 2] from [batch, 4]."""
-        x = self.inner(x)
-        return self.out(self.mask(x).softmax(-1) + x)
-
-
-class FlaxMasking(linen.Module):
-    """The same with the smallest float32."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the inputs with the smallest number in the place of negative ones."""
-        return jnp.where(x < 0, jnp.finfo(jnp.float32).min, x)
-
-
-class FlaxMasked(linen.Module):
-    """The same, with a small fault in its first layer."""
-
-    factor: float = 1.0
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute [batch, 2]."""
-        x = linen.Dense(4, name="inner")(x * self.factor)
-        return linen.Dense(2, name="out")(linen.softmax(FlaxMasking(name="mask")(x)) + x)
-
-
 def test_the_constant_of_a_mask_hides_no_fault_and_is_none() -> None:
-    pair = Pair(Masked, FlaxMasked(1 + 1e-6), np.ones((8, 4), np.float32), batch_sizes=(8,))
+    """Each side hides what is negative with the smallest number of its dtype; the fault is small and comes before."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.inner(x)
+        return net.out(net.mask(x).softmax(-1) + x)
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(4, name="inner")(x * (1 + 1e-6))
+        masked = LinenNet(lambda x: jnp.where(x < 0, jnp.finfo(jnp.float32).min, x), name="mask")(x)
+        return linen.Dense(2, name="out")(linen.softmax(masked) + x)
+
+    mask = TorchNet(lambda net, x: x.masked_fill(x < 0, torch.finfo(x.dtype).min))
+    reference = TorchNet(forward, inner=nn.Linear(4, 4), mask=mask, out=nn.Linear(4, 2))
+    pair = Pair(reference, LinenNet(port), np.ones((8, 4), np.float32), batch_sizes=(8,))
     result = examine(pair, names=("parameters", "outputs"))
     assert [divergence.where for divergence in result.divergences] == ["output of inner"]
     assert "mask" in result.comparisons[0].stages
@@ -374,23 +288,19 @@ def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> Non
 def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int) -> None:
     """A port that conjugates one, as a formula with another convention does, differs in outputs."""
 
-    class Modes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.modes, self.mix = nn.Parameter(torch.randn(4, dtype=torch.cfloat)), nn.Linear(4, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.mix((torch.exp(-self.modes) * x).imag)
+    def reference() -> nn.Module:
+        modes = nn.Parameter(torch.randn(4, dtype=torch.cfloat))
+        return TorchNet(lambda net, x: net.mix((torch.exp(-net.modes) * x).imag), modes=modes, mix=nn.Linear(4, 2))
 
     def port(tree: Any, x: jax.Array) -> jax.Array:
         modes = tree["re"] + sign * 1j * tree["im"]
-        return (jnp.exp(-modes) * x).imag @ tree["w"].T + tree["b"]
+        return linear(tree["mix"], (jnp.exp(-modes) * x).imag)
 
-    def weights(state: Any) -> Any:
-        real, imaginary = state["modes"][..., 0], state["modes"][..., 1]
-        return {"re": real, "im": imaginary, "w": state["mix.weight"], "b": state["mix.bias"]}
+    def load(state: Any) -> Any:
+        tree = nested(state)
+        return {"re": tree["modes"][..., 0], "im": tree["modes"][..., 1], "mix": tree["mix"]}
 
-    result = examine(Pair(Modes, port, np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), weights))
+    result = examine(Pair(reference, port, values(8, 4), load))
     assert {found.check for found in result.divergences} == (set() if sign == 1 else {"outputs"})
 
 
@@ -398,15 +308,11 @@ def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int) -> No
 def test_a_constant_that_float32_does_not_see_is_no_fault(epsilon: float) -> None:
     """Flax's WeightNorm adds 1e-12 to a square, which PyTorch does not."""
 
-    class Port(linen.Module):
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return linen.WeightNorm(linen.Dense(2), epsilon=epsilon)(x)
-
     def reference() -> nn.Module:
         return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
 
-    result = examine(Pair(reference, Port(), np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)))
+    port = LinenNet(lambda x: linen.WeightNorm(linen.Dense(2), epsilon=epsilon)(x))
+    result = examine(Pair(reference, port, values(8, 3)))
     assert {found.check for found in result.divergences} == (set() if epsilon < 1e-10 else {"outputs"})
     assert ("constants of 1e-10" in " ".join(result.notes)) == (epsilon < 1e-10)
 
@@ -414,16 +320,8 @@ def test_a_constant_that_float32_does_not_see_is_no_fault(epsilon: float) -> Non
 def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> None:
     """Such a loss has a buffer, the weights of the classes, and one that does not promote its float targets."""
 
-    def mean(tree: Any, x: jax.Array, keep: jax.Array) -> jax.Array:
-        return (x * keep) @ tree["fc.weight"].T + tree["fc.bias"]
-
-    class Keeping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-            return self.fc(x * keep)
+    def port(tree: Any, x: jax.Array, keep: jax.Array) -> jax.Array:
+        return linear(tree["fc"], x * keep)
 
     inputs = np.ones((4, 3), np.float32), np.eye(4, 3, dtype=bool)
     weighted, rates = nn.CrossEntropyLoss(torch.tensor([0.25, 1.0])), jnp.array([0.25, 1.0])
@@ -437,7 +335,8 @@ def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> 
         return jnp.where(error < 1, error**2 / 2, error - 0.5).mean()
 
     labels, numbers = np.array([0, 1, 1, 0]), np.arange(8, dtype=np.float32).reshape(4, 2) / 3
-    declared = Pair(Keeping(), mean, inputs, dict)
+    reference = TorchNet(lambda net, x, keep: net.fc(x * keep), fc=nn.Linear(3, 2))
+    declared = Pair(reference, port, inputs, nested)
     for pair in (
         replace(declared, targets=labels, torch_loss=weighted, jax_loss=jax_loss),
         replace(declared, targets=numbers, torch_loss=nn.HuberLoss(), jax_loss=huber),
@@ -445,85 +344,49 @@ def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> 
         assert examine(pair, names=("parameters", "loss")).passed == ["parameters", "loss"]
 
 
-class Cubic(nn.Module):
-    """Returns a score of every head, query and key, as many of each, and trains no part of one of its layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pixels, self.frozen = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, 3, 3, 3] from [batch, 3, row, column]."""
-        x = self.pixels(x).flatten(2)
-        return x[:, :, :, None] * self.frozen(x).detach()[:, :, None]
-
-
-class CubicPort(linen.Module):
-    """The same in Linen, whose layers see one pixel at a time."""
-
-    detached: bool
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute [batch, 3, 3, 3] from [batch, row, column, 3]."""
-        x = linen.Dense(3, name="pixels")(x).reshape(len(x), 3, 3).swapaxes(1, 2)
-        other = linen.Dense(3, name="frozen")(x)
-        return x[:, :, :, None] * (lax.stop_gradient(other) if self.detached else other)[:, :, None]
-
-
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_gradient_that_pytorch_does_not_have_at_all_is_0(detached: bool) -> None:
     """Also, a dense layer may be a convolution of 1 x 1, and outputs of four axes need not be images."""
-    pair = Pair(Cubic(), CubicPort(detached), np.ones((2, 3, 1, 3), np.float32), batch_sizes=(2,))
-    result = examine(pair, names=("parameters", "outputs", "gradients"))
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.pixels(x).flatten(2)
+        return x[:, :, :, None] * net.frozen(x).detach()[:, :, None]
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(3, name="pixels")(x).reshape(len(x), 3, 3).swapaxes(1, 2)
+        other = linen.Dense(3, name="frozen")(x)
+        return x[:, :, :, None] * (lax.stop_gradient(other) if detached else other)[:, :, None]
+
+    reference = TorchNet(forward, pixels=nn.Conv2d(3, 3, 1), frozen=nn.Linear(3, 3))
+    pair = Pair(reference, LinenNet(port), np.ones((2, 3, 1, 3), np.float32), batch_sizes=(2,))
     expected = ["gradient by the output of pixels", "gradient by frozen.weight", "gradient by frozen.bias"]
-    if detached:
-        expected = []
-    assert [divergence.where for divergence in result.divergences] == expected
-
-
-class Flattening(linen.Module):
-    """A port of a convolution and a layer behind a flatten, with an activation that the reference does not have."""
-
-    turned: bool
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute [batch, 2]."""
-        x = jnp.abs(linen.Conv(3, (3, 3), padding=1)(x))
-        return linen.Dense(2)((x.transpose(0, 3, 1, 2) if self.turned else x).reshape(len(x), -1))
+    assert places(pair, "parameters", "outputs", "gradients") == ([] if detached else expected)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_how_a_faulty_port_flattens_is_asked_only_if_it_turns_its_images(turned: bool) -> None:
-    """Its outputs fit neither way."""
+    """Its outputs fit neither way: it has an activation that the reference does not have."""
+
+    def port(x: jax.Array) -> jax.Array:
+        x = jnp.abs(linen.Conv(3, (3, 3), padding=1)(x))
+        return linen.Dense(2)((x.transpose(0, 3, 1, 2) if turned else x).reshape(len(x), -1))
+
     reference = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
-    proposal = Case(Pair(reference, Flattening(turned), np.ones((2, 1, 2, 2), np.float32), batch_sizes=(2,))).proposal
+    proposal = Case(Pair(reference, LinenNet(port), np.ones((2, 1, 2, 2), np.float32), batch_sizes=(2,))).proposal
     assert bool(proposal.ambiguous) == turned
     if not turned:
         assert "flatten=(3, 2, 2)" in proposal.python
 
 
-class Twice(nn.Module):
-    """A network that uses one ReLU for two stages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.relu, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs [batch, 10] of inputs [batch, 4]."""
-        return self.second(self.relu(self.relu(self.first(x)) - 0.1))
-
-
 def test_a_module_that_is_used_twice_is_compared_at_each_use() -> None:
+    layers = {"first": nn.Linear(4, 4), "relu": nn.ReLU(), "second": nn.Linear(4, 10)}
+    reference = TorchNet(lambda net, x: net.second(net.relu(net.relu(net.first(x)) - 0.1)), **layers)
+
     def compare(shift: float) -> Result:
         def twice(tree: Any, x: jax.Array) -> jax.Array:
-            x = jax.nn.relu(x @ tree["first.weight"].T + tree["first.bias"])
-            x = jax.nn.relu(x - shift)
-            return x @ tree["second.weight"].T + tree["second.bias"]
+            return linear(tree["second"], jax.nn.relu(jax.nn.relu(linear(tree["first"], x)) - shift))
 
-        return examine(Pair(Twice, twice, np.ones((8, 4), np.float32), dict), names=("parameters", "outputs"))
+        return examine(Pair(reference, twice, np.ones((8, 4), np.float32), nested), names=("outputs",))
 
     sound = compare(0.1)
     assert not sound.divergences
@@ -569,56 +432,31 @@ def test_a_pair_that_cannot_be_made_is_refused_with_the_reason(
     assert len(str(refusal.value).splitlines()) == 1
 
 
-class LongWay(nn.Module):
-    """A network that uses the value of a function twice."""
+@pytest.mark.parametrize(("shift", "where"), [(0.0, ["gelu"]), (0.1, ["gelu", "the network"])])
+def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_too(
+    shift: float, where: list[str]
+) -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = functional.gelu(net.first(x))
+        return net.head(x + net.second(x))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.gelu(linen.Dense(6, name="first")(x))  # the approximation
+        return linen.Dense(3, name="head")(x + linen.Dense(6, name="second")(x)) + shift
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs [batch, 3] of inputs [batch, 6]."""
-        x = functional.gelu(self.first(x))
-        return self.head(x + self.second(x))
-
-
-class LongWayPort(linen.Module):
-    """The same in Linen, with faults."""
-
-    approximate: bool = False
-    shift: float = 0.0
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute the outputs [batch, 3] of inputs [batch, 6]."""
-        x = linen.gelu(linen.Dense(6, name="first")(x), self.approximate)
-        return linen.Dense(3, name="head")(x + linen.Dense(6, name="second")(x)) + self.shift
-
-
-def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_too() -> None:
-    for shift, places in ((0.0, ["gelu"]), (0.1, ["gelu", "the network"])):
-        pair = Pair(LongWay, LongWayPort(True, shift), np.ones((4, 6), np.float32), batch_sizes=(4,))
-        result = examine(pair, names=("outputs",))
-        assert [found.where for found in result.divergences] == [f"output of {place}" for place in places]
-        rows = {row.stage: row.verdict for row in stage_rows(result.comparisons[0])}
-        assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
-
-
-class Strided(nn.Module):
-    """A pool and a convolution with a stride."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs [batch, 4] of images."""
-        x = functional.max_pool2d(torch.relu(self.conv1(x)), 3, 2, 1)
-        return torch.relu(self.conv2(x)).mean((2, 3))
+    reference = TorchNet(forward, first=nn.Linear(6, 6), second=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    result = examine(Pair(reference, LinenNet(port), np.ones((4, 6), np.float32), batch_sizes=(4,)), names=("outputs",))
+    assert [found.where for found in result.divergences] == [f"output of {place}" for place in where]
+    rows = {row.stage: row.verdict for row in stage_rows(result.comparisons[0])}
+    assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
 
 
 @pytest.mark.parametrize("faulty", ["pool", "conv"])
 def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(torch.relu(net.conv1(x)), 3, 2, 1)
+        return torch.relu(net.conv2(x)).mean((2, 3))
+
     def conv(layer: Any, x: jax.Array, stride: int, padding: Any) -> jax.Array:
         layout = ("NHWC", "HWIO", "NHWC")
         kernel = layer["weight"].transpose(2, 3, 1, 0)
@@ -632,23 +470,22 @@ def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> Non
         x = jax.nn.relu(conv(tree["conv2"], x, 2, "SAME" if faulty == "conv" else around))
         return x.mean((1, 2))
 
-    images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
-    pair = Pair(Strided, apply, images, lambda state: unflatten_dict(state, sep="."), batch_sizes=(4,))
+    reference = TorchNet(forward, conv1=nn.Conv2d(3, 4, 3, padding=1), conv2=nn.Conv2d(4, 4, 3, stride=2, padding=1))
+    pair = Pair(reference, apply, values(4, 3, 16, 16), nested, batch_sizes=(4,))
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == ("output of max_pool2d" if faulty == "pool" else "output of conv2")
     assert "; or in" not in found.problem
 
 
-class Gated(nn.Module):
-    """A product of two branches: its activation is called before the other branch, and used behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.act, self.up, self.down = nn.Linear(4, 6), nn.SiLU(), nn.Linear(4, 6), nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the outputs [batch, 4]."""
-        return self.down(self.act(self.gate(x)) * self.up(x))
+def gated() -> nn.Module:
+    """Return a product of two branches: its activation is called before the other branch, and used behind it."""
+    return TorchNet(
+        lambda net, x: net.down(net.act(net.gate(x)) * net.up(x)),
+        gate=nn.Linear(4, 6),
+        act=nn.SiLU(),
+        up=nn.Linear(4, 6),
+        down=nn.Linear(6, 4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -661,27 +498,20 @@ class Gated(nn.Module):
     ids=["sound", "scaled", "another"],
 )
 def test_the_activation_of_a_gate_is_named(act: Any, where: str, unnamed: bool) -> None:
-    class Port(linen.Module):
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            gate, up = linen.Dense(6, name="gate")(x), linen.Dense(6, name="up")(x)
-            return linen.Dense(4, name="down")(act(gate) * up)
+    def port(x: jax.Array) -> jax.Array:
+        gate, up = linen.Dense(6, name="gate")(x), linen.Dense(6, name="up")(x)
+        return linen.Dense(4, name="down")(act(gate) * up)
 
-    images = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    result = examine(Pair(Gated, Port(), images, batch_sizes=(5,)), names=("outputs",))
+    result = examine(Pair(gated, LinenNet(port), values(5, 4), batch_sizes=(5,)), names=("outputs",))
     assert [divergence.where for divergence in result.divergences] == [where] * bool(where)
     assert "or in" not in str(result.divergences)
     assert ("act" in result.comparisons[0].stages) != unnamed
 
 
 def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
-    class Port(linen.Module):
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return linen.Conv(2, (3, 3), padding="VALID", name="0")(x).mean((1, 2))
-
-    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    pair = Pair(network, Port(), np.ones((4, 1, 6, 6), np.float32), batch_sizes=(4,))
+    port = LinenNet(lambda x: linen.Conv(2, (3, 3), padding="VALID", name="0")(x).mean((1, 2)))
+    reference = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pair = Pair(reference, port, np.ones((4, 1, 6, 6), np.float32), batch_sizes=(4,))
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == "output of 0"
     assert "JAX's shape is [4, 2, 4, 4], PyTorch's [4, 2, 6, 6]" in found.problem
@@ -694,126 +524,61 @@ def test_the_sizes_of_what_is_not_carried_are_told() -> None:
     assert "JAX has it, 4x3, and no tensor" in found["kernel"]
 
 
-class Blocks(nn.Module):
-    """Two residual blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sums [batch, 4]."""
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-class BlockPort(linen.Module):
-    """One of them for a scan, with another activation."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """Return the sum."""
+def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
+    def block(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return x + linen.Dense(4, name="second")(jax.nn.silu(linen.Dense(6, name="first")(x))), None
 
+    def port(x: jax.Array) -> jax.Array:
+        scan = linen.scan(LinenNet, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(block, name="blocks")(x, None)[0]
 
-class BlocksPort(linen.Module):
-    """Both, with their weights stacked."""
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        for layers in net.blocks:
+            x = x + layers(x)
+        return x
 
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the sums [batch, 4]."""
-        scan = linen.scan(BlockPort, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        return scan(name="blocks")(x, None)[0]
-
-
-def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
-    result = examine(Pair(Blocks, BlocksPort(), np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
-    assert [found.where for found in result.divergences] == [f"output of blocks.{number}.1" for number in range(2)]
-
-
-class Cell(nn.Module):
-    """One step of a GRU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Return [batch, 2]."""
-        return self.head(self.cell(x, state))
-
-
-class CellPort(linen.Module):
-    """The same, with gates of another kind."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
-        """Return [batch, 2]."""
-        cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
-        return linen.Dense(2, name="head")(cell(state, x)[1])
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
+    pair = Pair(TorchNet(forward, blocks=blocks), LinenNet(port), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    assert places(pair) == [f"output of blocks.{number}.1" for number in range(2)]
 
 
 def test_a_fault_in_a_cell_is_found_there() -> None:
+    def port(x: jax.Array, state: jax.Array) -> jax.Array:
+        cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
+        return linen.Dense(2, name="head")(cell(state, x)[1])
+
+    reference = TorchNet(
+        lambda net, x, state: net.head(net.cell(x, state)), cell=nn.GRUCell(3, 4), head=nn.Linear(4, 2)
+    )
     inputs = np.ones((4, 3), np.float32), np.ones((4, 4), np.float32)
-    result = examine(Pair(Cell, CellPort(), inputs, batch_sizes=(4,)), names=("outputs",))
-    assert [found.where for found in result.divergences] == ["output of cell"]
-
-
-class Scaled(nn.Module):
-    """A residual block with a factor of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum [batch, 4]."""
-        return x + self.gamma * self.fc(x)
-
-
-class FactorPort(linen.Module):
-    """Multiply by a factor, which is a module of its own in this port."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the product [batch, 4]."""
-        return x * self.param("gamma", linen.initializers.ones, (4,))
-
-
-class ScaledPort(linen.Module):
-    """The same block, whose factor is a module."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the sum [batch, 4]."""
-        return x + FactorPort(name="scale")(linen.Dense(4, name="fc")(x))
+    assert places(Pair(reference, LinenNet(port), inputs, batch_sizes=(4,))) == ["output of cell"]
 
 
 def test_a_module_is_not_the_one_that_holds_its_factor_alone() -> None:
-    port = linen.Sequential([ScaledPort(), linen.Dense(2)])
-    network = nn.Sequential(Scaled(), nn.Linear(4, 2))
-    result = examine(Pair(network, port, np.ones((4, 4), np.float32), batch_sizes=(4,)), names=("outputs",))
+    class Factor(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.param("gamma", linen.initializers.ones, (4,))
+
+    scaled = TorchNet(lambda net, x: x + net.gamma * net.fc(x), fc=nn.Linear(4, 4), gamma=nn.Parameter(torch.rand(4)))
+    scaled_port = LinenNet(lambda x: x + Factor(name="scale")(linen.Dense(4, name="fc")(x)))
+    port = linen.Sequential([scaled_port, linen.Dense(2)])
+    pair = Pair(nn.Sequential(scaled, nn.Linear(4, 2)), port, np.ones((4, 4), np.float32), batch_sizes=(4,))
+    result = examine(pair, names=("outputs",))
     assert not result.divergences
     assert result.comparisons[0].stages["0"].jax == "layers_0"
 
 
-class IdlePort(linen.Module):
-    """A port with a fault, which calls a norm once in vain."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return [batch, 2]."""
+def test_a_call_in_vain_gets_no_gradient() -> None:
+    def port(x: jax.Array) -> jax.Array:
         norm = linen.LayerNorm(epsilon=1e-5, name="1")
-        x = linen.Dense(4, name="0")(x).at[:, 0].add(0.1)
+        x = linen.Dense(4, name="0")(x).at[:, 0].add(0.1)  # the fault
         norm(x)
         return linen.Dense(2, name="2")(norm(x))
 
-
-def test_a_call_in_vain_gets_no_gradient() -> None:
-    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    pair = Pair(network, IdlePort(), np.ones((4, 4), np.float32), batch_sizes=(4,))
-    assert [found.where for found in examine(pair, names=("outputs", "gradients")).divergences] == ["output of 1"]
+    reference = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    pair = Pair(reference, LinenNet(port), np.ones((4, 4), np.float32), batch_sizes=(4,))
+    assert places(pair, "outputs", "gradients") == ["output of 1"]
 
 
 def test_a_loader_may_return_lists_and_tuples() -> None:
@@ -838,36 +603,32 @@ def forward(images: jax.Array, is_training: bool) -> jax.Array:
     return hk.Linear(3, name="out")(images.mean((1, 2)))
 
 
-class Network(nn.Module):
-    """The same in PyTorch."""
-
-    def __init__(self, padding: int) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
-        self.pool, self.out = nn.MaxPool2d(3, 2, padding), nn.Linear(4, 3)
-
-    def forward(self, images):  # type: ignore[no-untyped-def]
-        """Compute the outputs [batch, 3] of images [batch, 2, row, column]."""
-        return self.out(self.pool(self.norm(self.conv(images)).relu()).mean((2, 3)))
+def reference() -> nn.Module:
+    """Return the same in PyTorch."""
+    return TorchNet(
+        lambda net, images: net.out(net.pool(net.norm(net.conv(images)).relu()).mean((2, 3))),
+        conv=nn.Conv2d(2, 4, 3),
+        norm=nn.BatchNorm2d(4),
+        pool=nn.MaxPool2d(3, 2, 1),
+        out=nn.Linear(4, 3),
+    )
 
 
-def comparison(padding: int, size: int) -> Comparison:
+def haiku_pair(size: int, **fields: Any) -> Pair:
+    """Return the pair for images of this size."""
     images = np.random.default_rng(0).normal(size=(3, 2, size, size))
-    pair = Pair(lambda: Network(padding), hk.transform_with_state(forward), images, training=False, batch_sizes=(3,))
-    return Case(pair).comparisons[0]
+    return Pair(reference, hk.transform_with_state(forward), images, batch_sizes=(3,), **fields)
 
 
 def test_norm_and_pool_are_stages_of_a_network_in_haiku() -> None:
-    found = comparison(1, 9)
+    found = Case(haiku_pair(9, training=False)).comparisons[0]
     assert found.stages["norm"].jax == "norm"
     assert {"conv", "norm", "out"} <= found.stages.keys()
     assert not any(difference.problem for difference in found.inherited.outputs.values())
 
 
 def test_averages_that_start_with_the_first_batch_are_no_tables_and_their_correction_is_named() -> None:
-    images = np.random.default_rng(0).normal(size=(3, 2, 9, 9))
-    pair = Pair(lambda: Network(1), hk.transform_with_state(forward), images, batch_sizes=(3,))
-    pair = replace(pair, jax_kwargs={"is_training": False}, jax_training_kwargs={"is_training": True})
+    pair = haiku_pair(9, jax_kwargs={"is_training": False}, jax_training_kwargs={"is_training": True})
     result = examine(pair, names=("parameters", "tables", "statistics"))
     assert "tables" in result.passed
     assert any("JAX makes them of its first batch" in note for note in result.notes)
@@ -876,7 +637,7 @@ def test_averages_that_start_with_the_first_batch_are_no_tables_and_their_correc
 
 
 def test_padding_of_a_pool_is_found_at_the_pool() -> None:
-    found = comparison(1, 10)
+    found = Case(haiku_pair(10, training=False)).comparisons[0]
     wrong = [name for name, difference in found.local.values.items() if difference.problem]
     assert wrong == ["pool"]
 
@@ -903,29 +664,22 @@ def test_a_fault_of_the_schedule_is_not_told_again_by_the_optimizer() -> None:
     assert found == [{"schedule"}, {"schedule", "optimizer"}]
 
 
-class Features(nn.Module):
-    """A layer that scales its inputs by a table, and turns them by one drawn at random."""
-
-    deviation: torch.Tensor
-    turn: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225]))
-        self.register_buffer("turn", torch.randn(3, 3))
-        self.fc, self.slopes = nn.Linear(3, 4), nn.PReLU(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, 4] from [batch, 3]."""
-        return self.slopes(self.fc(torch.tanh(x / self.deviation) @ self.turn))
+def features_of() -> nn.Module:
+    """Return a layer that scales its inputs by a table, and turns them by one drawn at random."""
+    return TorchNet(
+        lambda net, x: net.slopes(net.fc(torch.tanh(x / net.deviation) @ net.turn)),
+        deviation=nn.Buffer(torch.tensor([0.229, 0.224, 0.225])),
+        turn=nn.Buffer(torch.randn(3, 3)),
+        fc=nn.Linear(3, 4),
+        slopes=nn.PReLU(4),
+    )
 
 
 def features(one_slope: bool = False) -> Pair:
     """Return its pair with a port that computes the first table itself, and may have one slope for all features."""
 
     def net(tree: Any, x: jax.Array) -> jax.Array:
-        x = jnp.tanh(x / jnp.array([0.229, 0.224, 0.225])) @ lax.stop_gradient(tree["turn"])
-        x = x @ tree["fc"]["weight"].T + tree["fc"]["bias"]
+        x = linear(tree["fc"], jnp.tanh(x / jnp.array([0.229, 0.224, 0.225])) @ lax.stop_gradient(tree["turn"]))
         slopes = tree["slopes"]["weight"]
         return jnp.where(x > 0, x, x * (slopes.mean() if one_slope else slopes))
 
@@ -934,7 +688,7 @@ def features(one_slope: bool = False) -> Pair:
         "fc": {"weight": jnp.ones((4, 3)), "bias": jnp.zeros(4)},
         "slopes": {"weight": jnp.full(4, 0.25)},
     }
-    return Pair(Features, net, np.ones((4, 3), np.float32), {"deviation": unused()}, jax_init=lambda key: own)
+    return Pair(features_of, net, np.ones((4, 3), np.float32), {"deviation": unused()}, jax_init=lambda key: own)
 
 
 def test_a_random_buffer_is_no_table_and_one_that_a_port_computes_may_be_more_exact() -> None:
@@ -944,20 +698,12 @@ def test_a_random_buffer_is_no_table_and_one_that_a_port_computes_may_be_more_ex
 
 
 def test_a_parameter_of_one_value_is_drawn_away_from_it() -> None:
-    result = examine(features(one_slope=True), names=("outputs",))
-    assert [each.where for each in result.divergences] == ["output of slopes"]
+    assert places(features(one_slope=True)) == ["output of slopes"]
 
 
-class Grouped(nn.Module):
-    """Two layers with an activation and a norm between them, which are modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.act, self.norm, self.fc2 = nn.Linear(3, 8), nn.Mish(), nn.GroupNorm(4, 8), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, 4] from [batch, 3]."""
-        return self.fc2(self.norm(self.act(self.fc1(x))))
+def grouped() -> nn.Module:
+    """Return two layers with an activation and a norm between them, which are modules."""
+    return network(fc1=nn.Linear(3, 8), act=nn.Mish(), norm=nn.GroupNorm(4, 8), fc2=nn.Linear(8, 4))
 
 
 @pytest.mark.parametrize("place", ["fc1", "act", "norm", "fc2"])
@@ -971,38 +717,31 @@ def test_a_fault_in_a_port_without_names_is_found_in_its_operation(place: str) -
         x = x * tree["norm"]["weight"] + tree["norm"]["bias"]
         return x @ tree["fc2"]["weight"].T + tree["fc2"]["bias"] * (2 if place == "fc2" else 1)
 
-    nested = partial(unflatten_dict, sep=".")
-    pair = Pair(Grouped, net, np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32), nested, batch_sizes=(5,))
-    found = examine(pair, names=("outputs",)).divergences
-    assert [each.where for each in found] == [f"output of {place}"]
-    assert "; or in" not in found[0].problem
+    pair = Pair(grouped, net, values(4, 3), nested, batch_sizes=(5,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert found.where == f"output of {place}"
+    assert "; or in" not in found.problem
 
 
-class Shuffled(nn.Module):
-    """A pool, and channels that become rows and columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.pool = nn.Conv2d(2, 8, 3), nn.MaxPool2d(2, ceil_mode=True)
-        self.shuffle, self.out = nn.PixelShuffle(2), nn.Conv2d(2, 3, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, 3] from images."""
-        return self.out(self.shuffle(self.pool(self.conv(x)))).amax((2, 3))
+def shuffled() -> nn.Module:
+    """Return a pool, and channels that become rows and columns."""
+    return TorchNet(
+        lambda net, x: net.out(net.shuffle(net.pool(net.conv(x)))).amax((2, 3)),
+        conv=nn.Conv2d(2, 8, 3),
+        pool=nn.MaxPool2d(2, ceil_mode=True),
+        shuffle=nn.PixelShuffle(2),
+        out=nn.Conv2d(2, 3, 1),
+    )
 
 
 @pytest.mark.parametrize("place", ["pool", "shuffle"])
 def test_a_value_of_another_size_or_order_is_found_where_it_arises(place: str) -> None:
-    class Port(linen.Module):
-        @linen.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            x = linen.Conv(8, (3, 3), padding="VALID", name="conv")(x)
-            x = linen.max_pool(x, (2, 2), (2, 2), "VALID" if place == "pool" else "SAME")
-            batch, rows, columns, _ = x.shape
-            parts = (batch, rows, columns, 2, 2, 2)
-            x = x.reshape(parts).transpose((0, 1, 4, 2, 5, 3) if place == "pool" else (0, 1, 3, 2, 4, 5))
-            return linen.Conv(3, (1, 1), name="out")(x.reshape(batch, 2 * rows, 2 * columns, 2)).max((1, 2))
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Conv(8, (3, 3), padding="VALID", name="conv")(x)
+        x = linen.max_pool(x, (2, 2), (2, 2), "VALID" if place == "pool" else "SAME")
+        batch, rows, columns, _ = x.shape
+        parts = (batch, rows, columns, 2, 2, 2)
+        x = x.reshape(parts).transpose((0, 1, 4, 2, 5, 3) if place == "pool" else (0, 1, 3, 2, 4, 5))
+        return linen.Conv(3, (1, 1), name="out")(x.reshape(batch, 2 * rows, 2 * columns, 2)).max((1, 2))
 
-    images = np.random.default_rng(0).normal(size=(4, 2, 9, 9)).astype(np.float32)
-    found = examine(Pair(Shuffled, Port(), images, batch_sizes=(4,)), names=("outputs",)).divergences
-    assert [each.where for each in found] == [f"output of {place}"]
+    assert places(Pair(shuffled, LinenNet(port), values(4, 2, 9, 9), batch_sizes=(4,))) == [f"output of {place}"]
