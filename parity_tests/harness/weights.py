@@ -522,6 +522,8 @@ def conv_transpose(to: str | None = None, *, flipped: bool | None = None) -> Rul
     """
 
     def carry(layer: Layer) -> list[Entry]:
+        if "weight" not in layer.tensors:
+            return vector(layer, "bias", BIAS, how)
         inputs, outputs, *size = layer.tensors["weight"]
         groups = getattr(layer.module, "groups", 1)
         leaf = layer.find(WEIGHT, math.prod(layer.tensors["weight"]))
@@ -1243,11 +1245,9 @@ def module_paths(leaves: Iterable[str]) -> list[str]:
 def same_names(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
     """Return the path of each name that has the same words and numbers, whatever stands between them.
 
-    Where only the numbers begin elsewhere they say nothing: conv1 and conv2 are not Conv_1 and Conv_2 in a model that
-    has Conv_0 and Conv_1.
+    Where as many have other numbers, these say nothing: conv1 and conv2 are not Conv_1 and Conv_2 in a model that has
+    Conv_0 and Conv_1, nor is layer 2 of 0, 2 and 4 the last one of 0, 1 and 2.
     """
-    listed = [path for path in paths if not path.endswith("~")]
-    found = {name: name.replace(".", "/") for name in names if name.replace(".", "/") in listed}
 
     def by_family(sides: Iterable[str]) -> dict[tuple[str, ...], dict[tuple[str, ...], list[str]]]:
         families: dict[tuple[str, ...], dict[tuple[str, ...], list[str]]] = {}
@@ -1257,12 +1257,19 @@ def same_names(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
             families.setdefault(family, {}).setdefault(parts, []).append(side)
         return families
 
-    jax_families = by_family(path for path in listed if path not in set(found.values()))
-    for family, members in by_family(name for name in names if name not in found).items():
-        others = jax_families.get(family, {})
-        if members.keys() == others.keys():
-            pairs = [(members[parts], others[parts]) for parts in members]
-            found |= {some[0]: rest[0] for some, rest in pairs if len(some) == len(rest) == 1}
+    in_jax = by_family(path for path in paths if not path.endswith("~"))
+    found: dict[str, str] = {}
+    for family, members in by_family(names).items():
+        others = in_jax.get(family, {})
+        alike = members.keys() == others.keys()
+        for parts in members.keys() & others.keys() if alike or len(members) != len(others) else ():
+            some, rest = members[parts], others[parts]
+            same = {name: path for name in some if (path := name.replace(".", "/")) in rest}
+            some, rest = (
+                [name for name in some if name not in same],
+                [path for path in rest if path not in same.values()],
+            )
+            found |= same | (dict(zip(some, rest, strict=True)) if alike and len(some) == len(rest) == 1 else {})
     return found
 
 
