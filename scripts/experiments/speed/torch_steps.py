@@ -54,6 +54,7 @@ def make_sweep(task: Task) -> Work:
     for precision, size in task.points:
         try:
             loop = Loop(task, images, labels, size, precision)
+            loop.prepare()
             loop.train()  # which compiles
         except RuntimeError as error:
             raise Unavailable(f"{precision}, {size}: {str(error).strip().splitlines()[0]}") from error
@@ -75,11 +76,9 @@ class Loop:
     """The course's loop without its DataLoader. No image and no loss leaves the device before the end of an epoch."""
 
     def __init__(self, task: Task, images: Tensor, labels: Tensor, size: int, precision: str = "float32") -> None:
-        """Draw the same weights as the course's loop; compile it, or record a step, if the contender does.
-
-        `size` is that of a batch.
-        """
+        """Draw the same weights as the course's loop. `size` is that of a batch."""
         name, adam = task.contender, task.config.adam
+        self._name = name
         self._layout = torch.channels_last if name in CHANNELS_LAST else torch.contiguous_format
         self._seed, self._size, self._precision, self._device = task.seed, size, precision, images.device.type
         self._images, self._labels = images.to(memory_format=self._layout), labels
@@ -97,10 +96,13 @@ class Loop:
         self._batches = list(zip(self._images[:full].split(size), labels[:full].split(size), strict=True))
         self._step: Callable[[Tensor, Tensor], Tensor] = self._eager_step
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._compute_loss
-        if name.endswith(("compile", "autotune")):
-            mode = "max-autotune" if name.endswith("autotune") else None
+
+    def prepare(self) -> None:
+        """Compile the loss, or record a step, if the contender does."""
+        if self._name.endswith(("compile", "autotune")):
+            mode = "max-autotune" if self._name.endswith("autotune") else None
             self._loss = torch.compile(self._compute_loss, dynamic=False, mode=mode)
-        elif "graph" in name:
+        elif "graph" in self._name:
             self._step = self._record()
 
     def train_epoch(self, epoch: int) -> Iterator[tuple[int, Tensor]]:
@@ -123,6 +125,7 @@ class Loop:
             Unavailable: there is no C++ compiler, or it fails.
         """
         started = time.perf_counter()
+        self.prepare()
         for size in {min(self._size, len(self._images)), len(self._images) % self._size} - {0}:
             try:
                 self._loss(self._images[torch.arange(size)], self._labels[:size]).backward()
