@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ install_import_hook("jax_cnn", "beartype.beartype")
 
 from jax_cnn.data import FashionMNIST, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.torch_layout import TorchDict
-from parity_tests.support import ROOT
+from parity_tests.support import ROOT, TrainedRun, TrainOnce, run_successfully
 
 if TYPE_CHECKING:  # the process that only hands out the tests need not load the frameworks
     from jax_cnn.model import Params
@@ -144,3 +145,23 @@ def jax_weights() -> "Params":
 def images(data: FashionMNIST) -> np.ndarray:
     """Return eight test images, float32 [8, 28, 28, 1] in 0 … 1."""
     return (data.test_images[:8, :, :, None] / 255).astype(np.float32)
+
+
+@pytest.fixture(params=["jax", "torch"])
+def framework(request: pytest.FixtureRequest) -> str:
+    """Return the framework that trains: a test that asks for it runs once with each."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def train_once(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOnce:
+    """Return a function that trains in a new folder; the same call again returns the same run."""
+
+    @cache
+    def train(framework: str, *flags: str) -> TrainedRun:
+        cwd = tmp_path_factory.mktemp(framework)
+        arguments = ("--data-dir", str(data_dir), *flags)
+        output = run_successfully(f"train_{framework}", *arguments, cwd=cwd)
+        return TrainedRun(cwd, cwd / "runs" / framework, arguments, output)
+
+    return train

@@ -1,13 +1,21 @@
-"""Helpers for the tests of several folders: they run the project's commands, and read what these write."""
+"""Helpers for the tests: they run the project's commands, and read what these write."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pytest
+
+from jax_cnn.config import Network
+from jax_cnn.data.files import FILES
+from jax_cnn.torch_layout import TorchDict, layout_of
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300.0  # seconds for a small run of a command, on a machine that is busy with other work
@@ -15,6 +23,24 @@ TIMEOUT = 300.0  # seconds for a small run of a command, on a machine that is bu
 # Variables that change how a program prints, and that a plain terminal does not set.
 STYLING = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in STYLING} | {"TERM": "xterm"}
+
+# The data set: the names of two of its files, and all that is in a data folder once they were fetched.
+IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+COMPLETE = sorted(
+    [".fashion_mnist.lock", "FashionMNIST", "FashionMNIST/raw", *(f"FashionMNIST/raw/{name}" for name in FILES)]
+)
+
+
+class TrainedRun(NamedTuple):
+    """A training command that has succeeded: where it started, its results, its arguments and its output."""
+
+    cwd: Path
+    results: Path
+    arguments: tuple[str, ...]
+    output: str
+
+
+TrainOnce = Callable[..., TrainedRun]  # (framework, *flags)
 
 
 def command_line(script: str, *arguments: object) -> list[str]:
@@ -39,6 +65,31 @@ def run_successfully(script: str, *arguments: object, cwd: Path) -> str:
     done = run_command(script, *arguments, cwd=cwd)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
+
+
+def run_on_a_terminal(script: str, *arguments: object, cwd: Path) -> tuple[int, str]:
+    """Run a command on a terminal of 80 columns; return its exit status and everything that the terminal received."""
+    pty = pytest.importorskip("pty", reason="needs a POSIX terminal")
+    screen, terminal = pty.openpty()
+    line = command_line(script, *arguments)
+    with subprocess.Popen(line, cwd=cwd, env=ENVIRONMENT, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        received = b"".join(iter(lambda: read_screen(screen), b""))
+    os.close(screen)
+    return process.returncode, received.decode()
+
+
+def read_screen(screen: int) -> bytes:
+    """Return what has come since the last call, and nothing once the program has ended."""
+    try:
+        return os.read(screen, 2**16)
+    except OSError:  # Linux raises it when no process holds the other end of the terminal any more
+        return b""
+
+
+def without_styles(text: str) -> str:
+    """Return the text without colours and other control codes of a terminal."""
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", text)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -72,3 +123,18 @@ def read_metrics(results: Path) -> list[dict[str, Any]]:
 def refuse_constant(name: str) -> NoReturn:
     """Fail on a number that is not JSON."""
     raise AssertionError(f"{name} is not JSON")
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return everything in a folder: the bytes of each file, None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def listing(folder: Path) -> list[str]:
+    """Return every path under a folder, relative to it; `COMPLETE` for a data folder that was fetched."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def zero_weights(network: Network) -> TorchDict:
+    """Return weights of a network that are all 0."""
+    return {name: np.zeros(leaf.shape, np.float32) for name, leaf in layout_of(network).items()}

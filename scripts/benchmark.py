@@ -7,7 +7,7 @@ from rich.console import Console
 
 from experiments.speed import benchmark, gpu
 from experiments.speed.config import BenchmarkConfig, apply_presets
-from experiments.speed.tables import sentence, tables
+from experiments.speed.results import sentence, tables
 from experiments.speed.workers import WorkerFailed
 from jax_cnn.data import prepare_fashion_mnist
 from jax_cnn.files import check_out_dir

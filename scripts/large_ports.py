@@ -1,7 +1,6 @@
 """Run every check of the harness on large networks, each in a process of its own, and print what it takes."""
 
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
-from experiments.records import ENVIRONMENT, RSS_UNIT, run_command
+from experiments.records import ENVIRONMENT, read_peak_memory, run_command
 from jax_cnn.run import command_line
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def make_pair(name: Name) -> "Pair":
 
 def peak_gib() -> float:
     """Return the most memory that this process has held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
+    return read_peak_memory() / 2**30
 
 
 if __name__ == "__main__":

@@ -25,9 +25,22 @@ from jax_cnn.data import (
 )
 from jax_cnn.data.files import FILES, read_files
 from jax_cnn.data.sources import Source, SourceFailed
-from parity_tests.data.data_files import COMPLETE, IMAGES, LABELS, listing
+from parity_tests.support import COMPLETE, IMAGES, LABELS, listing
 
 UNASKED = Source("unasked", lambda names, workdir: pytest.fail(f"asked for {names}"))
+
+
+@pytest.fixture
+def raw(good: Path, tmp_path: Path) -> Path:
+    """Return the raw folder of the data folder `tmp_path / "data"`, with hard links to the four real files."""
+    folder = tmp_path / "data" / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        try:
+            os.link(good / name, folder / name)
+        except OSError:  # the temporary folder lies on another disk
+            shutil.copyfile(good / name, folder / name)
+    return folder
 
 
 # What is loaded
@@ -137,12 +150,11 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", [IMAGES, LABELS])
-def test_a_damaged_file_is_named_moved_aside_and_replaced(
-    raw: Path, good: Path, shelf: Source, name: str, damage: Damage
-) -> None:
+def test_a_damaged_file_is_named_moved_aside_and_replaced(raw: Path, good: Path, name: str, damage: Damage) -> None:
     sound = (good / name).read_bytes()
     replace(raw / name, damage(sound))
     before = {other: (raw / other).stat().st_ino for other in FILES if other != name}
+    shelf = Source("the shelf", lambda names, workdir: good)
     broken = Source("a source of the same damage", lambda names, workdir: raw)
     messages: list[str] = []
     data = load_fashion_mnist(raw.parents[1], messages.append, sources=[broken, shelf, UNASKED])

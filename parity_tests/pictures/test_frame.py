@@ -20,7 +20,6 @@ from jax_cnn.pictures.frame import take_from_frame
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Prepared, count_things, prepare_picture
 from jax_cnn.pictures.read import decode_picture
-from parity_tests.pictures.picture_files import plain
 
 FEW = 8  # test images
 # The mean difference from the image itself, of 255. The worst kind below has 27.8 in the mean over these images;
@@ -160,7 +159,7 @@ def test_the_largest_of_several_pictures_is_taken(data: FashionMNIST) -> None:
     grey = np.full((500, 900), 240, np.uint8)
     for left, size, image in ((40, 280, data.test_images[0]), (400, 364, data.test_images[1])):
         grey[40 : 40 + size, left : left + size] = np.kron(image, np.ones((size // 28, size // 28), np.uint8))
-    prepared = prepare_picture(plain(grey))
+    prepared = prepare(Image.fromarray(grey))
     assert "it holds 2 pictures; the largest was taken" in str(find_oddities(prepared))
     assert "took the 358x358 picture inside a frame" in prepared.summary
 
@@ -193,7 +192,7 @@ def as_in_mnist(digit: Image.Image) -> np.ndarray:
 def test_nine_of_ten_drawn_digits_are_warned_of() -> None:
     digits = [study.draw_digit(seed) for seed in range(100)]
     assert sum(find_oddities(prepare(digit)) is not None for digit in digits) >= 90
-    assert sum(find_oddities(prepare_picture(plain(as_in_mnist(digit)))) is not None for digit in digits) >= 90
+    assert sum(find_oddities(prepare(Image.fromarray(as_in_mnist(digit)))) is not None for digit in digits) >= 90
 
 
 def test_a_garment_is_neither_several_nor_drawn(data: FashionMNIST) -> None:

@@ -1,14 +1,18 @@
-"""The command that classifies pictures gives the same answers in either framework, also for photographs."""
+"""The command that classifies pictures: the same answers in either framework, and one line for what is wrong."""
 
 import io
 import json
 import os
 import re
+import shutil
+import struct
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,16 +20,26 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import special
 
+import predict as predict_command
 from experiments.answers import compute_logits
+from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, FashionMNIST
+from jax_cnn.files import write_json
 from jax_cnn.pictures import prepare
 from jax_cnn.pictures.likeness import find_oddities
-from jax_cnn.pictures.prepare import prepare_picture
-from jax_cnn.pictures.read import Picture, decode_picture
+from jax_cnn.pictures.prepare import Prepared, prepare_picture
+from jax_cnn.pictures.read import Picture, decode_picture, list_pictures, read_picture
 from jax_cnn.torch_layout import TorchDict
 from jax_cnn.weights import load_weights, save_weights
-from parity_tests.pictures.picture_files import PORTRAIT, save_png
-from parity_tests.support import ENVIRONMENT, TIMEOUT, command_line, run_command, run_successfully
+from parity_tests.support import (
+    ENVIRONMENT,
+    TIMEOUT,
+    TrainOnce,
+    assert_slip,
+    command_line,
+    run_command,
+    run_successfully,
+)
 
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 STATE_DICT = Path("weights.pth")  # the same, as PyTorch saves it
@@ -33,15 +47,27 @@ COUNT = 300  # images: a full batch and a smaller one
 # The worst difference of a probability between the frameworks, over the 10,000 test images after five epochs: 7.2e-7.
 AGREEMENT = 1e-6
 
+PORTRAIT = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")  # a photograph before a flag
+
 Network = Callable[[np.ndarray], np.ndarray]
 
 
+def save_png(pixels: np.ndarray, path: Path) -> Path:
+    """Write grey pixels as a PNG, and return its path."""
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def boot(data: FashionMNIST, tmp_path: Path) -> Path:
+    """Save the first test image, a boot, as `boot.png` in the test's folder."""
+    return save_png(data.test_images[0], tmp_path / "boot.png")
+
+
 @pytest.fixture(scope="module")
-def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(train_once: TrainOnce) -> Path:
     """Return a folder in which the JAX command has trained a network for a few seconds."""
-    cwd = tmp_path_factory.mktemp("trained")
-    size = ("--epochs", 1, "--limit-train", 12_800, "--limit-test", 1000, "--device", "cpu")
-    run_successfully("train_jax", "--data-dir", data_dir, *size, cwd=cwd)
+    cwd = train_once("jax", "--epochs", "1", "--limit-train", "12800", "--limit-test", "1000", "--device", "cpu").cwd
     torch.save(load_file(cwd / WEIGHTS), cwd / STATE_DICT)
     return cwd
 
@@ -208,3 +234,109 @@ def test_output_that_nobody_reads_is_no_error(trained: Path, test_pngs: list[Pat
     done = subprocess.run(command, cwd=trained, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+# What is wrong with a file, a flag or the weights
+
+
+def with_size(png: bytes, width: int, height: int) -> bytes:
+    """Return a PNG whose header states another size than that of its pixels."""
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.fixture
+def bad_files(boot: Path, tmp_path: Path) -> dict[str, str]:
+    """Return files in the test's folder that cannot be read, each with the words that must be printed about it."""
+    large_boot = Image.open(boot).resize((252, 252), Image.Resampling.NEAREST)
+    large_boot.save(tmp_path / "good.png")
+    large_boot.save(tmp_path / "good.jpg")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "floats.ppm", "PPM")
+    png, jpeg = ((tmp_path / f"good.{kind}").read_bytes() for kind in ("png", "jpg"))
+    contents = {
+        "empty.png": (b"", "an empty file"),
+        "text.png": (b"a picture, honestly", "no picture"),
+        "cut.png": (png[:900], "cannot be decoded (image file is truncated"),
+        "cut.jpg": (jpeg[:900], "cannot be decoded (image file is truncated"),
+        "bomb.png": (with_size(png, 60_000, 60_000), "more than 89,478,485 pixels"),  # Pillow refuses
+        "large.png": (with_size(png, 10_000, 9_000), "more than 89,478,485 pixels"),  # Pillow warns
+        "absurd.png": (with_size(png, 2**31 - 1, 2**31 - 1), "more than 89,478,485 pixels"),
+        "line\nbreak.png": (b"\x1b[31m", "no picture"),
+    }
+    for name, (content, _) in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: problem for name, (_, problem) in contents.items()} | {
+        "missing.png": "No such file",
+        "good.png/more": "Not a directory",
+        "folder.png": "a folder without pictures",
+        "pipe.png": "not a regular file",
+        "floats.ppm": "cannot be decoded (floating-point pixels",
+        "x" * 300: "File name too long",
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a named pipe")
+def test_bad_files_get_a_line_each_and_the_others_are_classified(
+    bad_files: dict[str, str], torch_weights: TorchDict, tmp_path: Path
+) -> None:
+    save_weights(tmp_path / "weights", torch_weights)
+    done = run_command("predict", "good.png", *bad_files, "good.jpg", "--weights", "weights", cwd=tmp_path)
+    assert done.returncode == 2
+    for line, (name, problem) in zip(done.stderr.splitlines(), bad_files.items(), strict=True):
+        assert line.startswith("error: " + name.replace("\n", r"\n") + f": {problem}"), line
+        assert line.isprintable()
+        assert re.search(r"\b(give|save|scale)\b", line), f"what to do? {line}"
+    names = [line.partition(":")[0] for line in done.stdout.splitlines() if not line.startswith("  ")]
+    assert names == ["good.png", "good.jpg"]
+
+
+def test_all_pictures_in_a_folder_are_read_and_nothing_else(boot: Path) -> None:
+    """The dot of a hidden file, the name of a folder and the ending of a text do not make a picture."""
+    folder = boot.parent / "folder.png"
+    folder.mkdir()
+    for name in ("b.PNG", "a.png", ".hidden.png", "notes.txt"):
+        shutil.copy(boot, folder / name)
+    (folder / "inner.png").mkdir()
+    assert [file.name for file in list_pictures(folder)] == ["a.png", "b.PNG"]
+    prepared, all_read = predict_command.prepare_all(predict_command.PredictConfig((folder, boot)))
+    assert [path for path, _ in prepared] == [folder / "a.png", folder / "b.PNG", boot]
+    assert all_read
+    (folder / "a.png").write_bytes(b"")
+    prepared, all_read = predict_command.prepare_all(predict_command.PredictConfig((folder, folder / "inner.png")))
+    assert [path for path, _ in prepared] == [folder / "b.PNG"]
+    assert not all_read
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_without_permission_is_named(boot: Path) -> None:
+    boot.chmod(0)
+    with pytest.raises(UserError, match=r"boot.png: Permission denied; give a file that can be read"):
+        read_picture(boot)
+
+
+def test_after_training_on_other_data_classes_have_numbers_and_no_picture_is_odd(tmp_path: Path) -> None:
+    answer = (tmp_path / "a.png", Prepared(np.full((28, 28), 255, np.uint8), "28x28 L, as it is", 1.0), np.eye(10)[9])
+    assert not predict_command.has_other_data(tmp_path / "weights.safetensors")
+    assert "Ankle boot 100.00%" in predict_command.as_text(*answer, False)
+    assert "looks nothing like" in predict_command.as_text(*answer, False)
+    write_json(tmp_path / "config.json", {"config": {}, "versions": {}, "data": {"train-labels-idx1-ubyte": "ab" * 32}})
+    assert predict_command.has_other_data(tmp_path)
+    assert predict_command.has_other_data(tmp_path / "weights.safetensors")
+    assert predict_command.as_text(*answer, True).split(": ", 1)[1].startswith("class 9 100.00%, class 0 0.00%")
+    assert "looks nothing like" not in predict_command.as_text(*answer, True)
+    content = json.loads(predict_command.as_json(*answer, True))
+    assert content["probabilities"]["class 9"] == 1
+    assert content["unlike_training"] is None
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_weights_too_large_to_compute_with_are_one_line(
+    torch_weights: TorchDict, tmp_path: Path, boot: Path, framework: str
+) -> None:
+    """Every weight is finite, as `load_weights` demands; the logits are not."""
+    save_weights(tmp_path / "huge", {name: np.full_like(array, 1e30) for name, array in torch_weights.items()})
+    done = run_command("predict", boot, "--weights", "huge", "--framework", framework, cwd=tmp_path)
+    assert_slip(done, "weights file huge: its numbers are too large to compute with; train again\n")
+    assert done.stdout == ""

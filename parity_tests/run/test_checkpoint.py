@@ -22,13 +22,14 @@ from jax_cnn.run.command_line import parse
 from jax_cnn.run.folder import RunFolder
 from jax_cnn.run.resume import checkpoint_files, find_checkpoint
 from jax_cnn.torch_layout import TorchDict, layout_of
-from parity_tests.run.training import TrainOnce, contents
 from parity_tests.support import (
     ENVIRONMENT,
     ROOT,
     TIMEOUT,
+    TrainOnce,
     assert_slip,
     command_line,
+    contents,
     read_metrics,
     run_command,
     wait_until,

@@ -15,8 +15,16 @@ import torch
 
 from jax_cnn.run.folder import FILES
 from jax_cnn.torch_layout import SIMPLE_CNN
-from parity_tests.run.training import TrainedRun, TrainOnce, run_on_a_terminal, without_styles
-from parity_tests.support import command_line, read_json, read_metrics, run_successfully
+from parity_tests.support import (
+    TrainedRun,
+    TrainOnce,
+    command_line,
+    read_json,
+    read_metrics,
+    run_on_a_terminal,
+    run_successfully,
+    without_styles,
+)
 
 CHECKPOINTS = tuple(f"checkpoint-{step:09}.safetensors" for step in (4, 8))  # after each epoch of four steps
 SMALL = ("--limit-train", "200", "--limit-test", "100", "--epochs", "2", "--seed", "3", "--device", "cpu")

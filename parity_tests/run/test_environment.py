@@ -37,8 +37,7 @@ from jax_cnn.run.loop import chance, fit
 from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from parity_tests import command
-from parity_tests.run.training import zero_weights
-from parity_tests.support import ROOT, assert_slip
+from parity_tests.support import ROOT, assert_slip, zero_weights
 
 # One CUDA for both frameworks
 

@@ -30,7 +30,7 @@ from jax_cnn.pictures.prepare import prepare_picture
 from jax_cnn.pictures.read import FORMATS, read_picture
 from jax_cnn.torch_layout import SIMPLE_CNN
 from jax_cnn.weights import load_weights
-from parity_tests.run.training import zero_weights
+from parity_tests.support import zero_weights
 
 MEMORY = 2**29  # bytes that reading may add to the peak of the process: twice the largest file that is read
 

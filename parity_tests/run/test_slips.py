@@ -15,8 +15,16 @@ from PIL import Image
 from jax_cnn.config import Network
 from jax_cnn.run.folder import FILES
 from jax_cnn.weights import save_weights
-from parity_tests.run.training import contents, run_on_a_terminal, zero_weights
-from parity_tests.support import ENVIRONMENT, ROOT, assert_slip, command_line, run_command
+from parity_tests.support import (
+    ENVIRONMENT,
+    ROOT,
+    assert_slip,
+    command_line,
+    contents,
+    run_command,
+    run_on_a_terminal,
+    zero_weights,
+)
 from torch_ref.trainer import pick_device
 
 FRAMEWORKS = ("jax", "torch")

@@ -38,8 +38,19 @@ STAGES = {
 
 def compute_logits(framework: Framework, weights: TorchDict, pixels: Pixels) -> Logits:
     """Return the logits of every image, as float32. The weights are those of any of the three networks."""
-    predict = (_jax_network if framework == "jax" else _torch_network)(weights)
-    return np.concatenate([predict(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+    batches = [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
+    if framework == "torch":
+        model = _torch_module(weights)
+        return np.concatenate([model(_torch_images(batch)).numpy() for batch in batches])
+    import jax
+
+    from jax_cnn.devices import find_devices, fix_settings
+
+    fix_settings()
+    network = recognise(weights)
+    # Unlike arrays made on a default device, arrays put on one keep the computation there.
+    params = jax.device_put(to_flax(weights, layout_of(network)), find_devices("cpu")[0])
+    return np.concatenate([np.asarray(_compiled(network)(params, batch)) for batch in batches])
 
 
 def softmax(logits: Logits) -> Float[np.ndarray, "size 10"]:
@@ -52,20 +63,27 @@ def compute_stages(
     framework: Framework, weights: TorchDict, image: UInt8[np.ndarray, "28 28"]
 ) -> dict[str, np.ndarray]:
     """Return the output of every stage of SimpleCNN for one image: maps [channel, row, column] or vectors [feature]."""
-    stages = (_jax_stages if framework == "jax" else _torch_stages)(weights, image[None])
-    return {stage: stages[stage] for stage in STAGES}
-
-
-def _jax_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
+    stages = {}
+    if framework == "torch":
+        value = _torch_images(image[None])
+        for stage, module in _torch_module(weights).named_children():  # in the order of the forward pass
+            value = module(value)
+            stages[stage] = value[0].numpy()
+        return {stage: stages[stage] for stage in STAGES}
     import jax
 
-    from jax_cnn.devices import find_devices, fix_settings
+    from jax_cnn.train import to_images
 
-    fix_settings()
-    network = recognise(weights)
-    # Unlike arrays made on a default device, arrays put on one keep the computation there.
-    params = jax.device_put(to_flax(weights, layout_of(network)), find_devices("cpu")[0])
-    return lambda pixels: np.asarray(_compiled(network)(params, pixels))
+    with jax.default_device(jax.devices("cpu")[0]):
+        variables = {"params": jax.tree.map(jax.numpy.asarray, to_flax(weights))}
+        images = to_images(jax.numpy.asarray(image[None]), jax.numpy.dtype("float32"))
+        _, values = trace_simple_cnn(variables, images).run(
+            variables, images, rule=lambda name, value, slot: (value, value)
+        )
+    for stage, name in STAGES.items():
+        array = np.asarray(values[name][0])
+        stages[stage] = np.moveaxis(array, -1, 0) if array.ndim == 3 else array
+    return stages
 
 
 @cache
@@ -78,21 +96,6 @@ def _compiled(network: Network) -> Callable[..., Any]:
 
     apply = make_apply(network)
     return jax.jit(lambda params, pixels: apply(params, to_images(pixels, jax.numpy.dtype("float32"))))
-
-
-def _jax_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
-    import jax
-
-    from jax_cnn.train import to_images
-
-    with jax.default_device(jax.devices("cpu")[0]):
-        variables = {"params": jax.tree.map(jax.numpy.asarray, to_flax(weights))}
-        images = to_images(jax.numpy.asarray(pixels), jax.numpy.dtype("float32"))
-        _, values = trace_simple_cnn(variables, images).run(
-            variables, images, rule=lambda name, value, slot: (value, value)
-        )
-    outputs = {stage: np.asarray(values[name][0]) for stage, name in STAGES.items()}
-    return {stage: np.moveaxis(array, -1, 0) if array.ndim == 3 else array for stage, array in outputs.items()}
 
 
 def trace_simple_cnn(variables: Any, images: Any, verify: bool = True) -> Any:
@@ -108,20 +111,6 @@ def trace_simple_cnn(variables: Any, images: Any, verify: bool = True) -> Any:
         return model.apply(variables, Inputs(images), False)
 
     return trace(apply, variables, images, context=model.context, verify=verify)
-
-
-def _torch_network(weights: TorchDict) -> Callable[[Pixels], np.ndarray]:
-    model = _torch_module(weights)
-    return lambda pixels: model(_torch_images(pixels)).numpy()
-
-
-def _torch_stages(weights: TorchDict, pixels: Pixels) -> dict[str, np.ndarray]:
-    stages = {}
-    value = _torch_images(pixels)
-    for stage, module in _torch_module(weights).named_children():  # in the order of the forward pass
-        value = module(value)
-        stages[stage] = value[0].numpy()
-    return stages
 
 
 def _torch_images(pixels: Pixels) -> Any:

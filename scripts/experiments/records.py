@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from experiments.answers import Framework
-from jax_cnn.config import HIDDEN, JaxTrainConfig, TrainConfig, UserError
+from jax_cnn.config import JaxTrainConfig, TrainConfig, UserError
 from jax_cnn.data import other_files
 from jax_cnn.run.folder import CONFIG, METRICS, WEIGHTS
 from jax_cnn.run.provenance import provenance
@@ -84,23 +84,28 @@ def run_command(
     return Finished(seconds, usage.ru_maxrss * RSS_UNIT)
 
 
+def read_peak_memory() -> int:
+    """Return the peak memory of this process in bytes.
+
+    On Linux from /proc: the figure of getrusage begins with that of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # only here: Windows has none, and predict.py reads records there too
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
 def flags(config: TrainConfig) -> list[str]:
-    """Return the command line of a run. Fields that are not in it are left at the command's defaults."""
-    values = {
-        "--model": config.model,
-        "--hidden": config.hidden if config.hidden != HIDDEN else None,
-        "--epochs": config.epochs,
-        "--batch-size": config.batch_size,
-        "--seed": config.seed,
-        "--data-dir": config.data_dir,
-        "--out-dir": config.out_dir,
-        "--device": config.device,
-        "--init-weights": config.init_weights,
-        "--limit-train": config.limit_train,
-        "--limit-test": config.limit_test,
-    }
-    words = [word for flag, value in values.items() if value is not None for word in (flag, str(value))]
-    return [*words, "--any-data"] if config.any_data else words
+    """Return the command line of a run: a flag for each setting that is not at its default."""
+    words, defaults = [], vars(type(config)())
+    for name, value in vars(config).items():
+        if value != defaults[name]:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def train(

@@ -20,7 +20,7 @@ from PIL import Image
 from experiments.answers import FRAMEWORKS, Framework
 from experiments.comparison.scores import decode
 from experiments.records import Json
-from experiments.spread import error_bars
+from experiments.speed.results import error_bars
 from jax_cnn.run.display import BLACK, BLUE, FRAMEWORK_MARKERS, ORANGE, SKY_BLUE, VERMILION
 from parity_tests.harness import report as harness_report
 

@@ -54,22 +54,14 @@ OPERATIONS = "jax_cnn/ops.py"  # replaces calls of a library, so it is neither s
 
 def describe_parts() -> list[Json]:
     """Return every part of the program with the listings and the lines of code of each way to write it."""
-    return [
-        {"title": title, "programs": [describe_program(label, places) for label, places in programs.items()]}
-        for title, programs in PROGRAMS.items()
-    ]
-
-
-def describe_program(label: str, places: Iterable[str]) -> Json:
-    """Return one way to write one part of the program."""
-    listings = [read_listing(*place.split()) for place in places]
-    return {
-        "side": "torch" if label == "PyTorch" else "jax",
-        "label": label,
-        "ran": label not in NOT_RUN,
-        "lines": count_lines(listings),
-        "listings": listings,
-    }
+    parts: list[Json] = []
+    for title, programs in PROGRAMS.items():
+        parts.append({"title": title, "programs": []})
+        for label, places in programs.items():
+            listings = [read_listing(*place.split()) for place in places]
+            program = {"side": "torch" if label == "PyTorch" else "jax", "label": label, "ran": label not in NOT_RUN}
+            parts[-1]["programs"].append(program | {"lines": count_lines(listings), "listings": listings})
+    return parts
 
 
 def total_lines(parts: Iterable[Json]) -> dict[str, int]:

@@ -105,6 +105,11 @@ def compare(logits: Mapping[Framework, Logits], labels: Labels) -> Json:
     jax, torch = (predicted[side] == labels for side in FRAMEWORKS)
     disagreements = np.flatnonzero(predicted["jax"] != predicted["torch"])
     confusion = {side: count_confusion(predicted[side], labels) for side in FRAMEWORKS}
+    classes: list[Json] = []
+    for label, images in enumerate(np.bincount(labels, minlength=CLASSES).tolist()):
+        right = {side: int(counts[label, label]) for side, counts in confusion.items()}
+        shares = {side: {"accuracy": count / images if images else None} for side, count in right.items()}
+        classes.append({"label": label, "images": images} | shares)
     return {
         "images": len(labels),
         "accuracy": {"jax": float(jax.mean()), "torch": float(torch.mean())},
@@ -118,15 +123,8 @@ def compare(logits: Mapping[Framework, Logits], labels: Labels) -> Json:
             "disagreements": float(np.median(confidence[:, disagreements])) if len(disagreements) else None,
         },
         "confusion": {side: counts.tolist() for side, counts in confusion.items()},
-        "classes": [describe_class(label, confusion) for label in range(CLASSES)],
+        "classes": classes,
     }
-
-
-def describe_class(label: int, confusion: Mapping[Framework, Int[np.ndarray, "10 10"]]) -> Json:
-    """Return the number of images of a class, and which share of them each network recognises."""
-    images = int(confusion["jax"][label].sum())
-    shares = {side: int(counts[label, label]) / images if images else None for side, counts in confusion.items()}
-    return {"label": label, "images": images} | {side: {"accuracy": share} for side, share in shares.items()}
 
 
 def describe_images(images: Sequence[int], logits: Mapping[Framework, Logits], labels: Labels) -> list[Json]:

@@ -15,10 +15,11 @@ from typing import Any
 
 from experiments.answers import FRAMEWORKS, Framework
 from experiments.records import PACKAGES, Json, Show, flags, read_metrics, train
+from experiments.speed import results
 from experiments.speed.config import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, BenchmarkConfig, Task
-from experiments.speed.work import DOT_FLOP
+from experiments.speed.results import Spread, paired_ratios, spread
+from experiments.speed.work import DOT_FLOP, order_of_round
 from experiments.speed.workers import time_in_turns
-from experiments.spread import Spread, order_of_round, paired_ratios, spread
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar
@@ -113,12 +114,10 @@ def draw(result: Json, out_dir: Path) -> list[str]:
     Raises:
         UserError: the folder cannot be written.
     """
-    from experiments.speed import charts  # only now: --help and error messages need not wait for matplotlib
-
     with writing(out_dir):
-        charts.plot_throughput(result["contest"], out_dir / THROUGHPUT)
-        if any(result[section] for section in charts.PANELS):
-            charts.plot_growth(result, out_dir / GROWTH)
+        results.plot_throughput(result["contest"], out_dir / THROUGHPUT)
+        if any(result[section] for section in results.PANELS):
+            results.plot_growth(result, out_dir / GROWTH)
             return list(FILES)
     return [RESULT, THROUGHPUT]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.records import PACKAGES, Json
 from experiments.speed import benchmark
 from experiments.speed.config import CONTENDERS, GPU_CONTENDERS, PRECISIONS, BenchmarkConfig
-from experiments.speed.tables import command_table, plain, short
+from experiments.speed.results import command_table, plain, short
 from experiments.speed.workers import WorkerFailed, time_in_turns
 from jax_cnn.config import TRAIN_SIZE, UserError
 from jax_cnn.files import write_json, writing
@@ -55,6 +55,11 @@ def run(config: BenchmarkConfig, card: str, progress: ProgressBar) -> Json:
         "contenders": {},
         "commands": None,
     }
+
+    def write() -> None:
+        with writing(config.out_dir):
+            write_json(config.out_dir / RESULT, result)
+
     set_aside(config.out_dir, [RESULT], progress.say)
     for number, name in enumerate(GPU_CONTENDERS):
         title = CONTENDERS[name].title
@@ -64,10 +69,10 @@ def run(config: BenchmarkConfig, card: str, progress: ProgressBar) -> Json:
             if time.perf_counter() - started < TIME_TO_START
             else {"unavailable": f"not started in the first {TIME_TO_START:.0f} seconds"}
         )
-        write(config, result)
+        write()
         if number == 0 and config.command_runs:  # what matters most comes first
             result["commands"] = benchmark.measure_commands(config, progress.report)
-            write(config, result)
+            write()
     return result
 
 
@@ -86,12 +91,6 @@ def measure(config: BenchmarkConfig, name: str, progress: ProgressBar) -> Json:
         point: [1e3 * answer["seconds_a_step"][point] for answer in rounds] for point in rounds[0]["seconds_a_step"]
     }
     return {"start": measured["start"], "ms_a_step": milliseconds, "losses": rounds[-1]["losses"]}
-
-
-def write(config: BenchmarkConfig, result: Json) -> None:
-    """Write the result file."""
-    with writing(config.out_dir):
-        write_json(config.out_dir / RESULT, result)
 
 
 def tables(result: Json) -> Iterator[Table]:

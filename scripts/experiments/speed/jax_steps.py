@@ -17,40 +17,46 @@ from jax import numpy as jnp
 from jaxtyping import Array, UInt8
 
 from experiments.speed.config import CHECKPOINTS, STAGE_TIMES, Task
-from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Point, Sweep, Training, Work, dot_factors
-from experiments.spread import order_of_round
+from experiments.speed.work import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
 from jax_cnn import ops
 from jax_cnn.compiler import compiler_options
-from jax_cnn.config import AdamConfig, Precision
+from jax_cnn.config import AdamConfig
 from jax_cnn.data import epoch_order, load_fashion_mnist
 from jax_cnn.devices import make_mesh, replicated
 from jax_cnn.model import Params, init_params
 from jax_cnn.train import cross_entropy, init_state, make_optimizer, to_images
 from jax_cnn.trainer import JaxTrainer, training_program
 
-WHOLE = "whole step"
+WHOLE = "whole step"  # the last point of those that `time_stages` times
 
 
 def make(task: Task) -> Work:
     """Build and compile the work of a task."""
     if task.contender == "jax-dot":
-        return Dot(task.seed)
+        return dot(task.seed)
     if task.contender == STAGE_TIMES:
-        return StageTimes(task)
+        return time_stages(task)
     if task.batch_sizes:
         return make_sweep(task)
     trainer = make_trainer(task)
     if task.contender == CHECKPOINTS["jax"]:
-        return Checkpointing(trainer)
-    return Training(trainer.train_epoch, trainer.compile_seconds)
+        return checkpointing(trainer)
+    return training(trainer.train_epoch, trainer.compile_seconds)
 
 
-def make_trainer(task: Task) -> JaxTrainer:
-    """Build what train_jax.py trains with, on one CPU device."""
-    return JaxTrainer(task.config, load_fashion_mnist(task.config.data_dir), jax.devices("cpu")[:1])
+def make_trainer(task: Task, **changes: Any) -> JaxTrainer:
+    """Build what train_jax.py trains with, on one device. `changes` are fields of the task's configuration."""
+    config = replace(task.config, **changes)
+    return JaxTrainer(config, load_fashion_mnist(config.data_dir), jax.devices(task.device)[:1])
 
 
-def make_sweep(task: Task) -> Sweep:
+def whole_epochs(trainer: JaxTrainer) -> Callable[[], float]:
+    """Return a function that trains the next epoch and returns its last loss."""
+    epochs = itertools.count()
+    return lambda: float(list(trainer.train_epoch(next(epochs)))[-1][1][-1])
+
+
+def make_sweep(task: Task) -> Work:
     """Compile the training for every precision and batch size, and keep its images on the device."""
     make_point = follow_command if task.contender == "gpu-jax-command" else train_from_memory
     started = time.perf_counter()
@@ -61,16 +67,14 @@ def make_sweep(task: Task) -> Sweep:
         for precision, size in task.points:
             with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
                 points[f"{precision}, {size}"] = make_point(task, precision, size)
-    return Sweep(points, time.perf_counter() - started)
+    return sweep(points, time.perf_counter() - started)
 
 
 def follow_command(task: Task, precision: str, size: int) -> Point:
     """Train as train_jax.py does: the CPU gathers the next chunk of images while the device computes."""
-    steps, epochs = task.images // size, itertools.count()
-    dtype: Precision = "bfloat16" if precision == "bfloat16" else "float32"
-    config = replace(task.config, batch_size=size, limit_train=steps * size, precision=dtype)
-    trainer = JaxTrainer(config, load_fashion_mnist(config.data_dir), jax.devices(task.device)[:1])
-    return Point(steps, lambda: float(list(trainer.train_epoch(next(epochs)))[-1][1][-1]))
+    steps = task.images // size
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    return Point(steps, whole_epochs(make_trainer(task, batch_size=size, limit_train=steps * size, precision=dtype)))
 
 
 def train_from_memory(task: Task, precision: str, size: int) -> Point:
@@ -94,23 +98,22 @@ def train_from_memory(task: Task, precision: str, size: int) -> Point:
     return Point(steps, train)
 
 
-class Dot(Work):
-    """Large float32 matrix products in one program, each with the result of the last. No memory is allocated meanwhile.
+def dot(seed: int) -> Work:
+    """Return work whose round multiplies large float32 matrices in one program, each with the result of the last.
 
-    It is compiled with the same options as the training.
+    It is compiled with the same options as the training. No memory is allocated meanwhile.
     """
+    factors = jax.device_put(dot_factors(seed))
+    multiply = jax.jit(lambda left, right: lax.fori_loop(0, DOTS_PER_ROUND, lambda _, left: left @ right, left))
+    started = time.perf_counter()
+    program = multiply.lower(*factors).compile(compiler_options("cpu"))
+    compile_seconds = time.perf_counter() - started
 
-    def __init__(self, seed: int) -> None:
-        self._factors = jax.device_put(dot_factors(seed))
-        multiply = jax.jit(lambda left, right: lax.fori_loop(0, DOTS_PER_ROUND, lambda _, left: left @ right, left))
-        started = time.perf_counter()
-        self._program = multiply.lower(*self._factors).compile(compiler_options("cpu"))
-        self.compile_seconds = time.perf_counter() - started
-
-    def round(self, number: int) -> dict[str, Any]:
-        """Multiply `DOTS_PER_ROUND` times."""
-        self._program(*self._factors).block_until_ready()
+    def multiply_all(number: int) -> dict[str, Any]:
+        program(*factors).block_until_ready()
         return {}
+
+    return Work(multiply_all, compile_seconds)
 
 
 # --- Where the time of a step goes ---
@@ -244,33 +247,17 @@ def adam_loop(params: Params) -> Loop:
     return Loop(turn, (jax.tree.map(lambda leaf: leaf * 1e-3, params), tuple(init_state(params, optimizer))))
 
 
-class StageTimes(Work):
-    """Work whose round times every loop and an epoch of the whole training once, in turns."""
-
-    def __init__(self, task: Task) -> None:
-        """Compile all loops for a real batch and its activations, with the compiler options of the training."""
-        data = load_fashion_mnist(task.config.data_dir)
-        chosen = epoch_order(task.seed, 0, task.images)[: task.batch_size]
-        batch = jnp.asarray(data.train_images[chosen]), jnp.asarray(data.train_labels[chosen])
-        self._steps = task.images // task.batch_size
-        self._trainer = make_trainer(task)
-        started = time.perf_counter()
-        loops = make_loops(init_params(jax.random.key(task.seed)), *batch)
-        self._loops = {name: compile_loop(loop, self._steps) for name, loop in loops.items()}
-        self.compile_seconds = time.perf_counter() - started + self._trainer.compile_seconds
-
-    def round(self, number: int) -> dict[str, Any]:
-        """Return the seconds a step of each loop, and of the whole training last."""
-        names = [*self._loops, WHOLE]
-        seconds = {}
-        for name in order_of_round(names, number):
-            started = time.perf_counter()
-            if name == WHOLE:
-                list(self._trainer.train_epoch(number))
-            else:
-                self._loops[name]()
-            seconds[name] = (time.perf_counter() - started) / self._steps
-        return {"seconds_a_step": {name: seconds[name] for name in names}}
+def time_stages(task: Task) -> Work:
+    """Return work that times every loop on a real batch and its activations, and an epoch of the whole training."""
+    data, steps = load_fashion_mnist(task.config.data_dir), task.images // task.batch_size
+    chosen = epoch_order(task.seed, 0, task.images)[: task.batch_size]
+    batch = jnp.asarray(data.train_images[chosen]), jnp.asarray(data.train_labels[chosen])
+    trainer = make_trainer(task)
+    started = time.perf_counter()
+    loops = make_loops(init_params(jax.random.key(task.seed)), *batch)
+    points = {name: Point(steps, compile_loop(loop, steps)) for name, loop in loops.items()}
+    compile_seconds = time.perf_counter() - started + trainer.compile_seconds
+    return sweep({**points, WHOLE: Point(steps, whole_epochs(trainer))}, compile_seconds)
 
 
 def compile_loop(loop: Loop, steps: int) -> Callable[[], None]:

@@ -6,123 +6,84 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.speed.config import CHECKPOINTS, Task, Unavailable
-from experiments.speed.work import DOTS_PER_ROUND, Checkpointing, Point, Sweep, Training, Work, dot_factors
+from experiments.speed.work import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
 from jax_cnn.data import epoch_order, load_fashion_mnist
 from torch_ref.model import SimpleCNN
 from torch_ref.train import criterion
 from torch_ref.trainer import TorchTrainer
+
+CHANNELS_LAST = (
+    "torch-channels-last",
+    "torch-default-waiting",
+    "torch-compile",
+    "gpu-torch-channels-last",
+    "gpu-torch-graph-channels-last",
+)
 
 
 def make(task: Task) -> Work:
     """Build the work of a task.
 
     Raises:
-        Unavailable: there is no compiler for torch.compile.
+        Unavailable: torch.compile does not work here, or a CUDA graph is asked for and there is no GPU.
     """
     torch.set_num_threads(task.threads)
     if task.contender == "torch-dot":
-        return Dot(task.seed)
+        return dot(task.seed)
     if task.batch_sizes:
         return make_sweep(task)
     if task.contender in ("torch-course", CHECKPOINTS["torch"]):
         order = partial(epoch_order, task.config.seed)
         trainer = TorchTrainer(task.config, epoch_order=order, device=torch.device("cpu"))
-        return Checkpointing(trainer) if task.contender == CHECKPOINTS["torch"] else Training(trainer.train_epoch)
-    loop = InMemoryLoop(
-        task,
-        fused=task.contender != "torch-adam",
-        channels_last=task.contender not in ("torch-adam", "torch-fused"),
-    )
-    return Training(loop.train_epoch, loop.compile() if task.contender == "torch-compile" else 0.0)
+        return checkpointing(trainer) if task.contender == CHECKPOINTS["torch"] else training(trainer.train_epoch)
+    loop = Loop(task, *load_images(task, torch.device("cpu")), task.batch_size)
+    return training(loop.train_epoch, loop.compile() if task.contender == "torch-compile" else 0.0)
 
 
-class InMemoryLoop:
-    """The course's loop without its DataLoader. It reads no number back before the end of an epoch."""
-
-    def __init__(self, task: Task, *, fused: bool, channels_last: bool) -> None:
-        """Load the images of a round, and draw the same initial weights as the course's loop."""
-        data, adam = load_fashion_mnist(task.config.data_dir), task.config.adam
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        # Kept as float32: to fetch a batch of uint8 and convert it takes about twice as long.
-        self._images = torch.from_numpy(data.train_images[: task.images].astype("float32"))[:, None] / 255
-        self._labels = torch.from_numpy(data.train_labels[: task.images].astype("int64"))
-        self._task = task
-        torch.manual_seed(task.seed)
-        self._model: nn.Module = SimpleCNN().to(memory_format=self._format)
-        self._optimizer = torch.optim.Adam(
-            self._model.parameters(), lr=adam.learning_rate, betas=(adam.b1, adam.b2), eps=adam.eps, fused=fused
-        )
-
-    def train_epoch(self, epoch: int) -> Iterator[tuple[int, Tensor]]:
-        """Train on every image once. After each step yield the number of its images and their mean loss."""
-        order = torch.from_numpy(epoch_order(self._task.seed, epoch, len(self._images)))
-        for batch in order.split(self._task.batch_size):
-            self._optimizer.zero_grad()
-            loss = self._loss(batch)
-            loss.backward()
-            self._optimizer.step()
-            yield len(batch), loss.detach()
-
-    def compile(self) -> float:
-        """Compile the forward and backward pass for full batches and for a smaller last one; return the seconds.
-
-        Raises:
-            Unavailable: there is no C++ compiler, or it fails.
-        """
-        started = time.perf_counter()
-        self._model.compile(dynamic=False)
-        sizes = {min(self._task.batch_size, self._task.images), self._task.images % self._task.batch_size} - {0}
-        for size in sizes:
-            try:
-                self._loss(torch.arange(size)).backward()
-            except RuntimeError as error:  # all errors of torch.compile are subclasses of it
-                raise Unavailable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
-        return time.perf_counter() - started
-
-    def _loss(self, batch: Tensor) -> Tensor:
-        images = self._images[batch].to(memory_format=self._format)
-        return criterion(self._model(images), self._labels[batch])
-
-
-def make_sweep(task: Task) -> Sweep:
-    """Build a loop for every precision and batch size, all fed from the same images in the device's memory.
-
-    Raises:
-        Unavailable: torch.compile does not work here, or a CUDA graph is asked for and there is no GPU.
-    """
+def make_sweep(task: Task) -> Work:
+    """Build a loop for every precision and batch size, all fed from the same images in the device's memory."""
     device = torch.device("cuda" if task.device == "gpu" else task.device)
     if device.type == "cpu" and "graph" in task.contender:
         raise Unavailable("a CUDA graph needs a GPU")
-    data = load_fashion_mnist(task.config.data_dir)
-    images = torch.from_numpy(data.train_images[: task.images].astype("float32"))[:, None].to(device) / 255
-    labels = torch.from_numpy(data.train_labels[: task.images].astype("int64")).to(device)
+    images, labels = load_images(task, device)
     started = time.perf_counter()
     points = {}
     for precision, size in task.points:
         try:
-            loop = DeviceLoop(task, images, labels, precision, size)
+            loop = Loop(task, images, labels, size, precision)
+            loop.prepare()
             loop.train()  # which compiles
         except RuntimeError as error:
             raise Unavailable(f"{precision}, {size}: {str(error).strip().splitlines()[0]}") from error
         points[f"{precision}, {size}"] = Point(task.images // size, loop.train)
-    return Sweep(points, time.perf_counter() - started)
+    return sweep(points, time.perf_counter() - started)
 
 
-class DeviceLoop:
-    """The training loop on a GPU, step by step or as a CUDA graph. No image and no loss leaves the GPU meanwhile."""
+def load_images(task: Task, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Load the images and the labels of a round onto a device.
 
-    def __init__(self, task: Task, images: Tensor, labels: Tensor, precision: str, size: int) -> None:
-        """Draw the weights, and compile or record a step if the contender does."""
+    The images are kept as float32: to fetch a batch of uint8 and convert it takes about twice as long.
+    """
+    data = load_fashion_mnist(task.config.data_dir)
+    images = torch.from_numpy(data.train_images[: task.images].astype("float32"))[:, None].to(device) / 255
+    return images, torch.from_numpy(data.train_labels[: task.images].astype("int64")).to(device)
+
+
+class Loop:
+    """The course's loop without its DataLoader. No image and no loss leaves the device before the end of an epoch."""
+
+    def __init__(self, task: Task, images: Tensor, labels: Tensor, size: int, precision: str = "float32") -> None:
+        """Draw the same weights as the course's loop. `size` is that of a batch."""
         name, adam = task.contender, task.config.adam
-        layout = torch.channels_last if "channels-last" in name else torch.contiguous_format
-        batches = zip(images.to(memory_format=layout).split(size), labels.split(size), strict=True)
-        self._batches = [batch for batch in batches if len(batch[0]) == size]
-        self._precision, self._device = precision, images.device.type
+        self._name = name
+        self._layout = torch.channels_last if name in CHANNELS_LAST else torch.contiguous_format
+        self._seed, self._size, self._precision, self._device = task.seed, size, precision, images.device.type
+        self._images, self._labels = images.to(memory_format=self._layout), labels
         torch.manual_seed(task.seed)
-        self._model = SimpleCNN().to(images.device).to(memory_format=layout)
+        self._model = SimpleCNN().to(images.device).to(memory_format=self._layout)
         self._optimizer = torch.optim.Adam(
             self._model.parameters(),
             lr=adam.learning_rate,
@@ -131,20 +92,46 @@ class DeviceLoop:
             fused=not name.endswith("adam"),
             capturable="graph" in name,
         )
+        full = len(images) - len(images) % size
+        self._batches = list(zip(self._images[:full].split(size), labels[:full].split(size), strict=True))
         self._step: Callable[[Tensor, Tensor], Tensor] = self._eager_step
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._compute_loss
-        if name.endswith(("compile", "autotune")):
-            mode = "max-autotune" if name.endswith("autotune") else None
+
+    def prepare(self) -> None:
+        """Compile the loss, or record a step, if the contender does."""
+        if self._name.endswith(("compile", "autotune")):
+            mode = "max-autotune" if self._name.endswith("autotune") else None
             self._loss = torch.compile(self._compute_loss, dynamic=False, mode=mode)
-        elif "graph" in name:
+        elif "graph" in self._name:
             self._step = self._record()
 
+    def train_epoch(self, epoch: int) -> Iterator[tuple[int, Tensor]]:
+        """Train on every image once. After each step yield the number of its images and their mean loss."""
+        order = torch.from_numpy(epoch_order(self._seed, epoch, len(self._images)))
+        for batch in order.split(self._size):
+            yield len(batch), self._step(self._images[batch], self._labels[batch])
+
     def train(self) -> float:
-        """Train on all batches, and return the last loss, which waits for the GPU."""
+        """Train on all full batches in the order of the images, and return the last loss, which waits for the GPU."""
         self._allow_tf32()
         for images, labels in self._batches:
             loss = self._step(images, labels)
         return loss.item()
+
+    def compile(self) -> float:
+        """Compile the forward and backward pass for full batches and for a smaller last one; return the seconds.
+
+        Raises:
+            Unavailable: there is no C++ compiler, or it fails.
+        """
+        started = time.perf_counter()
+        self.prepare()
+        for size in {min(self._size, len(self._images)), len(self._images) % self._size} - {0}:
+            try:
+                self._loss(self._images[torch.arange(size)], self._labels[:size]).backward()
+            except RuntimeError as error:  # all errors of torch.compile are subclasses of it
+                raise Unavailable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+        return time.perf_counter() - started
 
     def _allow_tf32(self) -> None:
         """Let products and convolutions round to TensorFloat-32, or not. It is a setting of the process."""
@@ -152,7 +139,7 @@ class DeviceLoop:
 
     def _compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self._device, torch.bfloat16, self._precision == "bfloat16", cache_enabled=False):
-            logits = self._model(images)
+            logits = self._model(images.to(memory_format=self._layout))
         return criterion(logits.float(), labels)
 
     def _eager_step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -188,16 +175,18 @@ class DeviceLoop:
         return step
 
 
-class Dot(Work):
-    """Large float32 matrix products, each with the result of the last. No memory is allocated in between."""
+def dot(seed: int) -> Work:
+    """Return work whose round multiplies large float32 matrices, each with the result of the last.
 
-    def __init__(self, seed: int) -> None:
-        self._left, self._right = map(torch.from_numpy, dot_factors(seed))
-        self._results = torch.empty_like(self._left), torch.empty_like(self._left)  # written in turns
+    No memory is allocated in between.
+    """
+    first, right = map(torch.from_numpy, dot_factors(seed))
+    results = torch.empty_like(first), torch.empty_like(first)  # written in turns
 
-    def round(self, number: int) -> dict[str, Any]:
-        """Multiply `DOTS_PER_ROUND` times."""
-        left = self._left
+    def multiply_all(number: int) -> dict[str, Any]:
+        left = first
         for product in range(DOTS_PER_ROUND):
-            left = torch.mm(left, self._right, out=self._results[product % 2])
+            left = torch.mm(left, right, out=results[product % 2])
         return {}
+
+    return Work(multiply_all)

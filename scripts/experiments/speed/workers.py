@@ -9,28 +9,26 @@ that no worker outlives the benchmark. It answers in lines of JSON.
 import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from experiments.records import RSS_UNIT, SCRIPTS, Json, Show
+from experiments.records import SCRIPTS, Json, Show, read_peak_memory
 from experiments.speed.config import CONTENDERS, Task, Unavailable
-from experiments.speed.work import Work
-from experiments.spread import order_of_round
+from experiments.speed.work import Work, order_of_round
 
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"  # of a GPU's memory 75 %, when JAX starts
 # Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
 STOP_TIMEOUT = 5.0  # seconds for an idle worker to notice the end of its input
-STATUS = Path("/proc/self/status")
 
 
 def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
@@ -192,25 +190,13 @@ def build(task: Task) -> tuple[Work, dict[str, float]]:
     loaded = time.perf_counter()
     work: Work = module.make(task)
     built = time.perf_counter()
-    work.warm_up()
+    (work.warm_up or partial(work.round, 0))()
     return work, {
         "import_seconds": loaded - started,
         "build_seconds": built - loaded - work.compile_seconds,  # to read and verify the data set, to draw the weights
         "compile_seconds": work.compile_seconds,
         "warm_up_seconds": time.perf_counter() - built,
     }
-
-
-def read_peak_memory() -> int:
-    """Return the peak memory of this process in bytes.
-
-    On Linux from /proc: the figure of getrusage begins with that of the process that started this one.
-    """
-    if STATUS.exists():
-        for line in STATUS.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 if __name__ == "__main__":

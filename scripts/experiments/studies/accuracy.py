@@ -144,11 +144,20 @@ def observations(seed: Json) -> dict[str, float]:
     }
 
 
-def describe_spread(values: np.ndarray) -> dict[str, float]:
-    """Return mean, sample standard deviation, and the interval in which the value of one more seed is expected."""
+def describe_spread(values: Float[np.ndarray, " n"], false_alarm: float = FALSE_ALARM) -> dict[str, float]:
+    """Return mean, sample standard deviation, and the interval in which the value of one more seed is expected.
+
+    A value of the same normal distribution leaves the interval with the probability `false_alarm`. It is mean ± t · s ·
+    sqrt(1 + 1/n), where t is Student's quantile for n - 1 degrees of freedom. Source: G. A. Whitmore, Prediction limits
+    for a univariate normal observation, The American Statistician 40 (1986) 141-143.
+
+    Raises:
+        ValueError: the values are unusable (see `mean_and_deviation`).
+    """
     mean, deviation = mean_and_deviation(values)
-    low, high = prediction_interval(values, FALSE_ALARM)
-    return {"mean": mean, "deviation": deviation, "low": low, "high": high}
+    n = len(values)
+    low, high = stats.t(n - 1, mean, deviation * math.sqrt(1 + 1 / n)).interval(1 - false_alarm)
+    return {"mean": mean, "deviation": deviation, "low": float(low), "high": float(high)}
 
 
 def equivalence(differences: Float[np.ndarray, " n"], margin: float) -> dict[str, Any]:
@@ -212,21 +221,6 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
     if only_a + only_b == 0:
         raise ValueError("both are right on the very same items: is one classifier compared with itself?")
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
-def prediction_interval(values: Float[np.ndarray, " n"], false_alarm: float) -> tuple[float, float]:
-    """Return the interval that one more value of the same normal distribution leaves with this probability.
-
-    It is mean ± t · s · sqrt(1 + 1/n), where t is Student's quantile for n - 1 degrees of freedom. Source: G. A.
-    Whitmore, Prediction limits for a univariate normal observation, The American Statistician 40 (1986) 141-143.
-
-    Raises:
-        ValueError: the values are unusable (see `mean_and_deviation`).
-    """
-    mean, deviation = mean_and_deviation(values)
-    n = len(values)
-    low, high = stats.t(n - 1, mean, deviation * math.sqrt(1 + 1 / n)).interval(1 - false_alarm)
-    return float(low), float(high)
 
 
 def mean_and_deviation(values: Float[np.ndarray, " n"]) -> tuple[float, float]:

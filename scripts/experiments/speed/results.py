@@ -1,13 +1,20 @@
-"""The tables of the benchmark for a terminal of 80 columns. The result file holds every figure in them."""
+"""What the benchmark makes of its figures: their spread, tables for a terminal of 80 columns, and two pictures.
+
+matplotlib is loaded only to draw: --help and error messages need not wait for it.
+"""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypedDict
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
+from experiments.answers import FRAMEWORKS
 from experiments.records import MIB, Json
 from experiments.speed.config import CONTENDERS
-from experiments.spread import Spread
+from jax_cnn.run.display import BLUE, GREY, VERMILION, save_figure
 
 WIDTH = 79
 COMMAND_ROWS = {
@@ -17,19 +24,61 @@ COMMAND_ROWS = {
     "training an epoch, s": "train_seconds",
     "evaluating 10,000 images, s": "evaluate_seconds",
 }
+# The sections about growth: the field that varies and its label, the figure on the chart and its label.
+PANELS = {
+    "batch_sizes": ("batch_size", "batch size (images)", "images_per_second", "images per second"),
+    "thread_counts": ("threads", "threads", "images_per_second", "images per second"),
+    "train_sizes": ("images", "training images", "seconds", "seconds per epoch"),
+}
+
+
+class Spread(TypedDict):
+    """A figure over all rounds, as a file of results holds it. Half of the rounds lie between the quartiles."""
+
+    n: int
+    median: float
+    low_quartile: float
+    high_quartile: float
+    least: float
+    most: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the number of values, their median, their quartiles, the least and the largest.
+
+    Raises:
+        ValueError: there are no values, or one is not finite.
+    """
+    if not values or not np.isfinite(values).all():
+        raise ValueError(f"no median of {list(values)}")
+    least, low, median, high, most = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
+    return Spread(n=len(values), median=median, low_quartile=low, high_quartile=high, least=least, most=most)
+
+
+def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratio of every round. What slows both sides of a round down cancels out.
+
+    Raises:
+        ValueError: the two have different numbers of rounds.
+    """
+    return [one / other for one, other in zip(numerators, denominators, strict=True)]
+
+
+def error_bars(spreads: Sequence[Spread]) -> list[list[float]]:
+    """Return the distances from the medians down and up to the quartiles, for a chart."""
+    return [
+        [spread["median"] - spread["low_quartile"] for spread in spreads],
+        [spread["high_quartile"] - spread["median"] for spread in spreads],
+    ]
 
 
 def tables(result: Json) -> Iterator[Table]:
     """Build a table for each section in the result. Results of older versions lack the section of checkpoints."""
     yield contest_table(result["contest"])
     yield start_table(result["contest"])
-    for name, column, title in (
-        ("batch_sizes", "batch_size", "batch size"),
-        ("thread_counts", "threads", "threads"),
-        ("train_sizes", "images", "training images"),
-    ):
-        if result[name]:
-            yield growth_table(result[name], column, title, result["contest"]["best_torch"])
+    for section, (field, label, _, _) in PANELS.items():
+        if result[section]:
+            yield growth_table(result[section], field, label.removesuffix(" (images)"), result["contest"]["best_torch"])
     if result["stages"]:
         yield stage_table(result["stages"])
     if result.get("checkpoints"):
@@ -126,18 +175,19 @@ def stage_table(stages: Json) -> Table:
 
 def checkpoint_table(checkpoints: Json) -> Table:
     """Build the table of what a checkpoint costs."""
-    jax, torch = checkpoints["jax"], checkpoints["torch"]
     table = plain(
         "What a checkpoint costs",
-        f"Medians over {len(jax['rounds'])} pairs of trainings with and without a checkpoint (quartiles). Training "
-        "stands still for the copy alone: the file is written in the background.",
+        f"Medians over {len(checkpoints['jax']['rounds'])} pairs of trainings with and without a checkpoint "
+        "(quartiles). Training stands still for the copy alone: the file is written in the background.",
         ("", "JAX", "PyTorch"),
     )
-    table.add_row("a step, ms", with_quartiles(jax["ms_per_step"]), with_quartiles(torch["ms_per_step"]))
-    table.add_row("to copy the state, ms", with_quartiles(jax["copy_ms"]), with_quartiles(torch["copy_ms"]))
-    table.add_row("to copy and write it, ms", with_quartiles(jax["extra_ms"]), with_quartiles(torch["extra_ms"]))
-    label = f"one in {checkpoints['interval_seconds']:g} s slows training by"
-    table.add_row(label, in_percent(jax["slower_by"]), in_percent(torch["slower_by"]))
+    for label, name, text in (
+        ("a step, ms", "ms_per_step", with_quartiles),
+        ("to copy the state, ms", "copy_ms", with_quartiles),
+        ("to copy and write it, ms", "extra_ms", with_quartiles),
+        (f"one in {checkpoints['interval_seconds']:g} s slows training by", "slower_by", in_percent),
+    ):
+        table.add_row(label, *(text(checkpoints[framework][name]) for framework in FRAMEWORKS))
     return table
 
 
@@ -202,3 +252,66 @@ def short(number: float) -> str:
     """Write three digits or more, but nothing smaller than hundredths."""
     size = abs(number)
     return f"{number:.2f}" if size < 10 else f"{number:.1f}" if size < 100 else f"{number:,.0f}"
+
+
+def plot_throughput(contest: Json, path: Path) -> None:
+    """Draw the images per second of every contender with their quartiles into a PNG."""
+    lines = {name: line for name, line in contest["contenders"].items() if "rounds" in line}
+    speeds = [line["images_per_second"] for line in lines.values()]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        [line["title"] for line in lines.values()],
+        [speed["median"] for speed in speeds],
+        xerr=error_bars(speeds),
+        color=[choose_colour(name) for name in lines],
+        capsize=4,
+    )
+    for row, speed in enumerate(speeds):
+        axes.annotate(
+            f"{speed['median']:,.0f}", (0, row), (6, 0), textcoords="offset points", va="center", color="white"
+        )
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set(xlabel=f"images per second in training (median and quartiles, n = {speeds[0]['n']} rounds)")
+    ratio = contest["contenders"]["jax"]["speed_to_best_torch"]["median"]
+    figure.suptitle(f"JAX trains {ratio:.2f} times as fast as the best PyTorch")
+    save_figure(figure, path)
+
+
+def plot_growth(result: Json, path: Path) -> None:
+    """Draw how the cost of JAX and of the best PyTorch grows, a panel for each measured section, into a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    contenders = ("jax", result["contest"]["best_torch"])
+    sections = [section for section in PANELS if result[section]]
+    figure = Figure(figsize=(4.2 * len(sections), 4.0), layout="constrained")
+    for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):
+        field, xlabel, cost, ylabel = PANELS[section]
+        values = [point[field] for point in result[section]]
+        for name, marker in zip(contenders, ("o-", "s--"), strict=True):
+            spreads = [point["contenders"][name][cost] for point in result[section]]
+            medians = [spread["median"] for spread in spreads]
+            axes.errorbar(values, medians, error_bars(spreads), fmt=marker, color=choose_colour(name), capsize=4)
+        if section == "train_sizes":
+            axes.set_xlim(left=0)
+        else:  # its values double
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    ratios = [point["jax_speed_to_torch"]["median"] for section in sections for point in result[section]]
+    figure.suptitle(f"JAX is {min(ratios):.2f} to {max(ratios):.2f} times as fast (medians, bars to the quartiles)")
+    figure.legend(axes.containers, [CONTENDERS[name].title for name in contenders], loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def choose_colour(name: str) -> str:
+    """Return blue for JAX, orange for a competing PyTorch, grey for one that does not compete."""
+    return BLUE if name == "jax" else VERMILION if CONTENDERS[name].competes else GREY

@@ -1,1 +1,0 @@
-"""The benchmark, the comparison page and the studies, and what they share."""

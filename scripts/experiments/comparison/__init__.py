@@ -1,1 +1,0 @@
-"""The comparison page: both frameworks train from the same weights, and one page shows what came of it."""

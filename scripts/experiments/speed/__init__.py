@@ -1,1 +1,0 @@
-"""The speed benchmark: the same training steps in both frameworks, measured in turns."""
