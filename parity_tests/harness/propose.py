@@ -408,6 +408,9 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
         rules.append(same(place.path, transposed=True))
     if unit.make is conv_transpose and (not place.kind or shape[0] == shape[1]):
         rules += [conv_transpose(place.path, flipped=flipped) for flipped in (True, False)]
+    if unit.make is conv_transpose and not place.kind and len(shape) > 1 and shape[0] == shape[1]:
+        both = itertools.product((True, False), repeat=2)
+        rules += [conv_transpose(place.path, flipped=flipped, transposed=turned) for flipped, turned in both]
     if unit.make in (lstm, gru) and not place.kind:  # a function may pack the gates as it likes
         rules += [unit.make(place.path, order=order) for order in ORDERS[unit.make is gru]]
     return rules

@@ -510,7 +510,7 @@ def conv(to: str | None = None) -> Rule:
     return Rule(carry, paths(to), how)
 
 
-def conv_transpose(to: str | None = None, *, flipped: bool | None = None) -> Rule:
+def conv_transpose(to: str | None = None, *, flipped: bool | None = None, transposed: bool | None = None) -> Rule:
     """Carry a transposed convolution: [in, out / groups, …] is […, in, out] in Flax, with the kernel turned by 180°.
 
     Flax with `transpose_kernel=True` holds […, out, in] and turns the kernel itself. Haiku holds […, out, in] too, but
@@ -519,6 +519,7 @@ def conv_transpose(to: str | None = None, *, flipped: bool | None = None) -> Rul
     Args:
         to: the module in JAX.
         flipped: whether JAX holds the kernel turned. None: by the shape and the name of the leaf, as above.
+        transposed: whether JAX holds […, out, in], where there are as many of both. None: as in the library above.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -538,7 +539,8 @@ def conv_transpose(to: str | None = None, *, flipped: bool | None = None) -> Rul
             raise layer.problem(f"there is no leaf for a weight {layer.tensors['weight']} of {groups} groups")
         name = leaf.rpartition("/")[2]
         layout = "first" if name == AS_IT_IS and "first" in names else names[0]
-        if "out, in" in names and (name == "w" or flipped is False):
+        swapped = transposed if transposed is not None else name == "w" or flipped is False
+        if "out, in" in names and swapped:
             layout = "out, in"
         turn = flipped if flipped is not None else not (layout == "out, in" and name == "kernel")
         axes = tuple(range(2, 2 + len(size)))
@@ -552,7 +554,7 @@ def conv_transpose(to: str | None = None, *, flipped: bool | None = None) -> Rul
 
         return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *vector(layer, "bias", BIAS, how)]
 
-    how = call("conv_transpose", flipped=flipped)
+    how = call("conv_transpose", flipped=flipped, transposed=transposed)
     return Rule(carry, paths(to), how)
 
 
@@ -1495,8 +1497,8 @@ def read_program(
             return jaxpr_as_fun(prune(trace(dtype), leaves))
 
         def convert(*values: Array) -> tuple[Array, ...]:
-            given = dict(zip(tensors, values, strict=True))
             dtype = jnp.result_type(*values)
+            given = {number: value.astype(dtype) for number, value in zip(tensors, values, strict=True)}
             return tuple(program(dtype)(*(given.get(number) for number in range(len(names)))))
 
         return Entry(

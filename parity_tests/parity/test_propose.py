@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from flax import linen
+from jax import lax
 from jax import numpy as jnp
 from torch import nn
 
@@ -517,6 +518,31 @@ def square(transposed: bool) -> Pair:
     return port(module, in_functions(shapes, run), values(3, 5))
 
 
+def listed() -> Pair:
+    """Return three square layers in a list, as tutorials write them; PyTorch's are numbers 0, 2 and 4."""
+
+    def run(layers: Any, x: Any) -> Any:
+        *hidden, (kernel, bias) = layers
+        for w, b in hidden:
+            x = jnp.tanh(x @ w + b)
+        return x @ kernel + bias
+
+    reference = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    return port(reference, ([(jnp.zeros((5, 5)), jnp.zeros(5)) for _ in range(3)], run), values(3, 5))
+
+
+def turned_kernel() -> Pair:
+    """Return a square transposed convolution of a function that turns the kernel itself; all leaves at the root."""
+
+    def run(tree: Any, images: Any) -> Any:
+        inside = jnp.tanh(images @ tree["mix"] + tree["mean"])
+        return lax.conv_transpose(inside, tree["up"][::-1, ::-1], (2, 2), "SAME") + tree["shift"]
+
+    sizes = {"mix": (2, 3), "mean": (3,), "up": (4, 4, 3, 3), "shift": (3,)}
+    reference = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Tanh(), nn.ConvTranspose2d(3, 3, 4, stride=2, padding=1))
+    return port(reference, in_functions(sizes, run), values(2, 2, 6, 6))
+
+
 def lstm_of_a_function() -> Pair:
     return replace(LAYERS["lstm_with_another_order_of_gates"](), weights=None)
 
@@ -572,6 +598,12 @@ ASKED: dict[str, tuple[Callable[[], Pair], list[str], str]] = {
     ),
     "square layers of a function": (partial(square, transposed=True), SQUARE, "'second': 'second',"),
     "square layers, as PyTorch has them": (partial(square, transposed=False), SQUARE, "transposed=False"),
+    "square layers in a list": (listed, ["0 and 2 more: linear('0')"], "'4': '2',"),
+    "a square kernel that the port turns": (
+        turned_kernel,
+        ["0.bias and 2.bias -> mean and shift", "2.weight: conv_transpose('up')"],
+        "conv_transpose('up', flipped=False, transposed=False)",
+    ),
     "the order of the gates of a function": (
         lstm_of_a_function,
         ["layer: lstm(''), or layer: lstm('', order='igfo')"],

@@ -23,7 +23,7 @@ from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
-from parity_tests.harness.weights import Entry, Layer, Rule, WeightMap, unused
+from parity_tests.harness.weights import Entry, WeightMap, unused
 from parity_tests.parity.networks import LinenNet, TorchNet
 from parity_tests.parity.ports.registry import nested
 
@@ -422,12 +422,10 @@ def test_a_leaf_that_is_the_sum_of_two_biases_is_left_out_and_said_so(name: str)
         second = nn.Parameter(torch.ones(3))
         return TorchNet(lambda net, inputs: net.fc(inputs) + net.second, fc=nn.Linear(6, 3), second=second)
 
-    def carry(_: Layer) -> list[Entry]:
-        turned = Entry(("fc.weight",), ("kernel",), lambda kernel: (kernel.T,), "linear()")
-        return [turned, Entry(("fc.bias", "second"), ("bias",), lambda one, two: (one + two,), "sum of two")]
+    def load(state: Tree) -> Tree:
+        return {"params": {"kernel": state["fc.weight"].T, "bias": state["fc.bias"] + state["second"]}}
 
-    variables = {"params": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(3)}}
-    setup = build(reference, (variables, one_bias), {"": Rule(carry, ("",))}, **SOUND[name])
+    setup = build(reference, one_bias, load, **SOUND[name])
     notes: list[str] = []
     assert not messages(training.optimizer(setup, 0, notes))
     assert not messages(training.trajectory(setup, draw_batches((8, 5, 8)), notes))
