@@ -591,10 +591,12 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
                 sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
         elif share and abs(share - 1) > 1e-9:
-            size = round(1 / abs(1 - share)) if share < 1 else 0
-            biased = size and abs(share - (size - 1) / size) < 1e-6
-            why = f" = {size - 1}/{size}: the biased variance of {size} values" if biased else ""
-            text = f"JAX takes {share:.6g} times PyTorch's share of the batch{why}"
+            size = 1 / (1 - share) if share < 1 else 0.5
+            if abs(size - round(size)) < 1e-3:  # another number in each norm, and one cause
+                note = f"{size - 1:.0f}/{size:.0f} of PyTorch's"
+                causes.setdefault(name, [("JAX takes the biased variance of the batch", note)])
+                continue
+            text = f"JAX takes {share:.6g} times PyTorch's share of the batch"
         else:
             continue
         causes.setdefault(name, [(text, "")])
