@@ -847,6 +847,7 @@ def watch_equinox(modules: Modules) -> Iterator[None]:
     import equinox as eqx
 
     def watch_method(kind: type, name: str, original: Any) -> Any:
+        @functools.wraps(getattr(kind, name))  # its signature tells which keyword arguments it takes
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(self, "tap_path") or type(self) is not kind:
                 return original.__get__(self, type(self))(*args, **kwargs)
