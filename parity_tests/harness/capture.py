@@ -100,6 +100,7 @@ KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activat
 EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
+MOST_PAIRS = 2_000  # values of JAX's that are tried for the two arguments of one operation
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
@@ -1390,13 +1391,34 @@ class History(NamedTuple):
                 with suppress(Exception):  # as where a value is not in an operation's range
                     yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
+    def tries_of_two(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield what `tries` does where both arguments are JAX's, as in a loop: the one that is made first."""
+        known = list(self.arguments(place)) if place in self.calls else []
+        makers = [self.maker(argument, place) for _, argument in known]
+        if len(known) != 2 or None in makers:
+            return
+        function, *nest = self.calls[place]
+        values = [
+            [value for value in self.inside.of_shape(argument.shape) if not is_same(value, argument)]
+            for _, argument in known
+        ]
+        first = int(np.argmin([self.comparison.order.index(name) for name in makers if name is not None]))
+        for both in itertools.islice(itertools.product(*values), MOST_PAIRS):
+            instead = nest
+            for (keys, _), value in zip(known, both, strict=True):
+                instead = map_leaves(partial(put, keys, value), instead)
+            args, kwargs = instead
+            with suppress(Exception):
+                result = next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
+                yield known[first][1], both[first], result
+
     def find_argument(self, place: str, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Return an argument, and a value of JAX's from which the operation makes JAX's value instead; or None."""
         if len(np.unique(actual)) < 2:
             return None
         found = (
             (argument, instead)
-            for argument, instead, result in self.tries(place)
+            for argument, instead, result in itertools.chain(self.tries(place), self.tries_of_two(place))
             if is_same(result, actual) and not is_same(instead, actual)
         )
         return next(found, None)

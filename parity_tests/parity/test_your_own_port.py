@@ -62,6 +62,31 @@ def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
         examine(pair, names=("outputs",))
 
 
+class Euler(nn.Module):
+    """Three steps of Euler's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 2]."""
+        for _ in range(3):
+            x = x + 0.1 * torch.tanh(self.fc(x))
+        return cast(torch.Tensor, self.out(x))
+
+
+def test_a_fault_in_a_loop_is_found_in_its_operation() -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            return x + 0.2 * jnp.tanh(x @ tree["fc.weight"].T + tree["fc.bias"])
+
+        return lax.fori_loop(0, 3, step, x) @ tree["out.weight"].T + tree["out.bias"]
+
+    result = examine(Pair(Euler, port, np.ones((4, 3), np.float32), dict), names=("outputs",))
+    assert [divergence.where for divergence in result.divergences] == ["output of mul"]
+
+
 def test_keyword_arguments_keep_their_order() -> None:
     example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
     assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
