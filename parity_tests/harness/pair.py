@@ -4,7 +4,7 @@ Only the first three fields have to be given. All others have a default that fit
 port needs another. Nothing is guessed in silence: what a default chose stands in the report.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -154,11 +154,11 @@ class Pair:
         return as_inputs(self.inputs(rng, size)) if callable(self.inputs) else draw_like(self.inputs, rng, size)
 
     def draw_targets(self, seed: int, size: int) -> Any:
-        """Return targets for a batch of this size: drawn by the pair's function, or values of the example."""
+        """Return targets for a batch of this size: drawn by the pair's function, or rows of the example."""
         rng = np.random.default_rng((seed, size, 1))
         if self.targets is None or callable(self.targets):
             return self.targets and self.targets(rng, size)
-        return jax.tree.map(lambda leaf: redraw(np.asarray(leaf), rng, size, batch_of(leaf)), self.targets)
+        return jax.tree.map(lambda leaf: draw_rows(np.asarray(leaf), (seed, size, 1), size), self.targets)
 
     def draw_batch(self, seed: int, size: int) -> Batch:
         """Return inputs and targets of this batch size."""
@@ -226,7 +226,23 @@ def draw_like(example: Any, rng: np.random.Generator, size: int) -> Inputs:
     return Inputs(*args, **kwargs)
 
 
-def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False) -> Any:
+def draw_rows(example: np.ndarray, seed: Sequence[int], size: int) -> np.ndarray:
+    """Return rows of an example in another order, all of them if there are enough: the same rows of all examples.
+
+    A loss may take no other values: probabilities, for example, or labels as long as another target says. Floats of
+    one value are a placeholder, and are drawn anew.
+    """
+    rng = np.random.default_rng(seed)
+    if not example.ndim:
+        return example
+    if np.issubdtype(example.dtype, np.floating) and example.size and np.ptp(example) == 0:
+        return np.asarray(redraw(example, rng, size, len(example)))
+    return example[np.resize(rng.permutation(len(example)), size)]
+
+
+def redraw(
+    example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False, zeros: bool = True
+) -> Any:
     """Draw one array like the example, with another batch size if its first axis is the batch.
 
     Floats are drawn from a normal distribution with the example's mean and deviation, inside its range if it has no

@@ -87,6 +87,18 @@ def test_a_fault_in_a_loop_is_found_in_its_operation() -> None:
     assert [divergence.where for divergence in result.divergences] == ["output of mul"]
 
 
+def test_targets_are_rows_of_the_example_the_same_of_all() -> None:
+    """A loss may take no others: probabilities, and labels as long as another target says."""
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 8)
+    lengths = np.arange(8)
+    targets = Pair(nn.Identity, None, np.ones((8, 3)), targets=(shares, lengths)).draw_targets(0, 11)
+    np.testing.assert_array_equal(targets[0], shares[targets[1]])
+    assert sorted(set(targets[1])) == list(range(8))
+    placeholder = Pair(nn.Identity, None, np.ones((8, 3)), targets=np.zeros((8, 1))).draw_targets(0, 11)
+    assert placeholder.shape == (11, 1)
+    assert placeholder.std() > 0.1
+
+
 def test_keyword_arguments_keep_their_order() -> None:
     example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
     assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
