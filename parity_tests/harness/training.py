@@ -386,7 +386,7 @@ def above_noise(
         add_note(
             notes,
             f"training: not tried beyond step {step}: if its weights move by rounding ({unit:.0e}), PyTorch's own "
-            f"{shorten(sorted({item.name for item in wrong if item.name}))} changes as much as the two sides differ",
+            f"{shorten(sorted({item.name or item.part for item in wrong}))} changes as much as the two sides differ",
         )
         return []
     return kept
