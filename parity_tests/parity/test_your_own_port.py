@@ -101,6 +101,50 @@ def test_a_forward_that_needs_gradients_of_its_own_is_compared() -> None:
     assert not any("keeps its float32" in note for note in result.notes)
 
 
+class Penalty(nn.Module):
+    """A score, and the penalty of a Wasserstein GAN: of the derivative of another score, which is not used itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return [batch]."""
+        x = x.requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return cast(torch.Tensor, self.net(y)[:, 0]) + (slope.norm(dim=1) - 1) ** 2
+
+
+class Score(linen.Module):
+    """The network, under the same name."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [batch, 1]."""
+        return linen.Dense(1)(jnp.tanh(linen.Dense(4)(x)))
+
+
+class PenaltyPort(linen.Module):
+    """The same, with the squared length of the derivative."""
+
+    def setup(self) -> None:
+        """Make the network."""
+        self.net = Score()
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return [batch]."""
+        if self.is_initializing():  # Flax makes no weights while it differentiates
+            return self.net(y)[:, 0]
+        slope = jax.vjp(self.net, x)[1](jnp.ones((len(x), 1)))[0]
+        return self.net(y)[:, 0] + (jnp.square(slope).sum(1) - 1) ** 2
+
+
+def test_a_call_that_is_only_differentiated_does_not_shift_the_others() -> None:
+    inputs = (np.ones((4, 3), np.float32), np.ones((4, 3), np.float32))
+    result = examine(Pair(Penalty, PenaltyPort(), inputs, batch_sizes=(4,)), names=("outputs",))
+    assert [divergence.where for divergence in result.divergences] == ["output of norm"]
+
+
 class Noisy(nn.Module):
     """A linear layer with noise, in training alone or always."""
 
