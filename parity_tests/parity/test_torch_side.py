@@ -292,7 +292,7 @@ class Forgetful(nn.Linear):
 
 def test_a_function_of_dropout_that_is_never_switched_off_drops_nothing() -> None:
     model = Forgetful(8, 4).double()
-    capture = capture_torch(model, Inputs(draw(2, 8)), wave)
+    capture = capture_torch(model, Inputs(draw(2, 8)), wave, training=False)
     expected = nn.functional.linear(torch.tensor(draw(2, 8)), model.weight, model.bias)
     np.testing.assert_allclose(capture.outputs, expected.detach().numpy(), rtol=1e-12)
 
