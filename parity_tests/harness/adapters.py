@@ -96,6 +96,39 @@ def adapt(
     raise Refused(f"the JAX model is a {type(jax_model).__name__}: give a module, a function, or (variables, function)")
 
 
+def hold_real(model: Model) -> Model:
+    """Return the model with every complex leaf as a real one with a last axis of 2, as PyTorch's are held."""
+
+    def leaves(variables: Any) -> dict[str, Any]:
+        return {path: parts_of_complex(leaf) for path, leaf in model.leaves(variables).items()}
+
+    def with_leaves(variables: Any, leaves: Mapping[str, Any]) -> Any:
+        own = {} if variables is None else model.leaves(variables)
+        return model.with_leaves(
+            variables,
+            {
+                path: jax.lax.complex(leaf[..., 0], leaf[..., 1]) if is_complex(own.get(path)) else leaf
+                for path, leaf in leaves.items()
+            },
+        )
+
+    return model._replace(leaves=leaves, with_leaves=with_leaves)
+
+
+def is_complex(leaf: Any) -> bool:
+    """Say whether a leaf is a complex array, or the shape of one."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+
+
+def parts_of_complex(leaf: Any) -> Any:
+    """Return the real and the imaginary part of a complex leaf along a last axis of 2, and any other leaf as it is."""
+    if not is_complex(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(parts_of_complex, leaf)
+    return jnp.stack([jnp.real(leaf), jnp.imag(leaf)], -1)
+
+
 def is_a(model: Any, package: str, name: str) -> bool:
     """Say whether a model is of a library's type; a library that is not loaded has no models."""
     return package in sys.modules and isinstance(model, getattr(sys.modules[package], name))
@@ -847,6 +880,7 @@ def watch_equinox(modules: Modules) -> Iterator[None]:
     import equinox as eqx
 
     def watch_method(kind: type, name: str, original: Any) -> Any:
+        @functools.wraps(getattr(kind, name))  # its signature tells which keyword arguments it takes
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if hasattr(self, "tap_path") or type(self) is not kind:
                 return original.__get__(self, type(self))(*args, **kwargs)

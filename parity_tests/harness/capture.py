@@ -25,10 +25,11 @@ import torch
 from jax import numpy as jnp
 from torch.overrides import TorchFunctionMode
 
-from parity_tests.harness.adapters import Model, adapt
+from parity_tests.harness.adapters import Model, adapt, hold_real, is_complex
 from parity_tests.harness.compare import (
     Bound,
     Refused,
+    add_note,
     find_difference,
     flat,
     keeps_float32,
@@ -41,6 +42,8 @@ from parity_tests.harness.pair import (
     LARGE,
     Inputs,
     Pair,
+    draw_like,
+    draw_tensors,
     find_slip,
     is_array,
     load_tensors,
@@ -81,6 +84,7 @@ from parity_tests.harness.torch_side import (
     describe,
     detached,
     fixed_settings,
+    fresh_copy,
     reference_error,
 )
 from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
@@ -97,9 +101,11 @@ LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 MASK = 1e30  # no activation is so large; the smallest float32 and the smallest float64 are
 SAME_VALUES = 1e-3  # a relative error below this, in float32 too, means that a layout is right
 KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activation
+NOISE = "the reference draws random numbers, and JAX would draw others: make them an input"
 EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
+MOST_PAIRS = 2_000  # values of JAX's that are tried for the two arguments of one operation
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
@@ -206,14 +212,26 @@ class Case:
         self.coarse = False  # whether the JAX model keeps float32 constants
         if slip := find_slip(pair):
             raise Refused(slip)
-        model = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
-        self.model: Model = model._replace(apply=in_float64(model.apply))
+        self.adapted = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
+        self.model: Model = hold_real(self.adapted)._replace(apply=in_float64(self.adapted.apply))
         self.tensors = probing_tensors(pair, seed)
         self.sizes = pair.sizes()
         self.module = self.make_module()
-        vars(self.module)["keeps_float32"] = self.keeps_float32 = not self.runs_in_float64()
-        if self.keeps_float32:
+        self.keeps_float32 = False
+        try:
+            outputs = self.first_outputs()
+        except Exception:  # a reference that checks its dtypes
+            vars(self.module)["keeps_float32"] = self.keeps_float32 = True
             self.notes.append("the reference keeps its float32: it does not run with float64 in its place")
+            outputs = self.first_outputs()
+        if draws_otherwise(outputs, self.first_outputs(noise=1)):
+            raise Refused(f"{NOISE} of both sides, such as the noise of a VAE")
+        if has_nan(outputs) and not callable(pair.inputs):
+            self.pair = replace(pair, inputs=partial(draw_like, pair.inputs, zeros=False))
+            if has_nan(self.first_outputs()):  # for another reason
+                self.pair = pair
+            else:
+                self.notes.append("no row of the inputs is zero, because PyTorch gives NaN for it")
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     # --- The JAX side ---
@@ -223,9 +241,10 @@ class Case:
         way = self.pair.jax_inputs
         if callable(way):
             return way(inputs)
-        if way == "channels_last" or (way is None and self.model.library != "Equinox"):
-            return inputs.map(channels_last)
-        return inputs
+        if not self.channels_last:
+            return inputs
+        images = any(is_image(leaf) for leaf in inputs.arrays())
+        return inputs.map(lambda leaf: channels_last(leaf, 3 if way is not None and not images else 4))
 
     @property
     def channels_last(self) -> bool:
@@ -236,6 +255,12 @@ class Case:
     def cast(self, inputs: Inputs, dtype: str) -> Inputs:
         """Return the inputs with floats in this dtype."""
         return inputs.map(lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf)
+
+    @property
+    def holds_complex(self) -> bool:
+        """Return whether the JAX side trains complex weights."""
+        own = self.own_variables
+        return own is not None and any(map(is_complex, self.adapted.leaves(own).values()))
 
     @property
     def can_draw(self) -> bool:
@@ -289,7 +314,39 @@ class Case:
     def proposal(self) -> Proposal:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
-        return find_map(self)
+        proposal = find_map(self)
+        tables = self.find_tables({*proposal.gaps.torch} - proposal.map.parameters)
+        if tables:
+            names = shorten(sorted(tables))
+            add_note(self.notes, f"buffers that only PyTorch has, taken for what JAX computes itself: {names}")
+        unused = proposal.map.unused | tables
+        if left_out := unused - proposal.map.parameters:  # a constant was drawn anew, and the port has it as it is
+            own = draw_tensors(self.pair, self.seed)
+            constant = {name: own[name] for name in left_out & own.keys() if np.ptp(own[name]) == 0}
+            self.tensors |= constant
+            load_tensors(self.module, constant)
+        gaps = proposal.gaps._replace(torch=tuple(name for name in proposal.gaps.torch if name not in tables))
+        return proposal._replace(map=replace(proposal.map, unused=unused), gaps=gaps)
+
+    def find_tables(self, buffers: Collection[str]) -> frozenset[str]:
+        """Return the buffers that a port may compute itself: those that no seed and no training changes.
+
+        One of zeros or ones may wait for values, as those of a frozen norm do.
+        """
+        if not buffers:
+            return frozenset()
+        again = self.pair.new_module(self.seed + 1).state_dict()
+        first = self.pair.new_module(self.seed).state_dict()
+        module = fresh_copy(self.module, True, torch.float64)
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        self.first_outputs(module)
+        after = module.state_dict()
+        return frozenset(
+            name
+            for name in buffers
+            if torch.equal(before[name], after[name]) and torch.equal(first[name], again[name])
+            if not any(bool((first[name] == value).all()) for value in (0, 1))
+        )
 
     @property
     def weight_map(self) -> WeightMap:
@@ -359,20 +416,20 @@ class Case:
             return self.module if tensors is self.tensors else load_tensors(copy_module(self.module), tensors)
         return module_with(self.pair, tensors, dtype, self.seed)
 
-    def runs_in_float64(self) -> bool:
-        """Return whether the reference runs where float32 is float64; one that checks its dtypes does not."""
-        inputs = self.pair.draw_inputs(self.seed, self.sizes[-1])
-        try:
-            self.torch_outputs(inputs)
-        except Exception:
-            return False
-        return True
+    def first_outputs(self, module: torch.nn.Module | None = None, noise: int = 0) -> dict[str, Any]:
+        """Return what the reference, or a copy of it, returns for the smallest batch, by name."""
+        return flat(self.torch_outputs(self.pair.draw_inputs(self.seed, self.sizes[-1]), module, noise))
 
-    def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None) -> Any:
-        """Return what the reference, or a copy of it, returns in evaluation mode and float64, without gradients."""
+    def torch_outputs(self, inputs: Inputs, module: torch.nn.Module | None = None, noise: int = 0) -> Any:
+        """Return what the reference, or a copy of it, returns in float64, without dropout and without its graph.
+
+        The graph is there for a forward that needs gradients of its own, such as a derivative by the inputs. `noise` is
+        the seed of random numbers.
+        """
         given, module = self.torch_inputs(inputs).map(torch.from_numpy), self.module if module is None else module
-        with exact_arithmetic("float64"), fixed_settings(torch.float64, module), torch.no_grad():
-            return module(*given.args, **given.kwargs)
+        with exact_arithmetic("float64"), fixed_settings(torch.float64, module), WithoutDropout():
+            torch.manual_seed(noise)
+            return map_leaves(lambda _, leaf: detached(leaf), module(*given.args, **given.kwargs))
 
     def torch_inputs(self, inputs: Inputs, dtype: str = "float64") -> Inputs:
         """Return the inputs of the module, with the keyword arguments that only PyTorch takes."""
@@ -380,11 +437,18 @@ class Case:
         return Inputs(*cast.args, **{**cast.kwargs, **self.pair.torch_kwargs})
 
     @cached_property
+    def noise_in_training(self) -> bool:
+        """Whether what the reference computes in training mode depends on random numbers, apart from dropout."""
+        module = fresh_copy(self.module, True, torch.float64)
+        return draws_otherwise(self.first_outputs(module), self.first_outputs(module, noise=1))
+
+    @cached_property
     def modes(self) -> tuple[bool, ...]:
-        """Evaluation mode, and training mode too if it computes something else."""
+        """Evaluation mode, and training mode too if it computes something else, and what JAX can compute as well."""
         training = self.pair.training
         if training is None:
             training = has_training_mode(self.module)
+        training = training and not self.noise_in_training
         return (False, True) if training else (False,)
 
     @cached_property
@@ -393,17 +457,30 @@ class Case:
         return [compare_sides(self, size, training) for training in self.modes for size in self.sizes]
 
 
-def channels_last(array: np.ndarray) -> np.ndarray:
-    """Turn float [batch, channel, row, column] and [batch, channel, depth, row, column] into channels-last."""
-    if array.ndim in (4, 5) and np.issubdtype(array.dtype, np.floating):
-        return np.ascontiguousarray(np.moveaxis(array, 1, -1))
-    return array
+def draws_otherwise(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two runs on the same inputs gave other outputs."""
+    pairs = zip(one.values(), other.values(), strict=True)
+    return any(torch.is_tensor(leaf) and not np.array_equal(leaf, again, equal_nan=True) for leaf, again in pairs)
+
+
+def has_nan(outputs: Mapping[str, Any]) -> bool:
+    """Return whether any output is NaN somewhere."""
+    return any(torch.is_tensor(leaf) and bool(torch.isnan(leaf).any()) for leaf in outputs.values())
+
+
+def is_image(array: np.ndarray, axes: int = 4) -> bool:
+    """Return whether an array is of floats and has this number of axes, or more, up to 5."""
+    return axes <= array.ndim <= 5 and bool(np.issubdtype(array.dtype, np.floating))
+
+
+def channels_last(array: np.ndarray, axes: int = 4) -> np.ndarray:
+    """Turn float [batch, channel, row, column], with a depth too, and from 3 axes on a sequence, into channels-last."""
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if is_image(array, axes) else array
 
 
 def has_training_mode(module: torch.nn.Module) -> bool:
     """Return whether the module computes something else in training mode, apart from dropout."""
-    kinds = (torch.nn.modules.batchnorm._BatchNorm,)
-    return any(isinstance(child, kinds) and child.track_running_stats for child in module.modules())
+    return any(getattr(child, "track_running_stats", False) for child in module.modules())
 
 
 def find_map(case: Case) -> Proposal:
@@ -1275,8 +1352,7 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
         stack.enter_context(exact_arithmetic("float64"))
         stack.enter_context(fixed_settings(torch.float64, sweeper.module))
         stack.enter_context(torch.no_grad())
-        if sweeper.training:
-            stack.enter_context(WithoutDropout())
+        stack.enter_context(WithoutDropout())
         origins = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
     return {name: origin for name, origin in origins.items() if origin is not None}
 
@@ -1287,6 +1363,7 @@ class Inside:
     def __init__(self, values: list[np.ndarray], channels_last: bool) -> None:
         self.channels_last = channels_last
         self.by_size: dict[int, list[np.ndarray]] = {}
+        self.sums: dict[int, np.ndarray] = {}
         for value in values:
             self.by_size.setdefault(value.size, []).append(value)
 
@@ -1311,7 +1388,13 @@ class Inside:
                     yield found
 
     def has(self, array: np.ndarray) -> bool:
-        """Return whether one of them is this value of PyTorch's."""
+        """Return whether one of them is this value of PyTorch's; most are told apart by their sums."""
+        known = self.by_size.get(array.size, [])
+        if array.size not in self.sums:
+            self.sums[array.size] = np.array([value.sum() for value in known])
+        distance = np.abs(self.sums[array.size] - array.sum())
+        if not (distance <= EQUAL * array.size * largest(array)).any() and np.isfinite(distance).all():
+            return False
         return any(is_same(value, array) for value in self.of_shape(array.shape))
 
 
@@ -1392,13 +1475,34 @@ class History(NamedTuple):
                 with suppress(Exception):  # as where a value is not in an operation's range
                     yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
+    def tries_of_two(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield what `tries` does where both arguments are JAX's, as in a loop: the one that is made first."""
+        known = list(self.arguments(place)) if place in self.calls else []
+        makers = [self.maker(argument, place) for _, argument in known]
+        if len(known) != 2 or None in makers:
+            return
+        function, *nest = self.calls[place]
+        values = [
+            [value for value in self.inside.of_shape(argument.shape) if not is_same(value, argument)]
+            for _, argument in known
+        ]
+        first = int(np.argmin([self.comparison.order.index(name) for name in makers if name is not None]))
+        for both in itertools.islice(itertools.product(*values), MOST_PAIRS):
+            instead = nest
+            for (keys, _), value in zip(known, both, strict=True):
+                instead = map_leaves(partial(put, keys, value), instead)
+            args, kwargs = instead
+            with suppress(Exception):
+                result = next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
+                yield known[first][1], both[first], result
+
     def find_argument(self, place: str, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Return an argument, and a value of JAX's from which the operation makes JAX's value instead; or None."""
         if len(np.unique(actual)) < 2:
             return None
         found = (
             (argument, instead)
-            for argument, instead, result in self.tries(place)
+            for argument, instead, result in itertools.chain(self.tries(place), self.tries_of_two(place))
             if is_same(result, actual) and not is_same(instead, actual)
         )
         return next(found, None)

@@ -6,6 +6,7 @@ end to end, in an output, the loss, a weight's gradient, the statistics or the t
 """
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from parity_tests.harness import training
 from parity_tests.harness.capture import (
     KINK,
     LARGEST_OF_TABLES,
+    NOISE,
     Case,
     Comparison,
     Origin,
@@ -64,7 +66,7 @@ from parity_tests.harness.pair import (
 from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, cast, link, match
 from parity_tests.harness.taps import compiled
-from parity_tests.harness.torch_side import TorchCapture, fixed_settings
+from parity_tests.harness.torch_side import TorchCapture, copy_module, fixed_settings
 from parity_tests.harness.weights import check_complete, size_of
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
@@ -77,6 +79,8 @@ FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions a
 FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
 PRECISION_SEEDS = 2
 DRIFT_POINTS = 40  # steps at which weights are compared, evenly spaced on a logarithmic axis
+
+COMPLEX = "JAX's weights are complex: optax takes each as one number, PyTorch as two"
 
 Check = Callable[[Case], Iterator[Divergence]]
 
@@ -118,7 +122,7 @@ def transfer(case: Case) -> Iterator[Divergence]:
     kept = tuple(entry for entry in weight_map.entries if set(entry.torch) <= weight_map.rearranges)
     there_and_back = replace(weight_map, entries=kept)
     back = there_and_back.to_torch(there_and_back.to_leaves(weights))
-    if lost := sorted(weights.keys() - back.keys()):
+    if lost := sorted(weights.keys() - back.keys() - weight_map.unused):
         case.notes.append(f"transfer: not tried for {', '.join(lost)}: JAX does not hold every value")
     expected = {name: array for name, array in weights.items() if name in back}
     yield from compare("transfer", {name: np.asarray(array) for name, array in back.items()}, expected, EXACT)
@@ -841,7 +845,7 @@ def examine(
     if "parameters" not in failed:
         result.comparisons = case.comparisons if {"outputs", "gradients"} & set(names) else []
         result.float32 = case.shared.get("float32", {})
-        if steps:
+        if steps and not (why_not_optimized(case) or why_not_trained(case)):
             progress(f"drift over {steps} steps")
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
@@ -869,10 +873,36 @@ def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:
             return "the pair declares no jax_init"
         if isinstance(pair.torch_module, torch.nn.Module):
             return "the PyTorch side is one module, not a function that makes one"
-    if name in ("optimizer", "trajectory", "handover") and not any(p.requires_grad for p in case.module.parameters()):
-        return "the reference trains no parameter"
+    if name in ("statistics", "optimizer", "trajectory", "handover", "precision") and case.holds_complex:
+        return COMPLEX
     if name == "statistics" and True not in case.modes:
-        return "the network has no running statistics"
+        return why_not_trained(case) or "the network has no running statistics"
+    if name in ("optimizer", "trajectory", "handover"):
+        return why_not_optimized(case) or (why_not_trained(case) if name != "optimizer" else "")
+    return ""
+
+
+def why_not_optimized(case: Case) -> str:
+    """Return why the optimizers of both sides cannot be compared, or an empty string."""
+    if not any(parameter.requires_grad for parameter in case.module.parameters()):
+        return "the reference trains no parameter"
+    if case.pair.torch_optimizer is None or case.pair.torch_step is not None:
+        return ""
+    if "optimizer" not in case.shared:
+        case.shared["optimizer"] = type(case.pair.torch_optimizer(copy_module(case.module)))
+    kind = case.shared["optimizer"]
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is None or closure.default is not closure.empty:
+        return ""
+    return f"{kind.__name__} computes the loss several times a step, and optax at other points"
+
+
+def why_not_trained(case: Case) -> str:
+    """Return why both sides cannot be trained alike, or an empty string."""
+    if case.holds_complex:
+        return COMPLEX
+    if in_training_mode(case) and case.noise_in_training:
+        return f"{NOISE} of both sides, or declare training=False"
     return ""
 
 

@@ -4,7 +4,7 @@ Only the first three fields have to be given. All others have a default that fit
 port needs another. Nothing is guessed in silence: what a default chose stands in the report.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,7 +81,8 @@ class Pair:
     """PyTorch's stages and the JAX stages with the same value, where weights and order do not tell; patterns too."""
     jax_inputs: Any = None
     """How JAX takes the inputs: "same", "channels_last", or a function from `Inputs` to `Inputs`. None means
-    channels-last for float arrays of 4 and 5 axes, but for Equinox, whose layers take channels first."""
+    channels-last for float arrays of 4 and 5 axes, but for Equinox, whose layers take channels first. "channels_last"
+    also turns arrays of 3 axes, as sounds are, if no input has more."""
     jax_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """More keyword arguments of the JAX model in evaluation mode."""
     jax_training_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -154,11 +155,11 @@ class Pair:
         return as_inputs(self.inputs(rng, size)) if callable(self.inputs) else draw_like(self.inputs, rng, size)
 
     def draw_targets(self, seed: int, size: int) -> Any:
-        """Return targets for a batch of this size: drawn by the pair's function, or values of the example."""
+        """Return targets for a batch of this size: drawn by the pair's function, or rows of the example."""
         rng = np.random.default_rng((seed, size, 1))
         if self.targets is None or callable(self.targets):
             return self.targets and self.targets(rng, size)
-        return jax.tree.map(lambda leaf: redraw(np.asarray(leaf), rng, size, batch_of(leaf)), self.targets)
+        return jax.tree.map(lambda leaf: draw_rows(np.asarray(leaf), (seed, size, 1), size), self.targets)
 
     def draw_batch(self, seed: int, size: int) -> Batch:
         """Return inputs and targets of this batch size."""
@@ -183,6 +184,9 @@ def find_slip(pair: Pair) -> str:
         return "the pair declares PyTorch's optimizer alone: give jax_optimizer= too"
     if pair.torch_optimizer is not None and not callable(pair.torch_optimizer):
         return "torch_optimizer= is an optimizer: give a function that makes one for a module"
+    for name in ("torch_schedule", "jax_schedule"):
+        if (given := getattr(pair, name)) is not None and not callable(given):
+            return f"{name}= is a {type(given).__name__}: give a function from the step, counted from 0, to the rate"
     if isinstance(pair.jax_inputs, str) and pair.jax_inputs not in ("same", "channels_last"):
         return f'jax_inputs={pair.jax_inputs!r} is unknown: give "same", "channels_last" or a function'
     if sizes is not None and not (
@@ -214,24 +218,40 @@ def batch_of(example: Any) -> int:
     return int(arrays[0].shape[0]) if arrays else 0
 
 
-def draw_like(example: Any, rng: np.random.Generator, size: int) -> Inputs:
+def draw_like(example: Any, rng: np.random.Generator, size: int, zeros: bool = True) -> Inputs:
     """Draw inputs like an example: floats anew, integers and booleans from the example's own values."""
     inputs = as_inputs(example)
     batch = batch_of((inputs.args, inputs.kwargs))
-    args = jax.tree.map(lambda leaf: redraw(leaf, rng, size, batch) if is_array(leaf) else leaf, inputs.args)
+    args = jax.tree.map(lambda leaf: redraw(leaf, rng, size, batch, zeros=zeros), inputs.args)
     kwargs = {
-        name: jax.tree.map(lambda leaf, name=name: redraw(leaf, rng, size, batch, "mask" in name), value)
+        name: jax.tree.map(lambda leaf, name=name: redraw(leaf, rng, size, batch, "mask" in name, zeros), value)
         for name, value in inputs.kwargs.items()
     }
     return Inputs(*args, **kwargs)
 
 
-def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False) -> Any:
+def draw_rows(example: np.ndarray, seed: Sequence[int], size: int) -> np.ndarray:
+    """Return rows of an example in another order, all of them if there are enough: the same rows of all examples.
+
+    A loss may take no other values: probabilities, for example, or labels as long as another target says. Floats of
+    one value are a placeholder, and are drawn anew.
+    """
+    rng = np.random.default_rng(seed)
+    if not example.ndim:
+        return example
+    if np.issubdtype(example.dtype, np.floating) and example.size and np.ptp(example) == 0:
+        return np.asarray(redraw(example, rng, size, len(example)))
+    return example[np.resize(rng.permutation(len(example)), size)]
+
+
+def redraw(
+    example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False, zeros: bool = True
+) -> Any:
     """Draw one array like the example, with another batch size if its first axis is the batch.
 
     Floats are drawn from a normal distribution with the example's mean and deviation, inside its range if it has no
-    negative value. With 4 rows or more, the first is zero, the second nearly constant and the third ten times as
-    large. Masks, zeros and ones, and all that is no float keep the example's own rows or values.
+    negative value. With 4 rows or more, the first is zero if it may be, the second nearly constant and the third ten
+    times as large. Masks, zeros and ones, and all that is no float keep the example's own rows or values.
     """
     if not is_array(example):
         return example
@@ -251,7 +271,7 @@ def redraw(example: Any, rng: np.random.Generator, size: int, batch: int, mask: 
     if array.min() >= 0 and array.max() > 0:
         drawn = np.abs(drawn)
     if size >= 4:
-        drawn[0] = 0
+        drawn[0] = 0 if zeros else drawn[0]
         drawn[1] = spread * (0.03 + NOISE * rng.random(rows.shape[1:]))
         drawn[2] *= 10
     return drawn.astype(array.dtype)
@@ -283,7 +303,8 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
     """Return the reference's weights in float32, changed so that they hide no fault.
 
     A tensor that is all zeros or all ones, as biases, scales and statistics are at first, is drawn away from there, and
-    so is any other parameter of one value, as the slopes of a PReLU or a factor that is learned.
+    so is any other parameter of one value, as the slopes of a PReLU or a factor that is learned, and each that is its
+    own transpose, as the identity is.
     Every second bias is 0, so that an input of zeros asks an activation for its gradient at 0. The first two scales of
     a norm are 0: its first channel is 0 everywhere, as after a start from 0, and its second a positive constant, from
     which a max-pool cannot choose a largest value.
@@ -298,6 +319,9 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
             tensors[name] = (0.2 * rng.standard_normal(array.shape)).astype(np.float32)
         elif several and np.ptp(array) == 0 and (name in parameters or np.all(array == 1)):
             tensors[name] = (array * rng.uniform(0.5, 1.5, array.shape)).astype(np.float32)
+        elif name in parameters and array.ndim == 2 and array.size > 1 and np.array_equal(array, array.T):
+            noise = rng.uniform(-0.1, 0.1, array.shape)  # else the map could not tell it from its transpose
+            tensors[name] = (array + noise * np.abs(array).max()).astype(np.float32)
         if name in parameters and name.endswith("bias") and array.ndim == 1:
             tensors[name] = tensors[name].copy()
             tensors[name][::2] = 0

@@ -19,6 +19,7 @@ from jax.tree_util import GetAttrKey
 from torch import nn
 
 from parity_tests.harness.capture import exact_arithmetic, release_memory
+from parity_tests.harness.compare import Refused
 from parity_tests.harness.taps import compiled, rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
@@ -565,7 +566,15 @@ def own_memory(opt_state: Any, params: Sequence[jax.Array], exact: bool) -> Any:
 def update_step(optimizer: Any, gradients: Sequence[Any], opt_state: Any, params: Any) -> tuple[Any, Any]:
     """Update the parameters with one gradient after the other; optax.MultiSteps accumulates by itself."""
     for gradient in gradients:
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        try:
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+        except TypeError as error:
+            if "required keyword-only argument" not in str(error):
+                raise
+            words = str(error).partition("\n")[0]  # JAX adds a line
+            raise Refused(
+                f"jax_optimizer= takes more than gradients ({words}): give jax_step= and torch_step="
+            ) from None
         params = jax.tree.map(lambda param, update: (param + update).astype(param.dtype), params, updates)
     return params, opt_state
 

@@ -348,11 +348,17 @@ def output_place(cell: Stage, stages: Collection[str]) -> str:
 
 
 def match_names(matcher: Matcher) -> None:
-    """Match modules whose whole names are the same."""
+    """Match modules whose whole names are the same, call by call if both are called equally often.
+
+    JAX leaves out a call of which only the derivative is used.
+    """
     plain = {stage.name.replace("/~/", "/").replace("/", "."): stage for stage in matcher.jax.values()}
+    torch, jax = group_calls(matcher.torch.values()), group_calls(matcher.jax.values())
     for stage in matcher.torch.values():
         other = plain.get(stage.name)
-        if other is not None and not stage.label and not other.label:
+        if other is None or stage.label or other.label:
+            continue
+        if len(torch[stage.owner]) == len(jax[other.owner]):
             matcher.add(stage, other, "name")
 
 

@@ -49,6 +49,7 @@ def compiled(fn: Callable[..., Any], **options: Any) -> Any:
     return jax.jit(fn, compiler_options=QUICKLY if quickly else None, **options)
 
 
+MOST_STEPS = 32  # of a loop whose values are kept, too
 MOST_VALUES = 2**26  # numbers that are kept of one run: 0.5 GiB in float64
 
 tap_p = Primitive("tap")
@@ -705,14 +706,16 @@ class Walk:
 
 @dataclass
 class Collector(Walk):
-    """A walk that goes into every function, and keeps the values of all equations that are not in a loop."""
+    """A walk that goes into every function and short loop, and keeps the values of all equations there."""
 
     kept: dict[int, Any] = field(default_factory=dict)  # by their ids
 
     def bind(self, equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
         """Evaluate an equation, the inside of a function too."""
         outputs = None
-        if equation.primitive.name in INLINED | CUSTOM:
+        if equation.primitive.name == "scan":
+            outputs = self.scan(equation, [Plan(equation.params["jaxpr"].jaxpr, {}, {})], inputs)
+        elif equation.primitive.name in INLINED | CUSTOM:
             inner = first_closed(equation)
             jaxpr, constants = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
             if len(jaxpr.invars) == len(inputs) and len(jaxpr.constvars) == len(constants):
@@ -728,6 +731,26 @@ class Collector(Walk):
             return super().enter(equation, plans, inputs)
         inner = first_closed(equation)
         return self.run(plans[0], inner.consts if isinstance(inner, ClosedJaxpr) else (), inputs)
+
+    def scan(self, equation: JaxprEqn, plans: Sequence[Plan], inputs: list[Any]) -> list[Any]:
+        """Evaluate a scan, a short one step by step: the values of each step are kept."""
+        parameters = equation.params
+        if not 0 < parameters["length"] <= MOST_STEPS:
+            return super().scan(equation, plans, inputs)
+        first, second = parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
+        constants, carry, sequences = inputs[:first], inputs[first:second], inputs[second:]
+        results: dict[int, list[Any]] = {}
+        for number in reversed(range(parameters["length"])) if parameters["reverse"] else range(parameters["length"]):
+            plan = plans[number] if len(plans) > 1 else plans[0]
+            slots = self.slots
+            if len(plans) == 1:  # a slot has the steps in front
+                slots = {name: slots[name][number] for name in plan.names() if name in slots}
+            walk = Collector(self.rule, slots, self.steered, moved=self.moved, kept=self.kept)
+            step = [sequence[number] for sequence in sequences]
+            outputs = walk.run(plan, parameters["jaxpr"].consts, [*constants, *carry, *step])
+            carry, results[number] = outputs[: second - first], outputs[second - first :]
+        stacked = zip(*(results[number] for number in sorted(results)), strict=True)
+        return [*carry, *map(jnp.stack, stacked)]
 
     def visit(self, name: str, value: Array) -> Array:
         """Keep what is handed on as well."""

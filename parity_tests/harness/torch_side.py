@@ -427,7 +427,7 @@ def capture_torch(
         precision = getattr(torch, dtype)
         model = fresh_copy(module, training, precision)
         with watch.attach(model) if watch else nullcontext():
-            return run(model, inputs, objective, training, precision, watch)
+            return run(model, inputs, objective, precision, watch)
 
     plain = run_fresh(None).digests() if verify else None
     # Views of what a module hands through can change the order in which gradients are summed, hence their last bit.
@@ -696,9 +696,7 @@ def fixed_settings(dtype: torch.dtype, module: nn.Module | None = None) -> Itera
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def run(
-    model: nn.Module, inputs: Call, objective: Any, training: bool, dtype: torch.dtype, watch: Watch | None = None
-) -> Run:
+def run(model: nn.Module, inputs: Call, objective: Any, dtype: torch.dtype, watch: Watch | None = None) -> Run:
     """Run the model forward and backward once.
 
     Raises:
@@ -706,8 +704,7 @@ def run(
     """
     with ExitStack() as stack:
         widened = stack.enter_context(fixed_settings(dtype, model))
-        if training:
-            stack.enter_context(WithoutDropout())
+        stack.enter_context(WithoutDropout())  # some models forget to switch a function of dropout off
         random_state = torch.get_rng_state()
         args, kwargs = (
             map_leaves(lambda _, leaf: to_input(leaf, dtype), nest) for nest in (inputs.args, inputs.kwargs)
@@ -803,7 +800,7 @@ def calls_in(
     """Return function, positional and keyword arguments of these calls in a float64 run of the reference."""
     watch, model = Watch(calls_of=names), fresh_copy(module, training, torch.float64)
     with watch.attach(model):
-        run(model, inputs, lambda outputs: None, training, torch.float64, watch)
+        run(model, inputs, lambda outputs: None, torch.float64, watch)
     return watch.kept_calls
 
 
@@ -901,7 +898,7 @@ def run_moved(module: nn.Module, inputs: Call, objective: Any, training: bool, s
         )
     watch = Watch()
     with watch.attach(model):
-        return run(model, Moved(args, kwargs), objective, training, torch.float64, watch), watch
+        return run(model, Moved(args, kwargs), objective, torch.float64, watch), watch
 
 
 def second_differences(
@@ -941,7 +938,7 @@ def backward_errors(
     watch = Watch(calls_of=stages)
     model = fresh_copy(module, training, torch.float64)
     with watch.attach(model):
-        run(model, inputs, objective, training, torch.float64, watch)
+        run(model, inputs, objective, torch.float64, watch)
     errors = {}
     for name in names:
         if (call := watch.kept_calls.get(name.split("[")[0])) is None:

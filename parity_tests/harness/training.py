@@ -391,7 +391,7 @@ def above_noise(
         add_note(
             notes,
             f"training: not tried beyond step {step}: if its weights move by rounding ({unit:.0e}), PyTorch's own "
-            f"{shorten(sorted({item.name for item in wrong if item.name}))} changes as much as the two sides differ",
+            f"{shorten(sorted({item.name or item.part for item in wrong}))} changes as much as the two sides differ",
         )
         return []
     return kept
@@ -596,10 +596,12 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
                 sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
         elif share and abs(share - 1) > 1e-9:
-            size = round(1 / abs(1 - share)) if share < 1 else 0
-            biased = size and abs(share - (size - 1) / size) < 1e-6
-            why = f" = {size - 1}/{size}: the biased variance of {size} values" if biased else ""
-            text = f"JAX takes {share:.6g} times PyTorch's share of the batch{why}"
+            size = 1 / (1 - share) if share < 1 else 0.5
+            if abs(size - round(size)) < 1e-3:  # another number in each norm, and one cause
+                note = f"{size - 1:.0f}/{size:.0f} of PyTorch's"
+                causes.setdefault(name, [("JAX takes the biased variance of the batch", note)])
+                continue
+            text = f"JAX takes {share:.6g} times PyTorch's share of the batch"
         else:
             continue
         causes.setdefault(name, [(text, "")])

@@ -330,25 +330,32 @@ def read_gather(convert: Callable[[list[np.ndarray]], Sequence[Array]], shapes: 
     Raises:
         NoInverse: a leaf holds values that no tensor holds: they are computed. The message has its number.
     """
+
+    def labels_of(leaf: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # what is no number is no label either
+            return leaf.astype(np.int32)
+
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     total = int(ends[-1])
 
     def run(labels: np.ndarray) -> list[np.ndarray]:
         parts = np.split(labels.astype(np.float32), ends[:-1])
-        leaves = convert([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
-        with np.errstate(invalid="ignore"):  # what is no number is no label either
-            return [np.asarray(leaf).astype(np.int32) for leaf in leaves]
+        return [np.asarray(leaf) for leaf in convert([p.reshape(s) for p, s in zip(parts, shapes, strict=True)])]
 
     base = 2**23
     places = np.arange(1, total + 1, dtype=np.int32)
-    index = run(places % base)
+    first = run(places % base)
+    index = [labels_of(leaf) for leaf in first]
     if total >= base:
-        index = [low + base * high for low, high in zip(index, run(places // base), strict=True)]
+        index = [low + base * labels_of(high) for low, high in zip(index, run(places // base), strict=True)]
     # A sum, a mean or a multiple of labels may be another label, but not twice.
     others = np.random.default_rng(0).integers(1, base, total + 1, dtype=np.int32)
     others[0] = 0
-    for number, (place, other) in enumerate(zip(index, run(others[1:]), strict=True)):
-        if place.size and (place.min() < 0 or place.max() > total or not np.array_equal(others[place], other)):
+    for number, (place, leaf, again) in enumerate(zip(index, first, run(others[1:]), strict=True)):
+        other = labels_of(again)
+        is_fraction = ((again != other) & (leaf != again)).any()  # a constant may be one
+        inside = not place.size or (place.min() >= 0 and place.max() <= total)
+        if is_fraction or not inside or not np.array_equal(others[place], other):
             raise NoInverse(f"leaf {number} holds values that are computed, not moved")
     return [place - 1 for place in index]
 

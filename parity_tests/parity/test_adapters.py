@@ -688,6 +688,22 @@ def test_equinoxs_batch_norm_that_counts_its_batches_is_that_of_pytorch_but_for_
     assert (found.check, found.where.partition(" ")[0]) == ("statistics", "norm.running_var")
 
 
+class EqxKeyed(eqx.Module):
+    fc: eqx.nn.Linear
+    drop: eqx.nn.Dropout
+
+    def __init__(self, key: Array) -> None:
+        self.fc, self.drop = eqx.nn.Linear(WIDTH, WIDTH, key=key), eqx.nn.Dropout(0.5)
+
+    def __call__(self, row: Array, *, key: Array, inference: bool) -> Array:
+        return self.drop(self.fc(row), key=key, inference=inference)
+
+
+def test_an_equinox_model_gets_the_keyword_arguments_that_it_takes_while_it_is_watched() -> None:
+    traced, _ = watch_model(adapt(EqxKeyed(KEY)), ROWS)
+    assert modules_of(traced) == ["fc", "drop", ""]
+
+
 def test_an_equinox_model_is_seen_in_a_plain_function_that_makes_it() -> None:
     module = EqxParts(KEY)
     arrays, rest = eqx.partition(module, eqx.is_array)

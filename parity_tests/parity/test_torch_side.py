@@ -241,6 +241,21 @@ def test_training_mode_has_no_dropout(model: nn.Module, names: list[str], traini
     assert "the reference draws random numbers" not in capture.notes
 
 
+class Forgetful(nn.Linear):
+    """Drops values in evaluation mode too: its author forgot to say `training=self.training`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with some values dropped."""
+        return nn.functional.dropout(super().forward(x), 0.5)
+
+
+def test_a_function_of_dropout_that_is_never_switched_off_drops_nothing() -> None:
+    model = Forgetful(8, 4).double()
+    capture = capture_torch(model, Inputs(draw(2, 8)), wave, training=False)
+    expected = nn.functional.linear(torch.tensor(draw(2, 8)), model.weight, model.bias)
+    np.testing.assert_allclose(capture.outputs, expected.detach().numpy(), rtol=1e-12)
+
+
 def test_attention_takes_keywords_and_says_that_its_projection_is_not_seen() -> None:
     model = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
     inputs = Inputs(draw(2, 5, 8), key=draw(2, 5, 8), value=draw(2, 5, 8), key_padding_mask=np.eye(5)[:2] > 0)

@@ -637,6 +637,13 @@ def test_any_moves_in_numpy_are_read(name: str) -> None:
     assert np.array_equal(actual, expected["w"])
 
 
+def test_small_values_that_a_loader_computes_are_no_constants() -> None:
+    module = nn.Linear(3, 2)
+    weights = from_function(lambda state: {"w": state["weight"] / 1e3, "c": np.full(2, 0.5)}, flatten, module)
+    assert [entry.jax for entry in weights.entries] == [("w",)]
+    np.testing.assert_allclose(weights.to_leaves(tensors_of(module))["w"], tensors_of(module)["weight"] / 1e3)
+
+
 def test_a_loader_in_jax_numpy_may_compute_and_is_carried_leaf_by_leaf() -> None:
     module = nn.ModuleDict({"rnn": nn.LSTM(3, 4), "fc": nn.Linear(4, 2)})
 

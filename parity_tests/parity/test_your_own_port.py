@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from jax_cnn.config import UserError
 from parity_tests.command import ReportConfig, load_pair, plant
 from parity_tests.harness import Inputs, Pair, Result, examine
-from parity_tests.harness.capture import Case
+from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
@@ -69,6 +70,222 @@ def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
     pair = Pair(nn.Linear(3, 2), lambda tree, x: (x @ tree["weight"].T + tree["bias"], x), np.ones((2, 3)), dict)
     with pytest.raises(Refused, match="PyTorch returns 1 array, JAX "):
         examine(pair, names=("outputs",))
+
+
+def test_targets_are_rows_of_the_example_the_same_of_all() -> None:
+    """A loss may take no others: probabilities, and labels as long as another target says."""
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 8)
+    lengths = np.arange(8)
+    targets = Pair(nn.Identity, None, np.ones((8, 3)), targets=(shares, lengths)).draw_targets(0, 11)
+    np.testing.assert_array_equal(targets[0], shares[targets[1]])
+    assert sorted(set(targets[1])) == list(range(8))
+    placeholder = Pair(nn.Identity, None, np.ones((8, 3)), targets=np.zeros((8, 1))).draw_targets(0, 11)
+    assert placeholder.shape == (11, 1)
+    assert placeholder.std() > 0.1
+
+
+class Slope(nn.Module):
+    """The derivative of a network by its input, as a Hamiltonian or a physics-informed network has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the derivatives [batch, 3]."""
+        x = x.requires_grad_(True)
+        (slope,) = torch.autograd.grad(torch.tanh(self.fc(x)).sum(), x, create_graph=True)
+        return slope
+
+
+def slope(tree: Any, x: jax.Array) -> jax.Array:
+    """Compute the same."""
+    return jax.grad(lambda x: jnp.tanh(x @ tree["fc.weight"].T + tree["fc.bias"]).sum())(x)
+
+
+def test_a_forward_that_needs_gradients_of_its_own_is_compared() -> None:
+    pair = Pair(Slope, slope, np.ones((4, 3), np.float32), dict, targets=np.ones((4, 3), np.float32))
+    result = examine(pair, names=("parameters", "outputs", "loss", "gradients", "trajectory"))
+    assert not result.divergences
+    assert len(result.passed) == 5
+    assert not any("keeps its float32" in note for note in result.notes)
+
+
+class Penalty(nn.Module):
+    """A score, and the penalty of a Wasserstein GAN: of the derivative of another score, which is not used itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return [batch]."""
+        x = x.requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return cast(torch.Tensor, self.net(y)[:, 0]) + (slope.norm(dim=1) - 1) ** 2
+
+
+class Score(linen.Module):
+    """The network, under the same name."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [batch, 1]."""
+        return linen.Dense(1)(jnp.tanh(linen.Dense(4)(x)))
+
+
+class PenaltyPort(linen.Module):
+    """The same, with the squared length of the derivative."""
+
+    def setup(self) -> None:
+        """Make the network."""
+        self.net = Score()
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return [batch]."""
+        if self.is_initializing():  # Flax makes no weights while it differentiates
+            return self.net(y)[:, 0]
+        slope = jax.vjp(self.net, x)[1](jnp.ones((len(x), 1)))[0]
+        return self.net(y)[:, 0] + (jnp.square(slope).sum(1) - 1) ** 2
+
+
+def test_a_call_that_is_only_differentiated_does_not_shift_the_others() -> None:
+    inputs = (np.ones((4, 3), np.float32), np.ones((4, 3), np.float32))
+    result = examine(Pair(Penalty, PenaltyPort(), inputs, batch_sizes=(4,)), names=("outputs",))
+    assert [divergence.where for divergence in result.divergences] == ["output of norm"]
+
+
+class Noisy(nn.Module):
+    """A linear layer with noise, in training alone or always."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.fc, self.always = nn.Linear(3, 2), always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 2]."""
+        y = cast(torch.Tensor, self.fc(x))
+        return y + torch.randn_like(y) if self.training or self.always else y
+
+
+def test_noise_that_the_reference_draws_is_named() -> None:
+    pair = Pair(partial(Noisy, always=False), linen.Dense(2), np.ones((4, 3), np.float32))
+    result = examine(pair, names=("outputs", "trajectory"), steps=2)
+    assert result.passed == ["outputs"]
+    assert "make them an input of both sides, or declare training=False" in result.not_checked["trajectory"]
+    with pytest.raises(Refused, match=r"the reference draws random numbers, .* make them an input of both sides"):
+        examine(replace(pair, torch_module=partial(Noisy, always=True)), names=("outputs",))
+
+
+def test_an_optimizer_that_computes_losses_itself_is_not_compared() -> None:
+    optimizers = {"torch_optimizer": lambda module: torch.optim.LBFGS(module.parameters()), "jax_optimizer": optax.sgd}
+    pair = Pair(partial(nn.Linear, 3, 2), linen.Dense(2), np.ones((4, 3), np.float32), **optimizers)
+    result = examine(pair, names=("outputs", "optimizer", "trajectory"), steps=2)
+    assert result.passed == ["outputs"]
+    assert "LBFGS computes the loss several times a step" in result.not_checked["optimizer"]
+
+
+class Buffers(nn.Module):
+    """A product with a mask and a sum with zeros, both of which are buffers, and running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False)
+        self.mask: torch.Tensor
+        self.offset: torch.Tensor
+        self.register_buffer("mask", torch.tril(torch.ones(3, 3)))
+        self.register_buffer("offset", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 3]."""
+        return cast(torch.Tensor, self.norm(self.fc(x) @ self.mask)) + self.offset
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_buffers_that_a_port_computes_itself_are_no_gap_but_statistics_are(upper: bool) -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        mask = jnp.triu(jnp.ones((3, 3))) if upper else jnp.tril(jnp.ones((3, 3)))
+        return (x @ tree["fc"]["kernel"] + tree["fc"]["bias"]) @ mask / np.sqrt(1 + 1e-5)
+
+    tree = {"fc": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    pair = Pair(Buffers, (tree, port), np.ones((8, 4), np.float32), training=False)
+    found = examine(pair, names=("parameters",))
+    assert {divergence.where for divergence in found.divergences} == {"norm.running_mean", "norm.running_var", "offset"}
+    declared = replace(pair, weights={"norm": unused(), "offset": unused()})
+    result = examine(declared, names=("parameters", "outputs"))
+    assert [divergence.where for divergence in result.divergences][:1] == (["output of matmul"] if upper else [])
+    assert any("only PyTorch has, taken for what JAX computes itself: mask" in note for note in result.notes)
+
+
+class Cosine(nn.Module):
+    """Rows of length 1 times a matrix that starts as the identity: a row of zeros would be NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.eye(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 3]."""
+        return x / x.norm(dim=1, keepdim=True) @ self.turn
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_row_of_zeros_that_would_be_nan_is_left_out_and_the_identity_is_told_from_its_transpose(
+    transposed: bool,
+) -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        turn = tree["turn"].T if transposed else tree["turn"]
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True) @ turn
+
+    pair = Pair(Cosine, ({"turn": jnp.eye(3)}, port), np.ones((4, 3), np.float32))
+    result = examine(pair, names=("parameters", "outputs", "gradients"))
+    assert not result.divergences
+    assert "no row of the inputs is zero, because PyTorch gives NaN for it" in result.notes
+
+
+def test_a_jax_optimizer_that_takes_more_than_gradients_is_refused_in_words() -> None:
+    optimizers = {
+        "torch_optimizer": lambda module: torch.optim.SGD(module.parameters(), 0.1),
+        "jax_optimizer": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    }
+    pair = Pair(partial(nn.Linear, 3, 2), linen.Dense(2), np.ones((4, 3), np.float32), **optimizers)
+    with pytest.raises(Refused, match=r"takes more than gradients \(.* 'value'\): give jax_step="):
+        examine(pair, names=("optimizer",))
+
+
+class Euler(nn.Module):
+    """Three steps of Euler's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [batch, 2]."""
+        for _ in range(3):
+            x = x + 0.1 * torch.tanh(self.fc(x))
+        return cast(torch.Tensor, self.out(x))
+
+
+def test_a_fault_in_a_loop_is_found_in_its_operation() -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            return x + 0.2 * jnp.tanh(x @ tree["fc.weight"].T + tree["fc.bias"])
+
+        return lax.fori_loop(0, 3, step, x) @ tree["out.weight"].T + tree["out.bias"]
+
+    result = examine(Pair(Euler, port, np.ones((4, 3), np.float32), dict), names=("outputs",))
+    assert [divergence.where for divergence in result.divergences] == ["output of mul"]
+
+
+def test_an_instance_norm_with_statistics_has_a_training_mode() -> None:
+    assert has_training_mode(nn.InstanceNorm1d(3, track_running_stats=True))
+    assert not has_training_mode(nn.InstanceNorm1d(3))
+
+
+def test_sequences_are_turned_where_the_pair_says_so() -> None:
+    pair = Pair(partial(nn.Conv1d, 2, 4, 3), linen.Conv(4, (3,), padding="VALID"), np.ones((4, 2, 9), np.float32))
+    assert not examine(replace(pair, jax_inputs="channels_last"), names=("parameters", "outputs")).divergences
 
 
 def test_keyword_arguments_keep_their_order() -> None:
@@ -276,6 +493,7 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
         ),
         (Pair(LINEAR, DENSE, ROWS, torch_optimizer=1, jax_optimizer=1), "give a function that makes one for a module"),  # type: ignore[arg-type]
         (Pair(LINEAR, DENSE, ROWS, jax_inputs="nhwc"), "jax_inputs='nhwc' is unknown"),
+        (Pair(LINEAR, DENSE, ROWS, torch_schedule=0.1), "torch_schedule= is a float: give a function from the step"),  # type: ignore[arg-type]
         (Pair(LINEAR, DENSE, ROWS, batch_sizes=8), "batch_sizes=8 is no tuple of sizes"),  # type: ignore[arg-type]
     ],
 )
@@ -285,7 +503,8 @@ def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> Non
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int) -> None:
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int, is_complex: bool) -> None:
     """A port that conjugates one, as a formula with another convention does, differs in outputs."""
 
     def reference() -> nn.Module:
@@ -293,15 +512,18 @@ def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int) -> No
         return TorchNet(lambda net, x: net.mix((torch.exp(-net.modes) * x).imag), modes=modes, mix=nn.Linear(4, 2))
 
     def port(tree: Any, x: jax.Array) -> jax.Array:
-        modes = tree["re"] + sign * 1j * tree["im"]
-        return linear(tree["mix"], (jnp.exp(-modes) * x).imag)
+        modes = tree["modes"] if is_complex else tree["re"] + 1j * tree["im"]
+        return linear(tree["mix"], (jnp.exp(-modes if sign == 1 else -jnp.conj(modes)) * x).imag)
 
     def load(state: Any) -> Any:
         tree = nested(state)
         return {"re": tree["modes"][..., 0], "im": tree["modes"][..., 1], "mix": tree["mix"]}
 
-    result = examine(Pair(reference, port, values(8, 4), load))
+    own = {"modes": jnp.ones(4, complex), "mix": {"weight": jnp.ones((2, 4)), "bias": jnp.ones(2)}}
+    pair = Pair(reference, (own, port) if is_complex else port, values(8, 4), None if is_complex else load)
+    result = examine(pair, steps=2)
     assert {found.check for found in result.divergences} == (set() if sign == 1 else {"outputs"})
+    assert ("JAX's weights are complex" in result.not_checked.get("optimizer", "")) == is_complex
 
 
 @pytest.mark.parametrize("epsilon", [1e-12, 1e-9])
