@@ -256,6 +256,22 @@ def test_linens_batch_norm_and_dropout_in_both_modes() -> None:
     assert "bn/scale" in model.trainable(variables)
 
 
+class LinenMerged(nn.Module):
+    """A module whose mode is given when it is made or when it is called, but not twice."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, rows: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Return the rows, with dropout."""
+        return nn.Dropout(0.5)(rows, nn.merge_param("deterministic", self.deterministic, deterministic))
+
+
+@pytest.mark.parametrize("module", [LinenMerged(), LinenMerged(deterministic=True)])
+def test_a_mode_that_a_linen_module_was_made_with_is_not_given_again(module: nn.Module) -> None:
+    assert set(watch_model(adapt(module), ROWS, training=True)[0].taps) == {"Dropout_0", ""}
+
+
 @pytest.mark.parametrize("attend", [nn.dot_product_attention, nnx.dot_product_attention])
 def test_attention_that_a_model_calls_as_a_function_has_no_dropout(attend: Any) -> None:
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2, 4)))
@@ -721,6 +737,23 @@ def test_equinoxs_batch_norm_that_counts_its_batches_is_that_of_pytorch_but_for_
     assert {"tables", "outputs"} <= set(result.passed), result.divergences
     (found,) = result.divergences
     assert (found.check, found.where.partition(" ")[0]) == ("statistics", "norm.running_var")
+
+
+class EqxKeyed(eqx.Module):
+    """A model whose call needs a key, and is compiled by JAX itself."""
+
+    fc: eqx.nn.Linear
+
+    def __init__(self) -> None:
+        self.fc = eqx.nn.Linear(WIDTH, WIDTH, key=jax.random.key(0))
+
+    @jax.jit
+    def __call__(self, row: Array, *, key: Array) -> Array:
+        return self.fc(row) + 0 * jax.random.normal(key)
+
+
+def test_an_equinox_model_may_need_a_key_and_be_compiled_by_jax_itself() -> None:
+    assert modules_of(watch_model(adapt(EqxKeyed()), ROWS)[0]) == ["fc", ""]
 
 
 def test_an_equinox_model_is_seen_in_a_plain_function_that_makes_it() -> None:
