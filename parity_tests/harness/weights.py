@@ -1297,7 +1297,8 @@ def from_function(
     every dtype. Any other has to be written in `jax.numpy`, so that it can be differentiated.
 
     Args:
-        function: state dict (with every name of a tied tensor) to variables.
+        function: state dict (with every name of a tied tensor) to variables. What it takes out of the state dict and
+            carries nowhere, the port needs not.
         leaves_of: gives the leaves of the variables, by path.
         module: the PyTorch module.
         leaves: arrays or shapes of the leaves that the JAX model has; None if only the function knows.
@@ -1308,12 +1309,15 @@ def from_function(
     side = torch_side(module)
     names, sizes = list(side.shapes), list(side.shapes.values())
     given: dict[str, Shape] = {}
+    taken_out: set[str] = set()
     # Whole numbers, such as num_batches_tracked, are there for the function to read; no leaf is made of them.
     counters = {name: value.numpy() for name, value in module.state_dict().items() if name not in side.alias}
 
     def run(tensors: Sequence[Array]) -> list[Array]:
         values = dict(zip(names, tensors, strict=True))
-        result = leaves_of(function({name: values[first] for name, first in side.alias.items()} | counters))
+        state = {name: values[first] for name, first in side.alias.items()} | counters
+        result = leaves_of(function(state))
+        taken_out.update(side.alias[name] for name in side.alias.keys() - state.keys())
         given.clear()
         given.update((path, tuple(jnp.shape(leaf))) for path, leaf in result.items())
         return list(result.values())
@@ -1344,7 +1348,8 @@ def from_function(
         if shapes[path] != shape:
             words = f"of shape {shape}, and the JAX model has {shapes[path]}"
             raise CannotCarry(f"weights: the function gives {path} {words}")
-    return WeightMap(tuple(entries), side.shapes, dict(shapes), side.parameters)
+    unused = frozenset(taken_out - {name for entry in entries for name in entry.torch})
+    return WeightMap(tuple(entries), side.shapes, dict(shapes), side.parameters, unused)
 
 
 def moved(path: str, source: np.ndarray, names: Sequence[str], sizes: Sequence[Shape]) -> Entry:

@@ -831,6 +831,18 @@ def test_tensors_that_a_loader_skips_are_named() -> None:
     assert "token" not in weights.rearranges
 
 
+def test_a_loader_says_what_the_port_does_not_need_by_taking_it_out() -> None:
+    def load(state: dict[str, Any]) -> Any:
+        tree = numpy_loader(state)
+        tree["block_0"]["norm"]["mean"] = np.zeros(4)
+        del state["layer1.0.norm.running_mean"], state["token"]  # the second is carried all the same
+        return tree
+
+    weights = from_loader(load)
+    assert weights.unused == {"layer1.0.norm.running_mean"}
+    assert check_complete(weights, list(weights.tensors), list(LEAVES)).torch == ()
+
+
 MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "transposed": lambda x: x.T,
     "flipped": lambda x: x[::-1, ::-2],
