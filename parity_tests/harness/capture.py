@@ -1018,12 +1018,14 @@ def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         distances = [max((each[name] for name in differing & each.keys()), default=0.0) for each in moves]
         if min(distances) > ONE_SIDED:
             return comparison
-    sweeper.case.shared["kinks"] = True
     everything = {name: np.inf for part in gradients for name in part}
-    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
     comparison = take_back(
         sweeper, comparison, {"outputs": {}, "values": {}} | dict.fromkeys(("gradients", "weights"), everything)
     )
+    if not differing:  # stages alone differ, which is no alarm
+        return comparison
+    sweeper.case.shared["kinks"] = True
+    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
     return comparison._replace(notes=(*comparison.notes, note))
 
 

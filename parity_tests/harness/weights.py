@@ -478,7 +478,8 @@ def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed
 def conv(to: str | None = None) -> Rule:
     """Carry a convolution of any rank, grouped or not: [out, in / groups, …] is […, in / groups, out] in Flax.
 
-    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer.
+    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer. One with a group for
+    each channel is […, in, out / in] in Keras.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -497,12 +498,14 @@ def conv(to: str | None = None) -> Rule:
                 how,
             )
             return [as_matrix, *biases]
-        if leaf is None or layer.leaves[leaf] not in (shape, last):
+        groups = getattr(layer.module, "groups", 1)
+        apart = (*shape[2:], groups, shape[0] // groups)  # of Keras, for groups of one channel: its outputs apart
+        if leaf is None or layer.leaves[leaf] not in (shape, last, apart if shape[1] == 1 else last):
             raise layer.problem(f"there is no leaf of shape {last}, nor {shape}, for the weight")
         stays = layer.leaves[leaf] == shape and (last != shape or leaf.rpartition("/")[2] == AS_IT_IS)
 
         def convert(weight: Array) -> tuple[Array, ...]:
-            return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0),)
+            return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0).reshape(layer.leaves[leaf]),)
 
         return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *biases]
 

@@ -757,6 +757,48 @@ def test_the_order_of_the_gates_of_a_function_is_asked_for() -> None:
     assert "'layer': lstm('', order='ifog')," in decided.python
 
 
+@pytest.mark.parametrize(
+    ("path", "sizes"), [("{}.weight", lambda *size: size), ("blocks/{}/weight", lambda *size: (2, *size[::-1]))]
+)
+def test_layers_of_other_shapes_show_the_layout_of_square_ones(path: str, sizes: Any) -> None:
+    """Test leaves under PyTorch's names, with dots, and layers that are stacked and turned."""
+    widths = {"up": (4, 8), "down": (8, 4), "out": (4, 4)}
+
+    def layers() -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in widths.items()})
+
+    stacked = path.startswith("blocks")
+    module = nn.ModuleList([layers(), layers()]) if stacked else layers()
+    leaves = {path.format(name): shape(*sizes(*size[::-1])) for name, size in widths.items()}
+    proposal = propose(randomise(module), leaves)
+    assert proposal.ambiguous == ()
+    tensors = tensors_of(module)
+    square = np.asarray(proposal.map.to_leaves(tensors)[path.format("out")])
+    expected = np.stack([tensors[f"{i}.out.weight"].T for i in (0, 1)]) if stacked else tensors["out.weight"]
+    np.testing.assert_array_equal(square, expected)
+
+
+class OwnLinear(eqx.Module):
+    """A layer of a user's own with the name of a library's, which holds [in, out]."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [out]."""
+        return x @ self.weight + self.bias
+
+
+OwnLinear.__name__ = "Linear"
+
+
+def test_a_users_own_layer_is_not_taken_for_a_librarys_of_the_same_name() -> None:
+    reference = nn.Linear(4, 4)
+    case = Case(Pair(reference, OwnLinear(jnp.ones((4, 4)), jnp.ones(4)), np.ones((8, 4), np.float32)))
+    tensors = tensors_of(reference)
+    np.testing.assert_array_equal(case.weight_map.to_leaves(tensors)["weight"], tensors["weight"].T)
+
+
 class Projection(nn.Module):
     """A matrix that is no layer's."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flax import linen, nnx
 from flax.traverse_util import unflatten_dict
+from jax import lax
 from jax import numpy as jnp
 from torch import nn
 
@@ -232,6 +233,18 @@ def on_images(module: nn.Module, shape: tuple[int, ...], side: MakeSide, rule: R
     return Case(Named(module), (x,), side(last(x)), {"layer": rule}, channels_first)
 
 
+def keras_depthwise(x: Any) -> Side:
+    """Return a convolution of each channel alone, whose kernel is [row, column, in, out / in]."""
+
+    def run(leaves: Mapping[str, Any]) -> Any:
+        kernel = leaves["layer/kernel"].reshape(3, 3, 1, 8)
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=axes, feature_group_count=4)
+        return y + leaves["layer/bias"]
+
+    return Side({"layer/kernel": shape(3, 3, 4, 2), "layer/bias": shape(8)}, run)
+
+
 def on_ids(module: nn.Module, side: MakeSide) -> Case:
     """Return a layer on token ids."""
     ids = np.array([[1, 5], [0, 2]])
@@ -449,6 +462,7 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "convolution_depthwise_in_haiku": lambda: on_images(
         nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 8), haiku_layer(hk.DepthwiseConv2D, 2, 3, padding="VALID")
     ),
+    "convolution_depthwise_as_in_keras": lambda: on_images(nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 8), keras_depthwise),
     "convolution_grouped_in_equinox": lambda: on_values(
         nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 8), equinox_layer(eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY))
     ),
