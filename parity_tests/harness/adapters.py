@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -156,9 +156,10 @@ class Keywords(NamedTuple):
     evaluation: dict[str, Any]
     training: dict[str, Any]
 
-    def of(self, function: Callable[..., Any], training: bool) -> dict[str, Any]:
+    def of(self, function: Callable[..., Any], training: bool, fixed: Collection[str] = ()) -> dict[str, Any]:
         """Return the keyword arguments of a call: the mode by those names that the function takes, and the user's."""
-        mode = {name: value == training for name, value in MODES.items() if name in parameters_of(function)}
+        names = parameters_of(function).keys() - {*fixed}
+        mode = {name: value == training for name, value in MODES.items() if name in names}
         return {**self.evaluation, **mode, **self.training} if training else {**mode, **self.evaluation}
 
 
@@ -411,13 +412,16 @@ def without_dropout() -> Iterator[None]:
 
 def adapt_linen(module: Any, kwargs: Keywords) -> Model:
     """Adapt a Linen module; its variables are {"params": …, "batch_stats": …, …}."""
+    # `merge_param` refuses a mode that the module was made with and that its call gets too.
+    optional = [field.name for field in dataclasses.fields(module) if field.default is None]
+    fixed = [name for name in optional if getattr(module, name) is not None]
 
     def init(key: jax.Array, inputs: Call) -> Any:
         keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-        return module.init(keys, *inputs.args, **{**kwargs.of(type(module).__call__, False), **inputs.kwargs})
+        return module.init(keys, *inputs.args, **{**kwargs.of(type(module).__call__, False, fixed), **inputs.kwargs})
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
-        options = {**kwargs.of(type(module).__call__, training), **inputs.kwargs}
+        options = {**kwargs.of(type(module).__call__, training, fixed), **inputs.kwargs}
         if not training:
             return module.apply(variables, *inputs.args, **options), variables
         states = [name for name in variables if name != "params"]
@@ -886,7 +890,7 @@ def watch_equinox(modules: Modules) -> Iterator[None]:
                 return original.__get__(self, type(self))(*args, **kwargs)
             return getattr(tapped_copy(self), name)(*args, **kwargs)
 
-        return call if isinstance(original, types.FunctionType) else type(original)(call)
+        return type(original)(call) if type(original).__name__ == "_wrap_method" else call
 
     tapped = set(tapped_classes.values())
     methods = {

@@ -43,12 +43,12 @@ from parity_tests.harness.pair import (
     Inputs,
     Pair,
     draw_like,
-    draw_tensors,
     find_slip,
     is_array,
     load_tensors,
     module_with,
     probing_tensors,
+    tensors_of,
 )
 from parity_tests.harness.propose import Proposal, propose
 from parity_tests.harness.stages import (
@@ -100,7 +100,7 @@ OWN_FACTOR = 8.0  # JAX may be this many times as far off as float32 inside the 
 LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 MASK = 1e30  # no activation is so large; the smallest float32 and the smallest float64 are
 SAME_VALUES = 1e-3  # a relative error below this, in float32 too, means that a layout is right
-KINK = 1e-9  # how far a weight of 0 moves, to get beside the kink of an activation
+KINK = 1e-9  # how far a bias of 0 moves, to get beside the kink of an activation
 NOISE = "the reference draws random numbers, and JAX would draw others: make them an input"
 EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
@@ -320,11 +320,7 @@ class Case:
             names = shorten(sorted(tables))
             add_note(self.notes, f"buffers that only PyTorch has, taken for what JAX computes itself: {names}")
         unused = proposal.map.unused | tables
-        if left_out := unused - proposal.map.parameters:  # a constant was drawn anew, and the port has it as it is
-            own = draw_tensors(self.pair, self.seed)
-            constant = {name: own[name] for name in left_out & own.keys() if np.ptp(own[name]) == 0}
-            self.tensors |= constant
-            load_tensors(self.module, constant)
+        self.keep_own_values(unused)
         gaps = proposal.gaps._replace(torch=tuple(name for name in proposal.gaps.torch if name not in tables))
         return proposal._replace(map=replace(proposal.map, unused=unused), gaps=gaps)
 
@@ -347,6 +343,16 @@ class Case:
             if torch.equal(before[name], after[name]) and torch.equal(first[name], again[name])
             if not any(bool((first[name] == value).all()) for value in (0, 1))
         )
+
+    def keep_own_values(self, names: Collection[str]) -> None:
+        """Give the reference its own values of what the port does not need, such as a shift that is always 0."""
+        own = tensors_of(self.pair.new_module(self.seed)) if names else {}
+        kept = {name: own[name].detach().float().numpy() for name in sorted(own.keys() & names)}
+        moved = {
+            name: array for name, array in kept.items() if not np.array_equal(array, np.float32(self.tensors[name]))
+        }
+        self.tensors |= moved
+        load_tensors(self.module, moved)
 
     @property
     def weight_map(self) -> WeightMap:
@@ -1058,37 +1064,41 @@ def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note
 def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Take back differences of gradients where both sides take a slope at a kink, but the slopes of its two sides.
 
-    An activation such as leaky ReLU has two slopes at 0, and either is right. Both sides run again with every weight of
-    0, such as a bias, a little above and a little below: there they agree, and at 0 each has one of these gradients.
+    An activation such as leaky ReLU has two slopes at 0, and either is right. Both sides run again with every bias of 0
+    a little above and a little below: there they agree, and at 0 each has one of these gradients. Other weights stay:
+    a scale of 0 that moves would put some values above 0 and others below.
     """
     gradients = [part for side in (comparison.inherited, comparison.local) for part in (side.gradients, side.weights)]
-    if not any(map(has_problem, gradients)) or any_wrong_value(comparison) or sweeper.dtype != "float64":
+    wrong = has_problem(comparison.inherited.outputs)
+    if not any(map(has_problem, gradients)) or wrong or sweeper.dtype != "float64":
         return comparison
     runs = []
     for move in (0.0, KINK, -KINK):
         other = copy.copy(sweeper)
-        moved = {name: np.where(array == 0, move, array) for name, array in sweeper.case.tensors.items()}
+        moved = {
+            name: np.where(array == 0, move, array) if name.endswith("bias") else array
+            for name, array in sweeper.case.tensors.items()
+        }
         other.load(sweeper.seed, moved)
         sweep = other.steered(False, False)
         if move and has_problem(other.side(sweep)[0].weights):
             return comparison
         runs.append((sweep.weight_gradients, other.reference.weight_gradients))
-    for at_0, *beside in zip(*runs, strict=True):
-        distances = [max(movement(at_0, run).values(), default=0.0) for run in beside]
+    differing = {name for name, difference in comparison.inherited.weights.items() if difference.problem}
+    for at_0, *beside in zip(*runs, strict=True):  # others may be 0 but for rounding, which moves with everything
+        moves = [movement(at_0, run) for run in beside]
+        distances = [max((each[name] for name in differing & each.keys()), default=0.0) for each in moves]
         if min(distances) > ONE_SIDED:
             return comparison
-    sweeper.case.shared["kinks"] = True
     everything = {name: np.inf for part in gradients for name in part}
-    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
     comparison = take_back(
         sweeper, comparison, {"outputs": {}, "values": {}} | dict.fromkeys(("gradients", "weights"), everything)
     )
+    if not differing:  # stages alone differ, which is no alarm
+        return comparison
+    sweeper.case.shared["kinks"] = True
+    note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
     return comparison._replace(notes=(*comparison.notes, note))
-
-
-def any_wrong_value(comparison: Comparison) -> bool:
-    """Return whether an output or a stage differs, and not gradients alone."""
-    return any(has_problem(part) for side in (comparison.inherited, comparison.local) for part in side[:2])
 
 
 def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:

@@ -8,6 +8,7 @@ end to end, in an output, the loss, a weight's gradient, the statistics or the t
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,11 +64,12 @@ from parity_tests.harness.pair import (
     tensors_of,
     torch_objective,
 )
+from parity_tests.harness.propose import fold_names, skeleton
 from parity_tests.harness.report import header, sentences
 from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, cast, link, match
 from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture, copy_module, fixed_settings
-from parity_tests.harness.weights import check_complete, size_of
+from parity_tests.harness.weights import check_complete, expression, size_of
 
 LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of the loss")
 EPOCHS_COMPARED = 2
@@ -94,7 +96,11 @@ def parameters(case: Case) -> Iterator[Divergence]:
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
     for name in gaps.torch:
         size = size_of(weight_map.tensors[name])
-        hint = f"; if the port needs none, declare weights={{{name!r}: unused()}}, of parity_tests.harness.weights"
+        if callable(case.pair.weights):
+            hint = f"; if the port needs none, let your function take it out of the state dict: state.pop({name!r})"
+        else:
+            key = pattern_of(name, gaps.torch, list(weight_map.tensors))
+            hint = f"; if the port needs none, declare weights={{{key!r}: unused()}}, of parity_tests.harness.weights"
         what = "a part of it" if name in weight_map.lost else "it"
         yield Divergence(
             "parameters", name, f"PyTorch has it, {size}, and nothing carries {what} to JAX ({counts}){hint}"
@@ -113,6 +119,13 @@ def parameters(case: Case) -> Iterator[Divergence]:
     for path, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float64:
             yield Divergence("parameters", path, f"it is {leaf.dtype} in JAX in a float64 run")
+
+
+def pattern_of(name: str, missing: Sequence[str], tensors: Sequence[str]) -> str:
+    """Return the pattern of what is missing like this tensor, in other layers too, and of no other tensor."""
+    alike = [other for other in missing if skeleton(other) == skeleton(name)]
+    patterns = [pattern for pattern, _ in fold_names(alike, dict.fromkeys(tensors, ()))]
+    return next(pattern for pattern in patterns if re.fullmatch(expression(pattern), name))
 
 
 def transfer(case: Case) -> Iterator[Divergence]:

@@ -137,7 +137,7 @@ class Place(NamedTuple):
         path: of the module or the leaf.
         leaves: the shapes of its leaves, by path.
         position: its place in the order of the calls.
-        kind: the class of the module; "" if it is not known.
+        kind: the class of the module, "own Linear" if it is no library's; "" if it is not known.
         scope: the number of the declared module that it is in, -1 for none.
         inside: its name inside of that module.
         title: the words of its name, to be compared with those of units.
@@ -901,17 +901,18 @@ def of_one_recurrent_module(matches: Sequence[Match]) -> bool:
 
 def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     """Give square weights the layout that the others show by their shapes, where all leaves of the same name agree."""
-    shown: dict[str, set[bool]] = {}
+    shown: dict[tuple[int, str], set[bool]] = {}
     entries = [entry for one in matches if len(one.options) == 1 for entry in one.options[0].entries]
     for entry in (*given.entries, *entries):
-        if len(entry.torch) == len(entry.jax) == 1:
-            shape, leaf = given.tensors.get(entry.torch[0], ()), given.leaves[entry.jax[0]]
-            if len(shape) == 2 and shape[0] != shape[1] and leaf in (shape, shape[::-1]):
-                shown.setdefault(entry.jax[0].rpartition("/")[2], set()).add(leaf != shape)
+        shape, leaf = given.tensors.get(entry.torch[0], ()), given.leaves[entry.jax[0]]
+        seen = leaf[1:] if is_stack(entry, leaf) else leaf
+        if len(shape) == 2 and shape[0] != shape[1] and seen in (shape, shape[::-1]):
+            shown.setdefault((len(leaf), last_name(entry.jax[0])), set()).add(seen != shape)
     settled = []
     for one in matches:
-        known = shown.get(one.options[0].entries[0].jax[0].rpartition("/")[2], set())
-        turns = [turns_of(option.entries[0], given.tensors) for option in one.options]
+        path = one.options[0].entries[0].jax[0]
+        known = shown.get((len(given.leaves[path]), last_name(path)), set())
+        turns = [turns_of(option.entries[0], given) for option in one.options]
         kept = tuple(option for option, turn in zip(one.options, turns, strict=True) if turn is None or {turn} == known)
         if len(known) == 1 and 0 < len(kept) < len(one.options):
             one = one._replace(options=kept, evidence=f"{one.evidence}, layout of the other layers")
@@ -919,13 +920,25 @@ def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     return settled
 
 
-def turns_of(entry: Entry, shapes: Mapping[str, Shape]) -> bool | None:
+def last_name(path: str) -> str:
+    """Return what a leaf is called in its module; a flat dictionary has PyTorch's names, with dots."""
+    return re.split("[/.]", path)[-1]
+
+
+def is_stack(entry: Entry, leaf: Shape) -> bool:
+    """Say whether an entry puts several tensors into a leaf of this shape along its first axis."""
+    return len(entry.torch) > 1 and leaf[:1] == (len(entry.torch),)
+
+
+def turns_of(entry: Entry, given: WeightMap) -> bool | None:
     """Say whether an entry transposes a square weight; None if it does neither that nor nothing."""
-    shape = shapes.get(entry.torch[0], ())
-    if len(entry.torch) != 1 or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
+    shape = given.tensors.get(entry.torch[0], ())
+    stack = is_stack(entry, given.leaves[entry.jax[0]])
+    if (len(entry.torch) > 1 and not stack) or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
         return None
     labels = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    (leaf,) = entry.convert(labels) if len(entry.jax) == 1 else (np.zeros(1),)
+    (leaf,) = entry.convert(*[labels] * len(entry.torch)) if len(entry.jax) == 1 else (np.zeros(1),)
+    leaf = leaf[0] if stack else leaf
     equal_to = [np.array_equal(leaf.ravel(), other.ravel()) for other in (labels, labels.T)]
     return None if not any(equal_to) else equal_to[1]
 
@@ -993,6 +1006,8 @@ def decide(
 def answer_by_layout(matches: Sequence[Match], choice: Choice, channels_last: bool | None) -> int | None:
     """Return the answer that the layout of the images gives to how a layer behind a flatten is carried, or None."""
     one = matches[choice.groups[0][0]]
+    if len(choice.groups[0]) == 1 and one.places[0].kind.startswith("own ") and not one.units[0].flatten:
+        return 0  # a user's own layer holds its weight in the usual way, unless the outputs say otherwise
     if channels_last is None or not one.units[0].flatten or len(choice.groups[0]) > 1:
         return None
     fits = [n for n, option in enumerate(one.options) if ("flatten" in option.rule.how) == channels_last]

@@ -385,7 +385,7 @@ class Planner:
         """Add the tap of a module's output, and the call of the module if this is the first leaf of the output."""
         path, place, kind = (equation.params[key] for key in ("path", "place", "kind"))
         if self.first_places.setdefault(path, place) == place:
-            self.calls.append((path, kind))
+            self.calls.append((path, kind if path in self.libraries else f"own {kind}"))
         return self.add(path, place, kind, equation, steps, steered)
 
     def add(self, path: str, place: str, kind: str, equation: JaxprEqn, steps: tuple[int, ...], steered: bool) -> str:
@@ -818,7 +818,8 @@ class Traced:
     Attributes:
         taps: what is known of each tap, in the order of the walk. Repeated calls are "block#2", "block#3".
         notes: what was not entered, or is recorded only, and why.
-        calls: the path and the class name of each call of a module, in the order in which they return.
+        calls: the path and the class name ("own Linear" if it is no library's) of each call of a module, in the order
+            in which they return.
         plan: of the walk.
         constants: of the traced program.
         structure: of the outputs.

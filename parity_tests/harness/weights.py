@@ -485,7 +485,8 @@ def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed
 def conv(to: str | None = None) -> Rule:
     """Carry a convolution of any rank, grouped or not: [out, in / groups, …] is […, in / groups, out] in Flax.
 
-    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer.
+    Equinox keeps PyTorch's layout, with a bias [out, 1, …]. One of 1 x 1 may be a dense layer. One with a group for
+    each channel is […, in, out / in] in Keras.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -504,12 +505,14 @@ def conv(to: str | None = None) -> Rule:
                 how,
             )
             return [as_matrix, *biases]
-        if leaf is None or layer.leaves[leaf] not in (shape, last):
+        groups = getattr(layer.module, "groups", 1)
+        apart = (*shape[2:], groups, shape[0] // groups)  # of Keras, for groups of one channel: its outputs apart
+        if leaf is None or layer.leaves[leaf] not in (shape, last, apart if shape[1] == 1 else last):
             raise layer.problem(f"there is no leaf of shape {last}, nor {shape}, for the weight")
         stays = layer.leaves[leaf] == shape and (last != shape or leaf.rpartition("/")[2] == AS_IT_IS)
 
         def convert(weight: Array) -> tuple[Array, ...]:
-            return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0),)
+            return (weight if stays else weight.transpose(*range(2, len(shape)), 1, 0).reshape(layer.leaves[leaf]),)
 
         return [Entry((layer.tensor("weight"),), (leaf,), convert, how), *biases]
 
@@ -1313,7 +1316,8 @@ def from_function(
     every dtype. Any other has to be written in `jax.numpy`, so that it can be differentiated.
 
     Args:
-        function: state dict (with every name of a tied tensor) to variables.
+        function: state dict (with every name of a tied tensor) to variables. What it takes out of the state dict and
+            carries nowhere, the port needs not.
         leaves_of: gives the leaves of the variables, by path.
         module: the PyTorch module.
         leaves: arrays or shapes of the leaves that the JAX model has; None if only the function knows.
@@ -1324,12 +1328,15 @@ def from_function(
     side = torch_side(module)
     names, sizes = list(side.shapes), list(side.shapes.values())
     given: dict[str, Shape] = {}
+    taken_out: set[str] = set()
     # Whole numbers, such as num_batches_tracked, are there for the function to read; no leaf is made of them.
     counters = {name: value.numpy() for name, value in module.state_dict().items() if name not in side.alias}
 
     def run(tensors: Sequence[Array]) -> list[Array]:
         values = dict(zip(names, tensors, strict=True))
-        result = leaves_of(function({name: values[first] for name, first in side.alias.items()} | counters))
+        state = {name: values[first] for name, first in side.alias.items()} | counters
+        result = leaves_of(function(state))
+        taken_out.update(side.alias[name] for name in side.alias.keys() - state.keys())
         given.clear()
         given.update((path, tuple(jnp.shape(leaf))) for path, leaf in result.items())
         return list(result.values())
@@ -1360,7 +1367,8 @@ def from_function(
         if shapes[path] != shape:
             words = f"of shape {shape}, and the JAX model has {shapes[path]}"
             raise CannotCarry(f"weights: the function gives {path} {words}")
-    return WeightMap(tuple(entries), side.shapes, dict(shapes), side.parameters)
+    unused = frozenset(taken_out - {name for entry in entries for name in entry.torch})
+    return WeightMap(tuple(entries), side.shapes, dict(shapes), side.parameters, unused)
 
 
 def moved(path: str, source: np.ndarray, names: Sequence[str], sizes: Sequence[Shape]) -> Entry:

@@ -249,6 +249,22 @@ def test_linens_batch_norm_and_dropout_in_both_modes() -> None:
     assert "bn/scale" in model.trainable(draw_variables(model, ROWS))
 
 
+class LinenMerged(nn.Module):
+    """A module whose mode is given when it is made or when it is called, but not twice."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, rows: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Return the rows, with dropout."""
+        return nn.Dropout(0.5)(rows, nn.merge_param("deterministic", self.deterministic, deterministic))
+
+
+@pytest.mark.parametrize("module", [LinenMerged(), LinenMerged(deterministic=True)])
+def test_a_mode_that_a_linen_module_was_made_with_is_not_given_again(module: nn.Module) -> None:
+    assert set(watch_model(adapt(module), ROWS, training=True)[0].taps) == {"Dropout_0", ""}
+
+
 @pytest.mark.parametrize("attend", [nn.dot_product_attention, nnx.dot_product_attention])
 def test_attention_that_a_model_calls_as_a_function_has_no_dropout(attend: Any) -> None:
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2, 4)))
@@ -689,19 +705,32 @@ def test_equinoxs_batch_norm_that_counts_its_batches_is_that_of_pytorch_but_for_
 
 
 class EqxKeyed(eqx.Module):
+    """A model whose call needs a key and its mode."""
+
     fc: eqx.nn.Linear
     drop: eqx.nn.Dropout
 
-    def __init__(self, key: Array) -> None:
-        self.fc, self.drop = eqx.nn.Linear(WIDTH, WIDTH, key=key), eqx.nn.Dropout(0.5)
+    def __init__(self) -> None:
+        self.fc, self.drop = eqx.nn.Linear(WIDTH, WIDTH, key=KEY), eqx.nn.Dropout(0.5)
 
     def __call__(self, row: Array, *, key: Array, inference: bool) -> Array:
         return self.drop(self.fc(row), key=key, inference=inference)
 
 
-def test_an_equinox_model_gets_the_keyword_arguments_that_it_takes_while_it_is_watched() -> None:
-    traced, _ = watch_model(adapt(EqxKeyed(KEY)), ROWS)
-    assert modules_of(traced) == ["fc", "drop", ""]
+class EqxJitted(EqxKeyed):
+    """A model that is compiled by JAX itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @jax.jit
+    def __call__(self, row: Array, *, key: Array) -> Array:
+        return self.drop(self.fc(row), key=key, inference=True)
+
+
+@pytest.mark.parametrize("model", [EqxKeyed(), EqxJitted()])
+def test_an_equinox_model_gets_the_keyword_arguments_that_it_takes_while_it_is_watched(model: eqx.Module) -> None:
+    assert modules_of(watch_model(adapt(model), ROWS)[0]) == ["fc", "drop", ""]
 
 
 def test_an_equinox_model_is_seen_in_a_plain_function_that_makes_it() -> None:

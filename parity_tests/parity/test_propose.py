@@ -628,6 +628,48 @@ def test_what_fits_in_two_ways_is_asked_for_and_the_outputs_decide_it(name: str)
 
 
 @pytest.mark.parametrize(
+    ("path", "sizes"), [("{}.weight", lambda *size: size), ("blocks/{}/weight", lambda *size: (2, *size[::-1]))]
+)
+def test_layers_of_other_shapes_show_the_layout_of_square_ones(path: str, sizes: Any) -> None:
+    """Test leaves under PyTorch's names, with dots, and layers that are stacked and turned."""
+    widths = {"up": (4, 8), "down": (8, 4), "out": (4, 4)}
+
+    def layers() -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in widths.items()})
+
+    stacked = path.startswith("blocks")
+    module = nn.ModuleList([layers(), layers()]) if stacked else layers()
+    leaves = {path.format(name): shape(*sizes(*size[::-1])) for name, size in widths.items()}
+    proposal = propose(module, leaves)
+    assert proposal.ambiguous == ()
+    tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    square = np.asarray(proposal.map.to_leaves(tensors)[path.format("out")])
+    expected = np.stack([tensors[f"{i}.out.weight"].T for i in (0, 1)]) if stacked else tensors["out.weight"]
+    np.testing.assert_array_equal(square, expected)
+
+
+class OwnLinear(eqx.Module):
+    """A layer of a user's own with the name of a library's, which holds [in, out]."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute [out]."""
+        return x @ self.weight + self.bias
+
+
+OwnLinear.__name__ = "Linear"
+
+
+def test_a_users_own_layer_is_not_taken_for_a_librarys_of_the_same_name() -> None:
+    reference = nn.Linear(4, 4)
+    case = Case(Pair(reference, OwnLinear(jnp.ones((4, 4)), jnp.ones(4)), np.ones((8, 4), np.float32)))
+    weight = reference.weight.detach().numpy()
+    np.testing.assert_array_equal(case.weight_map.to_leaves({"weight": weight})["weight"], weight.T)
+
+
+@pytest.mark.parametrize(
     "blocks", [partial(in_turn, heads=False), partial(in_turn, heads=True), in_a_scan], ids=["flat", "heads", "stacked"]
 )
 def test_fused_queries_keys_and_values_are_asked_for_where_names_do_not_tell(blocks: Callable[[Any], Any]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flax import linen, nnx
 from flax.traverse_util import unflatten_dict
+from jax import lax
 from jax import numpy as jnp
 from torch import nn
 
@@ -110,6 +111,17 @@ def batch_norm_in_haiku() -> Pair:
         return hk.BatchNorm(True, True, 0.9, name="layer")(x, is_training)
 
     return pair(nn.BatchNorm2d(4), hk.transform_with_state(function), (2, 4, 5, 6))
+
+
+def depthwise_as_in_keras() -> tuple[Any, Any]:
+    """Return a convolution of each channel alone, whose kernel is [row, column, in, out / in]."""
+
+    def run(tree: Any, x: Any) -> Any:
+        kernel, axes = tree["layer"]["kernel"].reshape(3, 3, 1, 8), ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=axes, feature_group_count=4)
+        return y + tree["layer"]["bias"]
+
+    return {"layer": {"kernel": jnp.zeros((3, 3, 4, 2)), "bias": jnp.zeros(8)}}, run
 
 
 # Recurrent layers over [batch, time, feature]
@@ -275,6 +287,9 @@ LAYERS: dict[str, Callable[[], Pair]] = {
     ),
     "convolution_depthwise_in_haiku": lambda: pair(
         nn.Conv2d(4, 8, 3, groups=4), in_haiku(hk.DepthwiseConv2D, 2, 3, padding="VALID"), (2, 4, 7, 8)
+    ),
+    "convolution_depthwise_as_in_keras": lambda: pair(
+        nn.Conv2d(4, 8, 3, groups=4), depthwise_as_in_keras(), (2, 4, 7, 8)
     ),
     "convolution_grouped_in_equinox": lambda: pair(
         nn.Conv2d(4, 6, 3, groups=2), in_equinox(eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY)), (2, 4, 7, 8)
@@ -611,6 +626,18 @@ def test_tensors_that_a_loader_skips_are_named() -> None:
     assert gaps.torch == ("token", "layer1.1.norm.running_mean")
     assert gaps.jax == ("block_1/norm/mean",)
     assert "token" not in weights.rearranges
+
+
+def test_a_loader_says_what_the_port_does_not_need_by_taking_it_out() -> None:
+    def load(state: dict[str, Any]) -> Any:
+        tree = numpy_loader(state)
+        tree["block_0"]["norm"]["mean"] = np.zeros(4)
+        del state["layer1.0.norm.running_mean"], state["token"]  # the second is carried all the same
+        return tree
+
+    weights = from_loader(load)
+    assert weights.unused == {"layer1.0.norm.running_mean"}
+    assert check_complete(weights, list(weights.tensors), list(LEAVES)).torch == ()
 
 
 MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {

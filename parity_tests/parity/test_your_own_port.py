@@ -886,6 +886,54 @@ def test_a_fault_of_the_schedule_is_not_told_again_by_the_optimizer() -> None:
     assert found == [{"schedule"}, {"schedule", "optimizer"}]
 
 
+def shift() -> nn.Module:
+    """Return a number that is added to everything. Before a norm, its gradient is 0 but for rounding."""
+    return TorchNet(lambda net, x: x + net.by, by=nn.Parameter(torch.ones(1)))
+
+
+def test_neither_a_scale_of_0_nor_rounding_hides_that_either_slope_at_a_kink_is_right() -> None:
+    """Test a channel that is 0 everywhere, because the norm before the activation has a scale and a bias of 0."""
+
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        x = x @ tree["0.0.weight"].T + tree["0.1.by"]
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return jax.nn.leaky_relu(x * tree["1.weight"] + tree["1.bias"], 0.2) @ tree["3.weight"].T
+
+    bare = (nn.Linear(5, 8, bias=False), nn.Linear(8, 3, bias=False))
+    reference = nn.Sequential(nn.Sequential(bare[0], shift()), nn.LayerNorm(8), nn.LeakyReLU(0.2), bare[1])
+    pair = Pair(reference, net, np.arange(-20.0, 20.0, dtype=np.float32).reshape(8, 5), dict, batch_sizes=(32,))
+    assert not examine(pair, names=("parameters", "outputs", "gradients")).divergences
+
+
+class Shifted(nn.Module):
+    """A layer with a shift that is always 0, and which the port leaves out."""
+
+    shift: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4, bias=False)
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [batch, 4]."""
+        return self.fc(x[:, :3]) + self.shift
+
+
+def test_what_a_port_does_not_need_is_told_in_one_line_for_all_layers_and_keeps_its_own_values() -> None:
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x[:, :3] @ tree["0.fc.weight"].T)[:, :3] @ tree["2.fc.weight"].T
+
+    own = {f"{i}.fc.weight": np.ones((4, 3)) for i in (0, 2)}
+    reference = nn.Sequential(Shifted(), nn.Tanh(), Shifted())
+    pair = Pair(reference, (own, net), np.ones((4, 3), np.float32))
+    found = examine(pair, names=("parameters",)).divergences
+    assert [each.where for each in found] == ["0.shift", "2.shift"]
+    assert all("weights={'{i}.shift': unused()}" in str(each) for each in found)
+    result = examine(replace(pair, weights={"{i}.shift": unused()}), names=("parameters", "outputs", "trajectory"))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+
+
 def features_of() -> nn.Module:
     """Return a layer that scales its inputs by a table, and turns them by one drawn at random."""
     return TorchNet(
