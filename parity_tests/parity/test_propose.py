@@ -665,8 +665,8 @@ OwnLinear.__name__ = "Linear"
 def test_a_users_own_layer_is_not_taken_for_a_librarys_of_the_same_name() -> None:
     reference = nn.Linear(4, 4)
     case = Case(Pair(reference, OwnLinear(jnp.ones((4, 4)), jnp.ones(4)), np.ones((8, 4), np.float32)))
-    weight = reference.weight.detach().numpy()
-    np.testing.assert_array_equal(case.weight_map.to_leaves({"weight": weight})["weight"], weight.T)
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    np.testing.assert_array_equal(case.weight_map.to_leaves(tensors)["weight"], tensors["weight"].T)
 
 
 @pytest.mark.parametrize(
