@@ -262,13 +262,19 @@ def trainable_of(variables: Any) -> frozenset[str]:
 
 
 def params_of(variables: Any) -> Any:
-    """Return what an optimizer sees: the collection "params", or all."""
-    return variables["params"] if has_collections(variables) else variables
+    """Return what an optimizer sees: the collection "params", or all that has a gradient."""
+    if has_collections(variables):
+        return variables["params"]
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else None, variables)
 
 
 def with_params(variables: Any, params: Any) -> Any:
     """Put back what `params_of` returned."""
-    return {**variables, "params": params} if has_collections(variables) else params
+    if has_collections(variables):
+        return {**variables, "params": params}
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, params, variables, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def tree_model(

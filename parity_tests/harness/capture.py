@@ -321,8 +321,17 @@ class Case:
             add_note(self.notes, f"buffers that only PyTorch has, taken for what JAX computes itself: {names}")
         unused = proposal.map.unused | tables
         self.keep_own_values(unused)
-        gaps = proposal.gaps._replace(torch=tuple(name for name in proposal.gaps.torch if name not in tables))
+        gaps = proposal.gaps._replace(
+            torch=tuple(name for name in proposal.gaps.torch if name not in tables),
+            jax=tuple(path for path in proposal.gaps.jax if path not in self.whole_numbers),
+        )
         return proposal._replace(map=replace(proposal.map, unused=unused), gaps=gaps)
+
+    @property
+    def whole_numbers(self) -> frozenset[str]:
+        """Return the leaves of the JAX model that are no weights, such as an order of channels or a mask."""
+        leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
+        return frozenset(path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
 
     def find_tables(self, buffers: Collection[str]) -> frozenset[str]:
         """Return the buffers that a port may compute itself: those that no seed and no training changes.

@@ -91,7 +91,8 @@ def parameters(case: Case) -> Iterator[Divergence]:
     """Compare names, numbers and dtypes of all tensors: nothing is missing, nothing is extra, nothing is float32."""
     weight_map = case.weight_map
     own = case.own_variables
-    paths = list(case.model.leaves(own)) if own is not None else list(weight_map.leaves)
+    leaves = weight_map.leaves if own is None else case.model.leaves(own)
+    paths = [path for path in leaves if path not in case.whole_numbers]
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
     for name in gaps.torch:

@@ -834,7 +834,8 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
             layouts.setdefault((labels, leaf, behind_flatten), []).append(number)
     for numbers in layouts.values():
         first = matches[numbers[0]]
-        front = first.units[0].name + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        front = (first.units[0].name or "the module itself") + more
         answers = tuple(((0,), option) for option in range(len(first.options)))
         words_for = tuple(f"{front}: {code(option.rule.to, option.rule.how)}" for option in first.options)
         choices.append(Choice(tuple((n,) for n in numbers), answers, words_for))

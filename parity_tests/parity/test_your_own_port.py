@@ -502,6 +502,18 @@ def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> Non
         examine(pair, names=("parameters",))
 
 
+@pytest.mark.parametrize(("order", "found"), [([2, 0, 1, 3], set()), ([2, 0, 3, 1], {"outputs"})])
+def test_whole_numbers_in_a_model_are_no_weights_and_a_wrong_one_shows_in_outputs(order: Any, found: set[str]) -> None:
+    def function(tree: Any, x: jax.Array) -> jax.Array:
+        return (x @ tree["weight"] + tree["bias"])[:, tree["order"]]
+
+    reference = TorchNet(lambda net, x: net.fc(x)[:, [2, 0, 1, 3]], fc=nn.Linear(3, 4))
+    tree = {"weight": jnp.zeros((3, 4)), "bias": jnp.zeros(4), "order": jnp.array(order)}
+    pair = Pair(reference, (tree, function), values(8, 3), {"fc": ""})
+    result = examine(pair, names=("parameters", "outputs", "optimizer"))
+    assert {divergence.check for divergence in result.divergences} == found, result.divergences
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int, is_complex: bool) -> None:
