@@ -540,8 +540,12 @@ def normed_twice(variables: Tree, inputs: Any, train: bool = False) -> Any:
 
 
 def test_biased_variances_of_other_numbers_of_values_are_explained() -> None:
-    places = {f"norm{n}.running_{kind}": f"stats/norm{n}/{kind}" for n in (1, 2) for kind in ("mean", "var")}
-    setup = build(NormedTwice(), normed_twice, places | {"scale": "params/scale"})
+    def load(state: Tree) -> Tree:
+        kinds = ("mean", "var")
+        stats = {f"norm{n}": {kind: state[f"norm{n}.running_{kind}"] for kind in kinds} for n in (1, 2)}
+        return {"params": {"scale": state["scale"]}, "stats": stats}
+
+    setup = build(NormedTwice, normed_twice, load)
     found = messages(training.statistics(setup, [draw_batches((8,) * 3)], 0))
     assert "norm1.running_var 31/32 of PyTorch's; norm2.running_var 7/8 of PyTorch's" in found, found
     assert "running_mean" not in found
