@@ -655,7 +655,7 @@ class OwnLinear(eqx.Module):
     bias: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Compute [out]."""
+        """Return the product of the weight and a row [in], as [out]."""
         return x @ self.weight + self.bias
 
 

@@ -668,10 +668,8 @@ def test_small_values_that_a_loader_computes_are_no_constants() -> None:
     module = nn.Linear(3, 2)
     weights = from_function(lambda state: {"w": state["weight"] / 1e3, "c": np.full(2, 0.5)}, flatten, module)
     assert [entry.jax for entry in weights.entries] == [("w",)]
-    actual, rounding = (
-        weights.to_leaves(tensors_of(module))["w"],
-        float(np.finfo(np.float32).eps),
-    )  # a product or a quotient
+    actual = weights.to_leaves(tensors_of(module))["w"]
+    rounding = float(np.finfo(np.float32).eps)  # of a product instead of a quotient
     np.testing.assert_allclose(actual, tensors_of(module)["weight"] / 1e3, rtol=rounding)
 
 

@@ -119,7 +119,7 @@ class Penalty(nn.Module):
         self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return [batch]."""
+        """Return one number for each example [batch]."""
         x = x.requires_grad_(True)
         (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
         return cast(torch.Tensor, self.net(y)[:, 0]) + (slope.norm(dim=1) - 1) ** 2
@@ -142,7 +142,7 @@ class PenaltyPort(linen.Module):
         self.net = Score()
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Return [batch]."""
+        """Return one number for each example [batch]."""
         if self.is_initializing():  # Flax makes no weights while it differentiates
             return self.net(y)[:, 0]
         slope = jax.vjp(self.net, x)[1](jnp.ones((len(x), 1)))[0]

@@ -1,4 +1,4 @@
-"""What the benchmark makes of its figures: their spread, tables for a terminal of 80 columns, and two pictures.
+"""Show what the benchmark measured: the spread of its figures, tables of 80 columns, and two pictures.
 
 matplotlib is loaded only to draw: --help and error messages need not wait for it.
 """
