@@ -582,7 +582,7 @@ def neighbours(gates_first: bool = False, symmetric: bool = False, fault: float 
 
 HEADS = ["policy: linear('Dense_0'), or policy: linear(", "value: linear('Dense_1'), or value: linear("]
 SQUARE = ["first and 1 more: linear('first'), or first and 1 more: linear('first', transposed=False)"]
-MATRIX = [": same(''), or : same('', transposed=True)"]
+MATRIX = ["the module itself: same(''), or the module itself: same('', transposed=True)"]
 NEIGHBOURS = ["values and gates -> Dense_0 and Dense_1, or values and gates -> Dense_1 and Dense_0"]
 # Ports with questions that their outputs answer: the first words of each question, and a part of the answer as Python.
 ASKED: dict[str, tuple[Callable[[], Pair], list[str], str]] = {
