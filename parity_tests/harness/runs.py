@@ -5,6 +5,7 @@ through views, so that there is never a second copy of a network.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -257,11 +258,11 @@ class TorchRun:
                     tensor.copy_(torch.from_numpy(np.array(weights[name])))
 
     def load_moments(self, kind: str, get: Gradient) -> None:
-        """Set those moments of this kind that the optimizer keeps by now, each to what `get` gives for the name."""
+        """Set those moments of this kind that the optimizer keeps by now, where `get` gives one for the name."""
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                if key in MOMENTS and MOMENTS[key][0] == kind:
-                    value.copy_(torch.from_numpy(np.array(get(name))))
+                if key in MOMENTS and MOMENTS[key][0] == kind and (moment := get(name)) is not None:
+                    value.copy_(torch.from_numpy(np.array(moment)))
 
     def set_count(self, steps: int) -> None:
         """Set the counters."""
@@ -418,6 +419,7 @@ class JaxRun:
     def step(self, batches: Sequence[Nest]) -> list[float]:
         """Take one step of the optimizer on these batches; return their losses."""
         losses, kept = [], []
+        release_memory()
         for batch in batches:
             with exact_arithmetic(self.dtype):
                 loss, self.rest, gradients, sizes = self.programs.gradient(
@@ -628,14 +630,21 @@ def find_moments(
     return {field: found for field, found in places.items() if field not in unknown}, counters, unknown
 
 
-def to_torch(weight_map: Any, leaves: Mapping[str, np.ndarray]) -> Arrays:
-    """Carry those leaves back that are there and that hold PyTorch's values as they are; return copies."""
-    tensors: Arrays = {}
-    for entry in weight_map.entries:
-        if set(entry.jax) <= leaves.keys() and set(entry.torch) <= weight_map.rearranges:
-            given = [jax.ShapeDtypeStruct(weight_map.tensors[name], leaves[entry.jax[0]].dtype) for name in entry.torch]
-            back = jax.linear_transpose(entry.convert, *given)(tuple(jnp.asarray(leaves[path]) for path in entry.jax))
-            for name, value in zip(entry.torch, back, strict=True):
-                share = np.array(value) / weight_map.counts[name] if name in weight_map.counts else np.array(value)
-                tensors[name] = tensors[name] + share if name in tensors else share
-    return tensors
+def to_torch(weight_map: Any, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and values of each tensor that JAX holds as it is and whose leaves are there, one copy at a time."""
+    entries = [
+        entry
+        for entry in weight_map.entries
+        if set(entry.jax) <= leaves.keys() and set(entry.torch) <= weight_map.rearranges
+    ]
+    missing = Counter(name for entry in entries for name in entry.torch)
+    sums: Arrays = {}
+    for entry in entries:
+        given = [jax.ShapeDtypeStruct(weight_map.tensors[name], leaves[entry.jax[0]].dtype) for name in entry.torch]
+        back = jax.linear_transpose(entry.convert, *given)(tuple(jnp.asarray(leaves[path]) for path in entry.jax))
+        for name, value in zip(entry.torch, back, strict=True):
+            share = np.asarray(value) / weight_map.counts[name] if name in weight_map.counts else np.asarray(value)
+            sums[name] = sums[name] + share if name in sums else share
+            missing[name] -= 1
+            if not missing[name]:
+                yield name, sums.pop(name)

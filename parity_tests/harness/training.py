@@ -488,13 +488,11 @@ def hand_to_torch(jax_run: JaxRun, torch_run: TorchRun) -> None:
     """Carry weights, statistics, moments and counters back to PyTorch."""
     weight_map = jax_run.setup.weight_map
     with jax.enable_x64(True):
-        torch_run.load(to_torch(weight_map, jax_run.leaves()))
+        for name, values in to_torch(weight_map, jax_run.leaves()):
+            torch_run.load({name: values})
         for kind, unit in units_of(jax_run.setup).items():
-            named = to_torch(weight_map, jax_run.moments()[FIELD_OF[kind]])
-            for array in named.values():
-                array /= unit
-            torch_run.load_moments(kind, named.get)
-            del named  # its memory is needed for the next kind
+            for name, values in to_torch(weight_map, jax_run.moments()[FIELD_OF[kind]]):
+                torch_run.load_moments(kind, {name: values / unit}.get)
     torch_run.set_count(jax_run.steps)
 
 
