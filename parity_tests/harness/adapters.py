@@ -268,6 +268,16 @@ def params_of(variables: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else None, variables)
 
 
+def without_training(model: Model, paths: frozenset[str]) -> Model:
+    """Return a model of a plain tree that does not train the leaves of these paths."""
+
+    def params(variables: Any) -> Any:
+        kept = [leaf if trained and name not in paths else None for name, trained, leaf in named_leaves(variables)]
+        return jax.tree.unflatten(jax.tree.structure(variables), kept)
+
+    return model._replace(trainable=lambda variables: model.trainable(variables) - paths, params=params)
+
+
 def with_params(variables: Any, params: Any) -> Any:
     """Put back what `params_of` returned."""
     if has_collections(variables):

@@ -1005,6 +1005,32 @@ def test_a_fault_in_a_port_without_names_is_found_in_its_operation(place: str) -
     assert "; or in" not in found.problem
 
 
+def scaled_and_normed() -> nn.Module:
+    """Return a layer that scales its inputs by a table, and a batch normalisation behind it."""
+    return TorchNet(
+        lambda net, x: net.fc2(net.norm(net.fc1(x * net.scales)).relu()),
+        scales=nn.Buffer(torch.linspace(0.5, 2, 6)),
+        fc1=nn.Linear(6, 8),
+        norm=nn.BatchNorm1d(8),
+        fc2=nn.Linear(8, 3),
+    )
+
+
+def test_a_function_over_a_flat_state_dict_trains_no_buffer() -> None:
+    def net(flat: Any, x: jax.Array, train: bool = False) -> Any:
+        x = (x * flat["scales"]) @ flat["fc1.weight"].T + flat["fc1.bias"]
+        mean, var = (x.mean(0), x.var(0)) if train else (flat["norm.running_mean"], flat["norm.running_var"])
+        of_all = {"norm.running_mean": mean, "norm.running_var": var * len(x) / (len(x) - 1)}
+        kept = {name: 0.9 * flat[name] + 0.1 * new for name, new in of_all.items()}
+        x = (x - mean) / jnp.sqrt(var + 1e-5) * flat["norm.weight"] + flat["norm.bias"]
+        x = jax.nn.relu(x) @ flat["fc2.weight"].T + flat["fc2.bias"]
+        return (x, flat | kept) if train else x
+
+    result = examine(Pair(scaled_and_normed, net, values(8, 6), dict), names=("outputs", "statistics", "optimizer"))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+    assert any("norm.running_mean, norm.running_var, scales not trained" in note for note in result.notes)
+
+
 def shuffled() -> nn.Module:
     """Return a pool, and channels that become rows and columns."""
     return TorchNet(
