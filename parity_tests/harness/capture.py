@@ -368,9 +368,10 @@ class Case:
         """The map of the weights.
 
         Raises:
-            Refused: two maps fit equally.
+            Refused: two maps fit equally. Where either lacks a weight, the check of parameters tells that first.
         """
-        if self.proposal.ambiguous:
+        gaps = self.proposal.gaps
+        if self.proposal.ambiguous and not (gaps.torch or gaps.jax):
             first, *others = self.proposal.ambiguous
             more = f" (and {len(others)} more)" if others else ""
             raise Refused(
