@@ -1412,7 +1412,8 @@ class Inside:
         known = self.by_size.get(array.size, [])
         if array.size not in self.sums:
             self.sums[array.size] = np.array([value.sum() for value in known])
-        distance = np.abs(self.sums[array.size] - array.sum())
+        with np.errstate(invalid="ignore"):  # as where masked values are infinite
+            distance = np.abs(self.sums[array.size] - array.sum())
         if not (distance <= EQUAL * array.size * largest(array)).any() and np.isfinite(distance).all():
             return False
         return any(is_same(value, array) for value in self.of_shape(array.shape))
@@ -1457,9 +1458,13 @@ class History(NamedTuple):
         return name in self.comparison.stages or self.inside.has(self.values[name])
 
     def maker(self, array: np.ndarray, place: str) -> str | None:
-        """Return the first operation before a place that gave this value, in whatever order of its axes, or None."""
+        """Return the first operation before a place that gave this value, in whatever order of its axes, or None.
+
+        It may be a part of what the operation gave.
+        """
         before = itertools.takewhile(lambda name: name != place, self.comparison.order)
-        found = [name for name in before if name in self.calls and self.values[name].size == array.size]
+        larger = [name for name in before if name in self.calls and self.values[name].size >= array.size]
+        found = [name for name in larger if self.values[name].size == array.size]
         for name in found:
             if np.array_equal(self.values[name], array, equal_nan=True):
                 return name
@@ -1468,7 +1473,8 @@ class History(NamedTuple):
             alike = np.array_equal(value.max(), array.max(), equal_nan=True)
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
                 return name
-        return None
+        several = 2 * len(np.unique(array)) > array.size  # a mask would be a part of everything
+        return next((name for name in larger if several and np.isin(array, self.values[name]).all()), None)
 
     def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield the float arguments of an operation, with their places; one that is given twice comes once."""

@@ -1031,6 +1031,24 @@ def test_a_function_over_a_flat_state_dict_trains_no_buffer() -> None:
     assert any("norm.running_mean, norm.running_var, scales not trained" in note for note in result.notes)
 
 
+def summed() -> nn.Module:
+    """Return sums along the features, of which the last one is left out."""
+    return TorchNet(
+        lambda net, x: net.fc2(net.fc1(x).cumsum(1)[:, :-1].tanh() * 2),
+        fc1=nn.Linear(3, 8),
+        fc2=nn.Linear(7, 4),
+    )
+
+
+def test_an_operation_is_named_of_whose_value_a_part_is_used() -> None:
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        sums = linear(tree["fc1"], x) @ (1.1 * jnp.triu(jnp.ones((8, 8))))[:, :-1]
+        return linear(tree["fc2"], 2 * jnp.tanh(sums))
+
+    (found,) = examine(Pair(summed, net, values(4, 3), nested, batch_sizes=(5,)), names=("outputs",)).divergences
+    assert "cumsum" in str(found), found
+
+
 def shuffled() -> nn.Module:
     """Return a pool, and channels that become rows and columns."""
     return TorchNet(
