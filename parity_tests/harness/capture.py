@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -75,6 +75,8 @@ from parity_tests.harness.taps import (
     values_inside,
 )
 from parity_tests.harness.torch_side import (
+    EPSILONS,
+    Otherwise,
     Rounded,
     TorchCapture,
     WithoutDropout,
@@ -191,6 +193,7 @@ class Comparison(NamedTuple):
     sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
     origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
+    causes: Mapping[str, str] = {}  # with what change PyTorch's operation gives JAX's value where a difference is born
 
     @property
     def mode(self) -> str:
@@ -962,6 +965,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
         return comparison
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
     try:
+        comparison = comparison._replace(causes=find_causes(sweeper, comparison))
         return comparison._replace(origins=find_origins(sweeper, comparison))
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
         note = f"the places of differences are less exact: PyTorch's operations do not run alone ({describe(error)})"
@@ -1338,6 +1342,36 @@ def has_gap(comparison: Comparison, place: str) -> bool:
     return any(name not in comparison.functions for name in behind_last_given(comparison, place))
 
 
+@contextmanager
+def alone(sweeper: Sweeper) -> Iterator[None]:
+    """Let operations of the reference run alone as they do in the whole."""
+    with exact_arithmetic("float64"), fixed_settings(torch.float64, sweeper.module), torch.no_grad(), WithoutDropout():
+        yield
+
+
+def find_causes(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
+    """Return with what change PyTorch's operation gives JAX's value, by the places where a difference is born."""
+    places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
+    if not places or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
+        return {}
+    calls = calls_in(sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), places, training=sweeper.training)
+    side = sweeper.steered(True, True, functions=comparison.born)
+    actual = take(side.values, {**sweeper.stages, **sweeper.functions})
+    with alone(sweeper):
+        causes = {name: cause_of(actual[name], *calls[name]) for name in places if name in calls}
+    return {name: cause for name, cause in causes.items() if cause}
+
+
+def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
+    """Return with which eps, or which form of GELU, PyTorch's operation gives JAX's value, or an empty string."""
+    for eps in (None, *EPSILONS):
+        with suppress(Exception), Otherwise(eps) as other:  # as where an operation takes no eps of 0
+            values = flat(function(*args, **kwargs)).values()
+            if other.changed and any(is_same(actual, value.numpy()) for value in values):
+                return f"equal with {other.changed}"
+    return ""
+
+
 def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     """Return where a difference is born whose place is not sure, because JAX has no named value before it.
 
@@ -1368,11 +1402,7 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     outputs, aligned = flat(side.outputs), sweeper.outputs
     actual |= {name: carried(outputs[aligned[name].jax], aligned[name].carry) for name in ends}
     history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
-    with ExitStack() as stack:
-        stack.enter_context(exact_arithmetic("float64"))
-        stack.enter_context(fixed_settings(torch.float64, sweeper.module))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(WithoutDropout())
+    with alone(sweeper):
         origins = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
     return {name: origin for name, origin in origins.items() if origin is not None}
 

@@ -193,7 +193,9 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     wrong |= {name: comparison.functions[name] for name in comparison.born}
     origins = comparison.origins
     for name in comparison.order:
-        if name in wrong and name not in origins:
+        if name in wrong and name in comparison.causes:
+            yield f"output of {name}", f"{wrong[name].problem}; {comparison.causes[name]}"
+        elif name in wrong and name not in origins:
             yield f"output of {name}", f"{wrong[name].problem}{or_before(comparison, name)}"
         elif name in wrong:
             yield describe_origin(origins[name], wrong[name].problem)

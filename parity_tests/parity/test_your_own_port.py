@@ -1031,6 +1031,47 @@ def test_a_function_over_a_flat_state_dict_trains_no_buffer() -> None:
     assert any("norm.running_mean, norm.running_var, scales not trained" in note for note in result.notes)
 
 
+class RootMeanSquareNorm(nn.Module):
+    """A norm as models write it themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [batch, 8]."""
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+def explained() -> nn.Module:
+    """Return a network with the operations that a port likes to take for others."""
+    layers = {f"fc{number}": nn.Linear(8, 8) for number in (1, 2, 3)}
+    return TorchNet(
+        lambda net, x: net.fc3(net.rms(nn.functional.gelu(net.fc2(net.norm(net.fc1(x)))))) * 0.5,
+        **layers,
+        norm=nn.LayerNorm(8),
+        rms=RootMeanSquareNorm(),
+    )
+
+
+def test_another_eps_the_other_gelu_and_a_factor_are_named() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.LayerNorm(name="norm")(linen.Dense(8, name="fc1")(x))
+        x = linen.RMSNorm(name="rms")(linen.gelu(linen.Dense(8, name="fc2")(x)))
+        return linen.Dense(8, name="fc3")(x)
+
+    pair = Pair(explained, LinenNet(port), values(4, 8), batch_sizes=(5,))
+    found = {found.where: found.problem for found in examine(pair, names=("outputs",)).divergences}
+    assert found.keys() == {"output of norm", "output of gelu", "output of rms", "output of mul"}
+    for place, words in (
+        ("norm", "equal with 1e-06 in the place of 1e-05"),
+        ("gelu", "equal with the approximation of GELU by tanh"),
+        ("rms", "equal with 1e-06 in the place of 1e-05"),
+        ("mul", "JAX's is 2 times PyTorch's"),
+    ):
+        assert words in found[f"output of {place}"], found
+
+
 def summed() -> nn.Module:
     """Return sums along the features, of which the last one is left out."""
     return TorchNet(
