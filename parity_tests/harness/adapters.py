@@ -179,8 +179,8 @@ def path_of(place: tuple[Any, ...], boxed: bool = True) -> str:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Say whether a leaf is an array that a port carries: no random key and no counter."""
-    if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    """Say whether a leaf is an array that a port carries: no random key, no counter, and not empty."""
+    if not is_array(leaf) or not leaf.size or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
     return bool(leaf.ndim > 0 or jnp.issubdtype(leaf.dtype, jnp.inexact))
 

@@ -318,10 +318,12 @@ class Case:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
         proposal = find_map(self)
-        tables = self.find_tables({*proposal.gaps.torch} - proposal.map.parameters)
+        given = isinstance(self.pair.torch_module, torch.nn.Module)  # no seed tells its tables
+        trained = {name for name, weight in self.module.named_parameters() if weight.requires_grad or given}
+        tables = self.find_tables({*proposal.gaps.torch} - trained)
         if tables:
             names = shorten(sorted(tables))
-            add_note(self.notes, f"buffers that only PyTorch has, taken for what JAX computes itself: {names}")
+            add_note(self.notes, f"not trained and only in PyTorch, taken for what JAX computes itself: {names}")
         unused = proposal.map.unused | tables
         self.keep_own_values(unused)
         gaps = proposal.gaps._replace(
@@ -336,12 +338,12 @@ class Case:
         leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
         return frozenset(path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
 
-    def find_tables(self, buffers: Collection[str]) -> frozenset[str]:
-        """Return the buffers that a port may compute itself: those that no seed and no training changes.
+    def find_tables(self, names: Collection[str]) -> frozenset[str]:
+        """Return the tensors that a port may compute itself: those that no seed and no training changes.
 
         One of zeros or ones may wait for values, as those of a frozen norm do.
         """
-        if not buffers:
+        if not names:
             return frozenset()
         again = self.pair.new_module(self.seed + 1).state_dict()
         first = self.pair.new_module(self.seed).state_dict()
@@ -351,7 +353,7 @@ class Case:
         after = module.state_dict()
         return frozenset(
             name
-            for name in buffers
+            for name in names
             if torch.equal(before[name], after[name]) and torch.equal(first[name], again[name])
             if not any(bool((first[name] == value).all()) for value in (0, 1))
         )

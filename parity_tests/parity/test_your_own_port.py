@@ -217,6 +217,27 @@ def test_buffers_that_a_port_computes_itself_are_no_gap_but_statistics_are(upper
     assert any("only PyTorch has, taken for what JAX computes itself: mask" in note for note in result.notes)
 
 
+def frozen_rates() -> nn.Module:
+    """Return a layer behind rates that are a frozen parameter, as rotary embeddings have, and an empty buffer."""
+    rates = nn.Parameter(torch.tensor([1.0, 0.5, 0.25]), requires_grad=False)
+    return TorchNet(
+        lambda net, x: net.fc(x * net.rates), rates=rates, nothing=nn.Buffer(torch.zeros(0)), fc=nn.Linear(3, 4)
+    )
+
+
+def test_a_frozen_parameter_that_a_port_computes_itself_is_no_gap_but_weights_that_a_user_froze_may_be_one() -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        return linear(tree["fc"], x * 0.5 ** jnp.arange(3))
+
+    own = {"fc": {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}}
+    pair = Pair(frozen_rates, (own, port), values(4, 3))
+    result = examine(pair, names=("parameters", "outputs", "optimizer"))
+    assert result.passed == ["parameters", "outputs", "optimizer"]
+    assert any("only in PyTorch, taken for what JAX computes itself: rates" in note for note in result.notes)
+    (gap,) = examine(replace(pair, torch_module=frozen_rates()), names=("parameters",)).divergences
+    assert gap.where == "rates"
+
+
 class Cosine(nn.Module):
     """Rows of length 1 times a matrix that starts as the identity: a row of zeros would be NaN."""
 
