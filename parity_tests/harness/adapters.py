@@ -179,8 +179,8 @@ def path_of(place: tuple[Any, ...], boxed: bool = True) -> str:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Say whether a leaf is an array that a port carries: no random key and no counter."""
-    if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    """Say whether a leaf is an array that a port carries: no random key, no counter, and not empty."""
+    if not is_array(leaf) or not leaf.size or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
     return bool(leaf.ndim > 0 or jnp.issubdtype(leaf.dtype, jnp.inexact))
 
@@ -266,6 +266,16 @@ def params_of(variables: Any) -> Any:
     if has_collections(variables):
         return variables["params"]
     return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else None, variables)
+
+
+def without_training(model: Model, paths: frozenset[str]) -> Model:
+    """Return a model of a plain tree that does not train the leaves of these paths."""
+
+    def params(variables: Any) -> Any:
+        kept = [leaf if trained and name not in paths else None for name, trained, leaf in named_leaves(variables)]
+        return jax.tree.unflatten(jax.tree.structure(variables), kept)
+
+    return model._replace(trainable=lambda variables: model.trainable(variables) - paths, params=params)
 
 
 def with_params(variables: Any, params: Any) -> Any:

@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -75,6 +75,8 @@ from parity_tests.harness.taps import (
     values_inside,
 )
 from parity_tests.harness.torch_side import (
+    EPSILONS,
+    Otherwise,
     Rounded,
     TorchCapture,
     WithoutDropout,
@@ -191,6 +193,7 @@ class Comparison(NamedTuple):
     sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
     origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
+    causes: Mapping[str, str] = {}  # with what change PyTorch's operation gives JAX's value where a difference is born
 
     @property
     def mode(self) -> str:
@@ -315,10 +318,12 @@ class Case:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
         proposal = find_map(self)
-        tables = self.find_tables({*proposal.gaps.torch} - proposal.map.parameters)
+        given = isinstance(self.pair.torch_module, torch.nn.Module)  # no seed tells its tables
+        trained = {name for name, weight in self.module.named_parameters() if weight.requires_grad or given}
+        tables = self.find_tables({*proposal.gaps.torch} - trained)
         if tables:
             names = shorten(sorted(tables))
-            add_note(self.notes, f"buffers that only PyTorch has, taken for what JAX computes itself: {names}")
+            add_note(self.notes, f"not trained and only in PyTorch, taken for what JAX computes itself: {names}")
         unused = proposal.map.unused | tables
         self.keep_own_values(unused)
         gaps = proposal.gaps._replace(
@@ -333,12 +338,12 @@ class Case:
         leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
         return frozenset(path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
 
-    def find_tables(self, buffers: Collection[str]) -> frozenset[str]:
-        """Return the buffers that a port may compute itself: those that no seed and no training changes.
+    def find_tables(self, names: Collection[str]) -> frozenset[str]:
+        """Return the tensors that a port may compute itself: those that no seed and no training changes.
 
         One of zeros or ones may wait for values, as those of a frozen norm do.
         """
-        if not buffers:
+        if not names:
             return frozenset()
         again = self.pair.new_module(self.seed + 1).state_dict()
         first = self.pair.new_module(self.seed).state_dict()
@@ -348,7 +353,7 @@ class Case:
         after = module.state_dict()
         return frozenset(
             name
-            for name in buffers
+            for name in names
             if torch.equal(before[name], after[name]) and torch.equal(first[name], again[name])
             if not any(bool((first[name] == value).all()) for value in (0, 1))
         )
@@ -368,9 +373,10 @@ class Case:
         """The map of the weights.
 
         Raises:
-            Refused: two maps fit equally.
+            Refused: two maps fit equally. Where either lacks a weight, the check of parameters tells that first.
         """
-        if self.proposal.ambiguous:
+        gaps = self.proposal.gaps
+        if self.proposal.ambiguous and not (gaps.torch or gaps.jax):
             first, *others = self.proposal.ambiguous
             more = f" (and {len(others)} more)" if others else ""
             raise Refused(
@@ -961,6 +967,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
         return comparison
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
     try:
+        comparison = comparison._replace(causes=find_causes(sweeper, comparison))
         return comparison._replace(origins=find_origins(sweeper, comparison))
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
         note = f"the places of differences are less exact: PyTorch's operations do not run alone ({describe(error)})"
@@ -1337,6 +1344,36 @@ def has_gap(comparison: Comparison, place: str) -> bool:
     return any(name not in comparison.functions for name in behind_last_given(comparison, place))
 
 
+@contextmanager
+def alone(sweeper: Sweeper) -> Iterator[None]:
+    """Let operations of the reference run alone as they do in the whole."""
+    with exact_arithmetic("float64"), fixed_settings(torch.float64, sweeper.module), torch.no_grad(), WithoutDropout():
+        yield
+
+
+def find_causes(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
+    """Return with what change PyTorch's operation gives JAX's value, by the places where a difference is born."""
+    places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
+    if not places or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
+        return {}
+    calls = calls_in(sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), places, training=sweeper.training)
+    side = sweeper.steered(True, True, functions=comparison.born)
+    actual = take(side.values, {**sweeper.stages, **sweeper.functions})
+    with alone(sweeper):
+        causes = {name: cause_of(actual[name], *calls[name]) for name in places if name in calls}
+    return {name: cause for name, cause in causes.items() if cause}
+
+
+def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
+    """Return with which eps, or which form of GELU, PyTorch's operation gives JAX's value, or an empty string."""
+    for eps in (None, *EPSILONS):
+        with suppress(Exception), Otherwise(eps) as other:  # as where an operation takes no eps of 0
+            values = flat(function(*args, **kwargs)).values()
+            if other.changed and any(is_same(actual, value.numpy()) for value in values):
+                return f"equal with {other.changed}"
+    return ""
+
+
 def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     """Return where a difference is born whose place is not sure, because JAX has no named value before it.
 
@@ -1367,11 +1404,7 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     outputs, aligned = flat(side.outputs), sweeper.outputs
     actual |= {name: carried(outputs[aligned[name].jax], aligned[name].carry) for name in ends}
     history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
-    with ExitStack() as stack:
-        stack.enter_context(exact_arithmetic("float64"))
-        stack.enter_context(fixed_settings(torch.float64, sweeper.module))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(WithoutDropout())
+    with alone(sweeper):
         origins = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
     return {name: origin for name, origin in origins.items() if origin is not None}
 
@@ -1411,7 +1444,8 @@ class Inside:
         known = self.by_size.get(array.size, [])
         if array.size not in self.sums:
             self.sums[array.size] = np.array([value.sum() for value in known])
-        distance = np.abs(self.sums[array.size] - array.sum())
+        with np.errstate(invalid="ignore"):  # as where masked values are infinite
+            distance = np.abs(self.sums[array.size] - array.sum())
         if not (distance <= EQUAL * array.size * largest(array)).any() and np.isfinite(distance).all():
             return False
         return any(is_same(value, array) for value in self.of_shape(array.shape))
@@ -1456,9 +1490,13 @@ class History(NamedTuple):
         return name in self.comparison.stages or self.inside.has(self.values[name])
 
     def maker(self, array: np.ndarray, place: str) -> str | None:
-        """Return the first operation before a place that gave this value, in whatever order of its axes, or None."""
+        """Return the first operation before a place that gave this value, in whatever order of its axes, or None.
+
+        It may be a part of what the operation gave.
+        """
         before = itertools.takewhile(lambda name: name != place, self.comparison.order)
-        found = [name for name in before if name in self.calls and self.values[name].size == array.size]
+        larger = [name for name in before if name in self.calls and self.values[name].size >= array.size]
+        found = [name for name in larger if self.values[name].size == array.size]
         for name in found:
             if np.array_equal(self.values[name], array, equal_nan=True):
                 return name
@@ -1467,7 +1505,8 @@ class History(NamedTuple):
             alike = np.array_equal(value.max(), array.max(), equal_nan=True)
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
                 return name
-        return None
+        several = 2 * len(np.unique(array)) > array.size  # a mask would be a part of everything
+        return next((name for name in larger if several and np.isin(array, self.values[name]).all()), None)
 
     def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield the float arguments of an operation, with their places; one that is given twice comes once."""

@@ -22,6 +22,7 @@ from scipy import stats
 from torch import nn
 
 from parity_tests.harness import training
+from parity_tests.harness.adapters import Model, has_collections, without_training
 from parity_tests.harness.capture import (
     KINK,
     LARGEST_OF_TABLES,
@@ -66,7 +67,7 @@ from parity_tests.harness.pair import (
 )
 from parity_tests.harness.propose import fold_names, skeleton
 from parity_tests.harness.report import header, sentences
-from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, cast, link, match
+from parity_tests.harness.runs import Arrays, BatchPair, Link, Setup, cast, link, make_optimizer, match
 from parity_tests.harness.taps import compiled
 from parity_tests.harness.torch_side import TorchCapture, copy_module, fixed_settings
 from parity_tests.harness.weights import check_complete, expression, size_of
@@ -192,7 +193,9 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     wrong |= {name: comparison.functions[name] for name in comparison.born}
     origins = comparison.origins
     for name in comparison.order:
-        if name in wrong and name not in origins:
+        if name in wrong and name in comparison.causes:
+            yield f"output of {name}", f"{wrong[name].problem}; {comparison.causes[name]}"
+        elif name in wrong and name not in origins:
             yield f"output of {name}", f"{wrong[name].problem}{or_before(comparison, name)}"
         elif name in wrong:
             yield describe_origin(origins[name], wrong[name].problem)
@@ -356,18 +359,43 @@ def setup_of(case: Case) -> Setup:
         return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
 
     def jax_loss(variables: Any, batch: Any, training: bool) -> tuple[jax.Array, Any]:
-        results, after = case.model.apply(variables, Inputs(*batch["args"], **batch["kwargs"]), training)
+        results, after = model.apply(variables, Inputs(*batch["args"], **batch["kwargs"]), training)
         return jax_objective(pair)(results, batch["targets"]), after
 
     variables = case.own_variables
     if variables is None:
         with exact_arithmetic("float64"):
             variables = case.variables({name: jnp.asarray(array, jnp.float64) for name, array in tensors.items()})
+    model, buffers = case.model, untrained(case, variables)
+    if buffers and accepts(pair, pruned := without_training(model, buffers), variables):
+        add_note(
+            case.notes,
+            f"training: {shorten(sorted(buffers))} not trained: a buffer in PyTorch, and a function does not tell",
+        )
+        model = pruned
     complete = replace(
         pair,
         torch_optimizer=pair.torch_optimizer or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-3)),
     )
-    return Setup(case.module, case.model, variables, case.weight_map, complete, torch_loss, jax_loss, coarse, tensors)
+    return Setup(case.module, model, variables, case.weight_map, complete, torch_loss, jax_loss, coarse, tensors)
+
+
+def untrained(case: Case, variables: Any) -> frozenset[str]:
+    """Return the leaves of a function's one tree that are buffers in PyTorch: it does not say what is trained."""
+    if case.model.library != "function" or has_collections(variables):
+        return frozenset()
+    buffers = buffers_of(case.module).keys()
+    filled = {path for entry in case.weight_map.entries if buffers >= {*entry.torch} for path in entry.jax}
+    return case.model.trainable(variables) & filled
+
+
+def accepts(pair: Pair, model: Model, variables: Any) -> bool:
+    """Say whether the pair's optimizer takes what a model trains; one with a label for each leaf takes no fewer."""
+    try:
+        jax.eval_shape(lambda: make_optimizer(pair).init(model.params(variables)))
+    except Exception:
+        return False
+    return True
 
 
 def case_setup(case: Case) -> Setup:

@@ -157,11 +157,20 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
         return ""
     errors = np.abs(widened(actual) - widened(expected))
     index = first_index(errors == errors.max())
+    factor = factor_between(actual, expected)
     return (
         f"error {errors.max():.1e} > {limit:.1e} at {list(index)} "
         f"(JAX {actual[index]:.9g}, PyTorch {expected[index]:.9g}; "
-        f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source})"
+        f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source}){factor}"
     )
+
+
+def factor_between(actual: np.ndarray, expected: np.ndarray) -> str:
+    """Return what a message adds where JAX's values are PyTorch's times one number."""
+    factor = None if np.iscomplexobj(expected) else slope(actual, expected)
+    if factor is None or abs(factor - 1) < 1e-6 or largest_error(actual, factor * expected) > 1e-9 * largest(actual):
+        return ""
+    return f"; JAX's is {factor:.6g} times PyTorch's"
 
 
 def without_equal_infinities(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

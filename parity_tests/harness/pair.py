@@ -278,10 +278,10 @@ def redraw(
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent float buffers by name; a tensor that has several names has its first one."""
+    """Return parameters and persistent float buffers by their first names, but for those without values."""
     first: dict[int, str] = {}
     state = module.state_dict(keep_vars=True)
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
     return {name: tensor for name, tensor in floats.items() if first.setdefault(id(tensor), name) == name}
 
 

@@ -199,6 +199,7 @@ class TorchRun:
                 parameter.requires_grad_(False)
         self.optimizer = setup.pair.torch_optimizer(self.module)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.numbers = [numbers_of(group) for group in self.optimizer.param_groups]
         self.steps = 0
         self.gradient_sizes: dict[str, float] = dict.fromkeys(self.parameters, 0.0)
         for name, parameter in self.parameters.items():
@@ -241,14 +242,21 @@ class TorchRun:
         return moments
 
     def unknown(self) -> set[str]:
-        """Return what the optimizer keeps for a parameter that is no known moment."""
+        """Return what the optimizer keeps, for a parameter or a group of them, that is no known moment."""
         states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters.values()]
-        return {key for state in states for key, value in state.items() if value is not None} - {*MOMENTS, "step"}
+        kept = {key for state in states for key, value in state.items() if value is not None}
+        for group, old in zip(self.optimizer.param_groups, self.numbers, strict=False):
+            kept |= {key for key, number in numbers_of(group).items() if number != old.get(key)} - {"lr"}
+        return kept - {*MOMENTS, "step"}
 
     def count(self) -> int | None:
         """Return the number of steps that the optimizer has counted, or None if it does not count."""
+        return max((int(state["step"]) for state in self._counters()), default=None)
+
+    def _counters(self) -> list[dict[str, Any]]:
+        """Return what holds a counter: PyTorch counts for each parameter, timm and others for each group of them."""
         states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters.values()]
-        return max((int(state["step"]) for state in states if "step" in state), default=None)
+        return [state for state in [*states, *self.optimizer.param_groups] if "step" in state]
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Set parameters and buffers."""
@@ -267,10 +275,9 @@ class TorchRun:
     def set_count(self, steps: int) -> None:
         """Set the counters."""
         self.steps = steps
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                old = state["step"]
-                state["step"] = torch.full_like(old, steps) if isinstance(old, torch.Tensor) else steps
+        for state in self._counters():
+            old = state["step"]
+            state["step"] = torch.full_like(old, steps) if isinstance(old, torch.Tensor) else steps
 
     def has_scheduler(self) -> bool:
         """Return whether the user's step holds a scheduler, which counts on its own."""
@@ -296,6 +303,11 @@ class TorchRun:
     def _arithmetic(self) -> Iterator[None]:
         with exact_arithmetic(self.dtype), fixed_settings(getattr(torch, self.dtype), self.module), WithoutDropout():
             yield
+
+
+def numbers_of(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a group of parameters; an optimizer may change some of them at each step."""
+    return {key: float(value) for key, value in group.items() if isinstance(value, int | float)}
 
 
 def note_size(sizes: dict[str, float], name: str, gradient: torch.Tensor) -> None:

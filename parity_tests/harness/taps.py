@@ -52,6 +52,8 @@ def compiled(fn: Callable[..., Any], **options: Any) -> Any:
 MOST_STEPS = 32  # of a loop whose values are kept, too
 MOST_VALUES = 2**26  # numbers that are kept of one run: 0.5 GiB in float64
 
+OTHER_DTYPES = "requires arguments to have the same dtypes"  # what jax.lax says of a float32 beside a float64
+
 tap_p = Primitive("tap")
 tap_p.def_impl(lambda value, **parameters: value)
 tap_p.def_abstract_eval(lambda value, **parameters: value)
@@ -147,9 +149,39 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with widen() if jax.config.read("jax_enable_x64") else nullcontext():
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except TypeError as error:
+                if OTHER_DTYPES not in str(error):
+                    raise
+                with promoting():
+                    return function(*args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def promoting() -> Iterator[None]:
+    """Let functions of jax.lax, which do not promote, take a constant that was made in float32 before.
+
+    It is done only where it is needed, because it stands in the tracebacks that give operations their names.
+    """
+    bind = Primitive.bind
+
+    def bind_wider(primitive: Primitive, *args: Any, **params: Any) -> Any:
+        try:
+            return bind(primitive, *args, **params)
+        except TypeError as error:
+            if OTHER_DTYPES not in str(error):
+                raise
+            wider = (arg.astype(np.float64) if arg.dtype == np.float32 else arg for arg in args)
+            return bind(primitive, *wider, **params)
+
+    Primitive.bind = bind_wider  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Primitive.bind = bind  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -485,6 +517,8 @@ def find_site(equation: JaxprEqn, foreign: tuple[str, ...]) -> Site | None:
         return None
     codes, positions = equation.source_info.traceback.raw_frames()  # the innermost first
     for depth, code in enumerate(codes):
+        if code.co_name == "bind_wider":
+            continue
         if code.co_filename.startswith(HARNESS):
             return None
         if not code.co_filename.startswith(foreign):
@@ -492,8 +526,9 @@ def find_site(equation: JaxprEqn, foreign: tuple[str, ...]) -> Site | None:
     return None
 
 
-# Frames of JAX that stand between a call and the function that it calls.
+# Frames of JAX, and of `promoting`, that stand between a call and the function that it calls.
 BETWEEN = {"op", "meth", "fn", "wrapper", "reraise_with_filtered_traceback", "deferring_binary_op", "<lambda>"}
+BETWEEN |= {"bind_wider"}
 OPERATORS = {"truediv": "div", "radd": "add", "rsub": "sub", "rmul": "mul", "rtruediv": "div", "rmatmul": "matmul"}
 
 

@@ -575,6 +575,40 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+EPSILONS = (1e-5, 1e-6, 1e-3, 1e-4, 1e-7, 1e-8, 1e-12, 0.0)  # that layers of either framework have
+LARGEST_EPSILON = 1e-2
+
+
+class Otherwise(TorchFunctionMode):
+    """Runs operations with another eps, or with the other form of GELU; `changed` says what was changed.
+
+    Args:
+        eps: what takes the place of each small constant; None: GELU is changed.
+    """
+
+    def __init__(self, eps: float | None) -> None:
+        super().__init__()
+        self.eps, self.changed = eps, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function with the change."""
+        kwargs = dict(kwargs or {})
+        if self.eps is not None:
+            args, kwargs = tuple(map(self.change, args)), {name: self.change(leaf) for name, leaf in kwargs.items()}
+        elif getattr(func, "__name__", "") == "gelu":
+            exact = kwargs.get("approximate") == "tanh"
+            kwargs["approximate"] = "none" if exact else "tanh"
+            self.changed = f"the {'exact GELU' if exact else 'approximation of GELU by tanh'}"
+        return func(*args, **kwargs)
+
+    def change(self, leaf: Any) -> Any:
+        """Return the other eps in the place of one."""
+        if not isinstance(leaf, float) or not 0 < leaf <= LARGEST_EPSILON or leaf == self.eps:
+            return leaf
+        self.changed = f"{self.eps:g} in the place of {leaf:g}"
+        return self.eps
+
+
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128, "torch.FloatTensor": "torch.DoubleTensor"}
 
 

@@ -22,6 +22,7 @@ from jax_cnn.model import SimpleCNN as JaxSimpleCNN
 from parity_tests.harness import Pair
 from parity_tests.harness import weights as rules
 from parity_tests.harness.capture import Case, exact_arithmetic, jax_order, torch_order
+from parity_tests.harness.checks import parameters
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.propose import Proposal, propose
 from parity_tests.harness.weights import declare, linear
@@ -713,6 +714,15 @@ def test_what_is_declared_is_no_question() -> None:
     decide(Case(replace(neighbours(symmetric=True), weights={"values": "Dense_0"})))
     flatten = {"fc1": linear("fc1", flatten=(64, 7, 7))}
     assert ask(Case(simple_cnn()), flatten).ambiguous == ()
+
+
+def test_a_weight_that_the_port_lacks_is_told_before_what_is_open() -> None:
+    pair = neighbours(symmetric=True)
+    module = pair.new_module()
+    module.add_module("norm", nn.LayerNorm(3))
+    case = Case(replace(pair, torch_module=module))
+    assert case.proposal.ambiguous
+    assert {found.where for found in parameters(case)} == {"norm.weight", "norm.bias"}
 
 
 def test_a_port_with_a_large_fault_leaves_open_what_values_cannot_decide() -> None:

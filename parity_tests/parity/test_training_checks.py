@@ -130,6 +130,29 @@ class Lion(torch.optim.Optimizer):
                     average.mul_(0.99).add_(parameter.grad, alpha=0.01)
 
 
+class GroupAdam(torch.optim.Optimizer):
+    """Adam that counts the steps of a group of parameters, not of each one, as timm and others do."""
+
+    def __init__(self, parameters: Any, lr: float, counter: str = "step") -> None:
+        super().__init__(parameters, {"lr": lr, counter: 0})
+        self.counter = counter
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step."""
+        for group in self.param_groups:
+            group[self.counter] += 1
+            corrections = [1 - decay ** group[self.counter] for decay in (0.9, 0.999)]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                first = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                second = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                first.lerp_(parameter.grad, 0.1)
+                second.lerp_(parameter.grad.square(), 0.001)
+                root = (second / corrections[1]).sqrt() + 1e-8
+                parameter -= group["lr"] * first / corrections[0] / root
+
+
 def of_all(optimizer: Callable[..., torch.optim.Optimizer], rate: float, **options: Any) -> Callable[..., Any]:
     """Return a function that makes an optimizer of all parameters."""
     return lambda module: optimizer(module.parameters(), rate, **options)
@@ -219,6 +242,8 @@ SOUND: dict[str, Tree] = {
         of_all(torch.optim.Adagrad, 1e-2, eps=0.0, initial_accumulator_value=0.1), optax.adagrad(1e-2, 0.1, eps=0.0)
     ),
     "Lion": both(of_all(Lion, 1e-3), optax.lion(1e-3, weight_decay=0.0)),
+    "Adam that counts in its group": both(of_all(GroupAdam, 1e-3), optax.adam(1e-3)),
+    "Adam that counts by another name": both(of_all(GroupAdam, 1e-3, counter="t"), optax.adam(1e-3)),
     "Adadelta": both(of_all(torch.optim.Adadelta, 1e-2, eps=1e-6), optax.adadelta(1e-2, 0.9, 1e-6)),
     "groups": both(decay_matrices, optax.adamw(1e-3, weight_decay=0.1, mask=is_matrix)),
     "frozen": both(freeze_first, FROZEN),
@@ -300,7 +325,7 @@ def test_an_optimizer_and_its_equal_in_optax_agree(name: str) -> None:
     setup, notes = build_normed(**SOUND[name]), list[str]()
     for seed in SEEDS:
         assert not messages(training.optimizer(setup, seed, notes))
-    known = name not in ("Lion", "Adadelta")
+    known = name not in ("Lion", "Adadelta", "Adam that counts by another name")
     assert known != any("not tried from a later state" in note for note in notes), notes
 
 
@@ -314,7 +339,10 @@ def test_a_fault_of_the_optimizer_is_named(name: str) -> None:
 
 # --- Steps in lockstep, and a change of framework ---
 
-IN_TRAINING = ("Adam", "RMSprop, centered, momentum", "Lion", "clipped by norm", "accumulated", "frozen")
+IN_TRAINING = (
+    *("Adam", "Adam that counts in its group", "RMSprop, centered, momentum", "Lion"),
+    *("clipped by norm", "accumulated", "frozen"),
+)
 
 
 @pytest.mark.parametrize("name", IN_TRAINING)

@@ -214,7 +214,28 @@ def test_buffers_that_a_port_computes_itself_are_no_gap_but_statistics_are(upper
     declared = replace(pair, weights={"norm": unused(), "offset": unused()})
     result = examine(declared, names=("parameters", "outputs"))
     assert [divergence.where for divergence in result.divergences][:1] == (["output of matmul"] if upper else [])
-    assert any("only PyTorch has, taken for what JAX computes itself: mask" in note for note in result.notes)
+    assert any("only in PyTorch, taken for what JAX computes itself: mask" in note for note in result.notes)
+
+
+def frozen_rates() -> nn.Module:
+    """Return a layer behind rates that are a frozen parameter, as rotary embeddings have, and an empty buffer."""
+    rates = nn.Parameter(torch.tensor([1.0, 0.5, 0.25]), requires_grad=False)
+    return TorchNet(
+        lambda net, x: net.fc(x * net.rates), rates=rates, nothing=nn.Buffer(torch.zeros(0)), fc=nn.Linear(3, 4)
+    )
+
+
+def test_a_frozen_parameter_that_a_port_computes_itself_is_no_gap_but_weights_that_a_user_froze_may_be_one() -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        return linear(tree["fc"], x * 0.5 ** jnp.arange(3))
+
+    own = {"fc": {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}}
+    pair = Pair(frozen_rates, (own, port), values(4, 3))
+    result = examine(pair, names=("parameters", "outputs", "optimizer"))
+    assert result.passed == ["parameters", "outputs", "optimizer"]
+    assert any("only in PyTorch, taken for what JAX computes itself: rates" in note for note in result.notes)
+    (gap,) = examine(replace(pair, torch_module=frozen_rates()), names=("parameters",)).divergences
+    assert gap.where == "rates"
 
 
 class Cosine(nn.Module):
@@ -565,10 +586,11 @@ def test_inputs_of_booleans_and_losses_with_constants_of_float32_are_taken() -> 
         return (losses * rates[labels]).sum() / rates[labels].sum()
 
     def huber(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        error = jnp.abs(outputs - targets)
+        error = lax.abs(lax.mul(outputs - targets, ones[: len(targets)]))  # functions of jax.lax do not promote
         return jnp.where(error < 1, error**2 / 2, error - 0.5).mean()
 
     labels, numbers = np.array([0, 1, 1, 0]), np.arange(8, dtype=np.float32).reshape(4, 2) / 3
+    ones = jnp.ones((8, 2))
     reference = TorchNet(lambda net, x, keep: net.fc(x * keep), fc=nn.Linear(3, 2))
     declared = Pair(reference, port, inputs, nested)
     for pair in (
@@ -1003,6 +1025,91 @@ def test_a_fault_in_a_port_without_names_is_found_in_its_operation(place: str) -
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == f"output of {place}"
     assert "; or in" not in found.problem
+
+
+def scaled_and_normed() -> nn.Module:
+    """Return a layer that scales its inputs by a table, and a batch normalisation behind it."""
+    return TorchNet(
+        lambda net, x: net.fc2(net.norm(net.fc1(x * net.scales)).relu()),
+        scales=nn.Buffer(torch.linspace(0.5, 2, 6)),
+        fc1=nn.Linear(6, 8),
+        norm=nn.BatchNorm1d(8),
+        fc2=nn.Linear(8, 3),
+    )
+
+
+def test_a_function_over_a_flat_state_dict_trains_no_buffer() -> None:
+    def net(flat: Any, x: jax.Array, train: bool = False) -> Any:
+        x = (x * flat["scales"]) @ flat["fc1.weight"].T + flat["fc1.bias"]
+        mean, var = (x.mean(0), x.var(0)) if train else (flat["norm.running_mean"], flat["norm.running_var"])
+        of_all = {"norm.running_mean": mean, "norm.running_var": var * len(x) / (len(x) - 1)}
+        kept = {name: 0.9 * flat[name] + 0.1 * new for name, new in of_all.items()}
+        x = (x - mean) / jnp.sqrt(var + 1e-5) * flat["norm.weight"] + flat["norm.bias"]
+        x = jax.nn.relu(x) @ flat["fc2.weight"].T + flat["fc2.bias"]
+        return (x, flat | kept) if train else x
+
+    result = examine(Pair(scaled_and_normed, net, values(8, 6), dict), names=("outputs", "statistics", "optimizer"))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+    assert any("norm.running_mean, norm.running_var, scales not trained" in note for note in result.notes)
+
+
+class RootMeanSquareNorm(nn.Module):
+    """A norm as models write it themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [batch, 8]."""
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+def explained() -> nn.Module:
+    """Return a network with the operations that a port likes to take for others."""
+    layers = {f"fc{number}": nn.Linear(8, 8) for number in (1, 2, 3)}
+    return TorchNet(
+        lambda net, x: net.fc3(net.rms(nn.functional.gelu(net.fc2(net.norm(net.fc1(x)))))) * 0.5,
+        **layers,
+        norm=nn.LayerNorm(8),
+        rms=RootMeanSquareNorm(),
+    )
+
+
+def test_another_eps_the_other_gelu_and_a_factor_are_named() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.LayerNorm(name="norm")(linen.Dense(8, name="fc1")(x))
+        x = linen.RMSNorm(name="rms")(linen.gelu(linen.Dense(8, name="fc2")(x)))
+        return linen.Dense(8, name="fc3")(x)
+
+    pair = Pair(explained, LinenNet(port), values(4, 8), batch_sizes=(5,))
+    found = {found.where: found.problem for found in examine(pair, names=("outputs",)).divergences}
+    assert found.keys() == {"output of norm", "output of gelu", "output of rms", "output of mul"}
+    for place, words in (
+        ("norm", "equal with 1e-06 in the place of 1e-05"),
+        ("gelu", "equal with the approximation of GELU by tanh"),
+        ("rms", "equal with 1e-06 in the place of 1e-05"),
+        ("mul", "JAX's is 2 times PyTorch's"),
+    ):
+        assert words in found[f"output of {place}"], found
+
+
+def summed() -> nn.Module:
+    """Return sums along the features, of which the last one is left out."""
+    return TorchNet(
+        lambda net, x: net.fc2(net.fc1(x).cumsum(1)[:, :-1].tanh() * 2),
+        fc1=nn.Linear(3, 8),
+        fc2=nn.Linear(7, 4),
+    )
+
+
+def test_an_operation_is_named_of_whose_value_a_part_is_used() -> None:
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        sums = linear(tree["fc1"], x) @ (1.1 * jnp.triu(jnp.ones((8, 8))))[:, :-1]
+        return linear(tree["fc2"], 2 * jnp.tanh(sums))
+
+    (found,) = examine(Pair(summed, net, values(4, 3), nested, batch_sizes=(5,)), names=("outputs",)).divergences
+    assert "cumsum" in str(found), found
 
 
 def shuffled() -> nn.Module:
