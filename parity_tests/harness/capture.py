@@ -190,6 +190,7 @@ class Comparison(NamedTuple):
     unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
     sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
+    idle: tuple[str, ...] = ()  # weights on which only PyTorch's outputs depend
     origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
 
     @property
@@ -855,6 +856,14 @@ class Sweeper:
             side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
         return side, of_functions
 
+    def idle(self, sweep: Sweep) -> tuple[str, ...]:
+        """Return the weights whose gradient is 0 in a run of JAX, and not in PyTorch."""
+        return tuple(
+            name
+            for name, gradient in self.expected_gradients.items()
+            if gradient.any() and name in sweep.weight_gradients and not np.any(sweep.weight_gradients[name])
+        )
+
     @property
     def expected_gradients(self) -> Mapping[str, np.ndarray]:
         """PyTorch's gradients by all parameters that it trains; one that it detaches has a gradient of 0."""
@@ -945,9 +954,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     case.progress(f"batch of {size}" + (" in training mode" if training else ""))
     first = size == case.sizes[0]
     sweeper = Sweeper(case, size, training, verify=first, inside=first)
-    inherited, _ = sweeper.side(sweeper.steered(False, False))
+    whole = sweeper.steered(False, False)
+    inherited, _ = sweeper.side(whole)
     if not first and not any_problem(inherited):
         return Comparison(size, training, {}, inherited, inherited, (), {}, ())
+    idle = sweeper.idle(whole)
     if not first:
         sweeper = Sweeper(case, size, training, verify=False)
         inherited, _ = sweeper.side(sweeper.steered(False, False))
@@ -960,6 +971,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     if not any_problem(inherited, local):
         return comparison
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
+    comparison = comparison._replace(idle=idle)
     try:
         return comparison._replace(origins=find_origins(sweeper, comparison))
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
@@ -1446,6 +1458,8 @@ class History(NamedTuple):
         while (step := self.find_argument(place, actual)) is not None:
             argument, instead = step
             before = self.maker(argument, place)
+            if before is None and (holder := self.holder(argument, place)) is not None:
+                return Origin(holder, difference(instead, argument, 0.0).problem, ())
             if before is None or self.is_known(before) or self.values[before].shape != argument.shape:
                 break  # JAX has the right value, but takes another
             place, actual = before, instead
@@ -1468,6 +1482,11 @@ class History(NamedTuple):
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
                 return name
         return None
+
+    def holder(self, array: np.ndarray, place: str) -> str | None:
+        """Return a value before a place that holds this one, where nothing is seen inside, as in an LSTM; or None."""
+        before = [name for name in behind_last_given(self.comparison, place) if name not in self.calls]
+        return next((name for name in before if np.isin(array, self.values[name]).all()), None)
 
     def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield the float arguments of an operation, with their places; one that is given twice comes once."""

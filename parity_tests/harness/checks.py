@@ -180,10 +180,13 @@ def outputs(case: Case) -> Iterator[Divergence]:
     for comparison in case.comparisons:
         if not has_problem(comparison.inherited.outputs):
             continue
+        idle = f"JAX's outputs do not depend on {shorten(comparison.idle)}" if comparison.idle else ""
         for place, problem in births(comparison):
             if place not in seen:
+                cause = "" if seen else idle
                 seen.add(place)
-                yield Divergence("outputs", f"{place}{comparison.mode}", f"{problem} (batch of {comparison.size})")
+                text = f"{problem} (batch of {comparison.size})"
+                yield Divergence("outputs", f"{place}{comparison.mode}", text, cause)
 
 
 def births(comparison: Comparison) -> Iterator[tuple[str, str]]:

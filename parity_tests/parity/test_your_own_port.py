@@ -776,6 +776,47 @@ def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
     assert places(pair) == [f"output of blocks.{number}.1" for number in range(2)]
 
 
+def test_layers_that_a_stack_leaves_out_are_named() -> None:
+    def port(params: Any, x: jax.Array) -> jax.Array:
+        rows, _ = jax.lax.scan(lambda x, layer: (x + jnp.tanh(x @ layer["w"]), None), x, {"w": params["layers"][1:]})
+        return rows
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in net.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    pair = Pair(
+        TorchNet(forward, layers=layers),
+        port,
+        np.ones((4, 4), np.float32),
+        lambda state: {"layers": np.stack([state[f"layers.{number}.weight"].T for number in range(3)])},
+        batch_sizes=(4,),
+    )
+    (fault,) = examine(pair, names=("outputs",)).divergences
+    assert fault.cause == "JAX's outputs do not depend on layers.0.weight"
+
+
+def test_a_fault_in_a_loop_is_not_told_of_the_layer_behind_it() -> None:
+    def port(params: Any, x: jax.Array) -> jax.Array:
+        def step(state: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            return 1.01 * jnp.tanh(x @ params["u"] + state @ params["v"] + params["b"]), None
+
+        state, _ = jax.lax.scan(step, jnp.zeros((len(x), 4), x.dtype), jnp.swapaxes(x, 0, 1))
+        return state @ params["w"] + params["c"]
+
+    def load(state: dict[str, Any]) -> Any:
+        matrices = {"u": "rnn.weight_ih_l0", "v": "rnn.weight_hh_l0", "w": "head.weight"}
+        biases = {"b": state["rnn.bias_ih_l0"] + state["rnn.bias_hh_l0"], "c": state["head.bias"]}
+        return {name: state[key].T for name, key in matrices.items()} | biases
+
+    layers = {"rnn": nn.RNN(3, 4, batch_first=True), "head": nn.Linear(4, 2)}
+    reference = TorchNet(lambda net, x: net.head(net.rnn(x)[0][:, -1]), **layers)
+    pair = Pair(reference, port, np.ones((4, 5, 3), np.float32), load, batch_sizes=(4,))
+    assert places(pair) == ["output of rnn[0]"]
+
+
 def test_a_fault_in_a_cell_is_found_there() -> None:
     def port(x: jax.Array, state: jax.Array) -> jax.Array:
         cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
