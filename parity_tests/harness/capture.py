@@ -87,7 +87,7 @@ from parity_tests.harness.torch_side import (
     fresh_copy,
     reference_error,
 )
-from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
+from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, parent, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -316,6 +316,12 @@ class Case:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
         proposal = find_map(self)
+        if proposal.assumed:
+            add_note(
+                self.notes,
+                "no map of the weights makes the outputs agree; compared with the likeliest, by names and order (if "
+                f"another is right, declare weights=): {'; '.join(proposal.assumed)}",
+            )
         tables = self.find_tables({*proposal.gaps.torch} - proposal.map.parameters)
         if tables:
             names = shorten(sorted(tables))
@@ -375,7 +381,8 @@ class Case:
             first, *others = self.proposal.ambiguous
             more = f" (and {len(others)} more)" if others else ""
             raise Refused(
-                f"two maps of the weights fit equally: {first}{more}; say which in weights= (--propose shows all)"
+                f"two maps of the weights fit equally: {first}{more}; say which in weights= (--propose shows all, and "
+                "the first of each as Python)"
             )
         return self.proposal.map
 
@@ -540,14 +547,22 @@ def find_map(case: Case) -> Proposal:
 
 
 class Sizes(TorchFunctionMode):
-    """Notes how many values an example has in each tensor of more than two axes."""
+    """Notes how many values an example has in each tensor of more than two axes, and when weights are used.
 
-    def __init__(self) -> None:
+    Args:
+        use: called with each tensor that a function is given.
+    """
+
+    def __init__(self, use: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self.seen: set[int] = set()
+        self.use = use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
+        for part in jax.tree.leaves((args, [*(kwargs or {}).values()])):  # JAX would sort a dictionary
+            if isinstance(part, torch.Tensor):
+                self.use(part)
         result = func(*args, **(kwargs or {}))
         if type(result) is torch.Tensor and len(shape := result.size()) > 2:
             self.seen.add(prod(shape[1:]))
@@ -557,11 +572,19 @@ class Sizes(TorchFunctionMode):
 def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     """Return names and classes of PyTorch's modules in the order of their calls, and which may get a flattened image.
 
-    Such a module gets rows of as many values as an image before it has.
+    Such a module gets rows of as many values as an image before it has. Among them are the names of tensors, each where
+    a function first gets it.
     """
     order: list[tuple[str, str]] = []
     flattened: set[str] = set()
-    module, sizes = copy_module(case.module), Sizes()
+    module = copy_module(case.module)
+    names = {id(tensor): name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+    def use(tensor: torch.Tensor) -> None:
+        if id(tensor) in names:
+            order.append((names.pop(id(tensor)), ""))
+
+    sizes = Sizes(use)
 
     def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
         order.append((name, type(child).__name__))
@@ -578,7 +601,7 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
 def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
     """Return paths and classes of JAX's modules in the order of their calls, and whether the program turns images.
 
-    A plain function has no modules.
+    A plain function has no modules, but leaves, each where it is first used, and what holds them.
     """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
@@ -592,7 +615,12 @@ def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
     arguments = jax.tree.map(to_jnp, (call.args, call.kwargs))
     traced = trace(run, leaves, arguments, context=case.model.context, verify=False)
     case.coarse |= bool(traced.float32_constants)
-    return traced.calls, traced.turns_images
+    calls = list(traced.calls)
+    if not calls:
+        paths = sorted(leaves)  # as JAX sorts a dictionary
+        used = [paths[number] for number in traced.order_of_use if number < len(paths)]
+        calls = [(path, "") for leaf in used for path in (parent(leaf), leaf)]
+    return calls, traced.turns_images
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:
