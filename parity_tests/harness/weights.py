@@ -900,6 +900,9 @@ def gate_by_gate(cell: Layer, how: str, gates: str) -> list[Entry]:
         kernels = [cell.gate(gate, side, "kernel") for gate in gates]
         if None in kernels:
             raise cell.problem(f"there are not as many kernels as gates {gates!r}")
+        rows, columns = cell.tensors[name]
+        if {cell.leaves[path] for path in kernels if path} != {(columns, rows // len(gates))}:
+            raise cell.problem(f"{cell.tensor(name)} has {columns} columns, and {kernels[0]} has another size")
 
         def convert(weight: Array) -> tuple[Array, ...]:
             return tuple(part.T for part in weight.reshape(len(gates), -1, weight.shape[1]))
