@@ -885,7 +885,14 @@ class Sweeper:
         return side, of_functions
 
     def idle(self, sweep: Sweep) -> tuple[str, ...]:
-        """Return the weights whose gradient is 0 in a run of JAX, and not in PyTorch."""
+        """Return the weights whose gradient is 0 in a run of JAX, and not in PyTorch.
+
+        An output of another shape has no gradient: nothing is said then.
+        """
+        actual, expected = flat(sweep.outputs), flat(self.reference.outputs)
+        shapes = {name: carried(actual[output.jax], output.carry).shape for name, output in self.outputs.items()}
+        if any(shape != tuple(expected[name].shape) for name, shape in shapes.items()):
+            return ()
         return tuple(
             name
             for name, gradient in self.expected_gradients.items()
