@@ -168,6 +168,7 @@ def proposal_lines(proposal: "Proposal") -> list[Any]:
     if proposal.python:
         parts.append(proposal.python)
     parts += [f"Two maps fit equally: {question}" for question in proposal.ambiguous]
+    parts += [f"No map makes the outputs agree; taken by names and order: {answer}" for answer in proposal.assumed]
     parts += [f"PyTorch has {name} and nothing carries it to JAX" for name in proposal.gaps.torch]
     parts += [f"JAX has {path} and no tensor of PyTorch's fills it" for path in proposal.gaps.jax]
     return parts or ["The pair gives its own map, and nothing is proposed."]

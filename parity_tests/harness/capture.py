@@ -89,7 +89,7 @@ from parity_tests.harness.torch_side import (
     fresh_copy,
     reference_error,
 )
-from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, size_of
+from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, parent, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -192,6 +192,7 @@ class Comparison(NamedTuple):
     unseen: Mapping[str, str] = {}  # PyTorch's operations of whose value JAX has none that is known, and why
     sources: Mapping[str, Collection[str]] = {}  # the values that each of PyTorch's was computed from
     born: tuple[str, ...] = ()  # functions with a difference of their own: the local run goes on with PyTorch's value
+    idle: tuple[str, ...] = ()  # weights on which only PyTorch's outputs depend
     origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
     causes: Mapping[str, str] = {}  # with what change PyTorch's operation gives JAX's value where a difference is born
 
@@ -318,6 +319,12 @@ class Case:
         """The map of the weights, with how each row of it was found."""
         self.progress("the map of the weights")
         proposal = find_map(self)
+        if proposal.assumed:
+            add_note(
+                self.notes,
+                "no map of the weights makes the outputs agree; compared with the likeliest, by names and order (if "
+                f"another is right, declare weights=): {'; '.join(proposal.assumed)}",
+            )
         given = isinstance(self.pair.torch_module, torch.nn.Module)  # no seed tells its tables
         trained = {name for name, weight in self.module.named_parameters() if weight.requires_grad or given}
         tables = self.find_tables({*proposal.gaps.torch} - trained)
@@ -380,7 +387,8 @@ class Case:
             first, *others = self.proposal.ambiguous
             more = f" (and {len(others)} more)" if others else ""
             raise Refused(
-                f"two maps of the weights fit equally: {first}{more}; say which in weights= (--propose shows all)"
+                f"two maps of the weights fit equally: {first}{more}; say which in weights= (--propose shows all, and "
+                "the first of each as Python)"
             )
         return self.proposal.map
 
@@ -545,14 +553,22 @@ def find_map(case: Case) -> Proposal:
 
 
 class Sizes(TorchFunctionMode):
-    """Notes how many values an example has in each tensor of more than two axes."""
+    """Notes how many values an example has in each tensor of more than two axes, and when weights are used.
 
-    def __init__(self) -> None:
+    Args:
+        use: called with each tensor that a function is given.
+    """
+
+    def __init__(self, use: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
         self.seen: set[int] = set()
+        self.use = use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
+        for part in jax.tree.leaves((args, [*(kwargs or {}).values()])):  # JAX would sort a dictionary
+            if isinstance(part, torch.Tensor):
+                self.use(part)
         result = func(*args, **(kwargs or {}))
         if type(result) is torch.Tensor and len(shape := result.size()) > 2:
             self.seen.add(prod(shape[1:]))
@@ -562,11 +578,19 @@ class Sizes(TorchFunctionMode):
 def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     """Return names and classes of PyTorch's modules in the order of their calls, and which may get a flattened image.
 
-    Such a module gets rows of as many values as an image before it has.
+    Such a module gets rows of as many values as an image before it has. Among them are the names of tensors, each where
+    a function first gets it.
     """
     order: list[tuple[str, str]] = []
     flattened: set[str] = set()
-    module, sizes = copy_module(case.module), Sizes()
+    module = copy_module(case.module)
+    names = {id(tensor): name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+    def use(tensor: torch.Tensor) -> None:
+        if id(tensor) in names:
+            order.append((names.pop(id(tensor)), ""))
+
+    sizes = Sizes(use)
 
     def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
         order.append((name, type(child).__name__))
@@ -583,7 +607,7 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
 def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
     """Return paths and classes of JAX's modules in the order of their calls, and whether the program turns images.
 
-    A plain function has no modules.
+    A plain function has no modules, but leaves, each where it is first used, and what holds them.
     """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
@@ -597,7 +621,12 @@ def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
     arguments = jax.tree.map(to_jnp, (call.args, call.kwargs))
     traced = trace(run, leaves, arguments, context=case.model.context, verify=False)
     case.coarse |= bool(traced.float32_constants)
-    return traced.calls, traced.turns_images
+    calls = list(traced.calls)
+    if not calls:
+        paths = sorted(leaves)  # as JAX sorts a dictionary
+        used = [paths[number] for number in traced.order_of_use if number < len(paths)]
+        calls = [(path, "") for leaf in used for path in (parent(leaf), leaf)]
+    return calls, traced.turns_images
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:
@@ -861,6 +890,21 @@ class Sweeper:
             side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
         return side, of_functions
 
+    def idle(self, sweep: Sweep) -> tuple[str, ...]:
+        """Return the weights whose gradient is 0 in a run of JAX, and not in PyTorch.
+
+        An output of another shape has no gradient: nothing is said then.
+        """
+        actual, expected = flat(sweep.outputs), flat(self.reference.outputs)
+        shapes = {name: carried(actual[output.jax], output.carry).shape for name, output in self.outputs.items()}
+        if any(shape != tuple(expected[name].shape) for name, shape in shapes.items()):
+            return ()
+        return tuple(
+            name
+            for name, gradient in self.expected_gradients.items()
+            if gradient.any() and name in sweep.weight_gradients and not np.any(sweep.weight_gradients[name])
+        )
+
     @property
     def expected_gradients(self) -> Mapping[str, np.ndarray]:
         """PyTorch's gradients by all parameters that it trains; one that it detaches has a gradient of 0."""
@@ -951,9 +995,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     case.progress(f"batch of {size}" + (" in training mode" if training else ""))
     first = size == case.sizes[0]
     sweeper = Sweeper(case, size, training, verify=first, inside=first)
-    inherited, _ = sweeper.side(sweeper.steered(False, False))
+    whole = sweeper.steered(False, False)
+    inherited, _ = sweeper.side(whole)
     if not first and not any_problem(inherited):
         return Comparison(size, training, {}, inherited, inherited, (), {}, ())
+    idle = sweeper.idle(whole)
     if not first:
         sweeper = Sweeper(case, size, training, verify=False)
         inherited, _ = sweeper.side(sweeper.steered(False, False))
@@ -966,6 +1012,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     if not any_problem(inherited, local):
         return comparison
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
+    comparison = comparison._replace(idle=idle)
     try:
         comparison = comparison._replace(causes=find_causes(sweeper, comparison))
         return comparison._replace(origins=find_origins(sweeper, comparison))
@@ -1480,6 +1527,8 @@ class History(NamedTuple):
         while (step := self.find_argument(place, actual)) is not None:
             argument, instead = step
             before = self.maker(argument, place)
+            if before is None and (holder := self.holder(argument, place)) is not None:
+                return Origin(holder, difference(instead, argument, 0.0).problem, ())
             if before is None or self.is_known(before) or self.values[before].shape != argument.shape:
                 break  # JAX has the right value, but takes another
             place, actual = before, instead
@@ -1507,6 +1556,11 @@ class History(NamedTuple):
                 return name
         several = 2 * len(np.unique(array)) > array.size  # a mask would be a part of everything
         return next((name for name in larger if several and np.isin(array, self.values[name]).all()), None)
+
+    def holder(self, array: np.ndarray, place: str) -> str | None:
+        """Return a value before a place that holds this one, where nothing is seen inside, as in an LSTM; or None."""
+        before = [name for name in behind_last_given(self.comparison, place) if name not in self.calls]
+        return next((name for name in before if np.isin(array, self.values[name]).all()), None)
 
     def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield the float arguments of an operation, with their places; one that is given twice comes once."""

@@ -83,6 +83,10 @@ FLOAT32_ROUNDING = 4 * 2.0**-23  # of constants, relative to the largest
 PRECISION_SEEDS = 2
 DRIFT_POINTS = 40  # steps at which weights are compared, evenly spaced on a logarithmic axis
 
+NAN = (
+    "Where a norm or a root is taken of 0, or 0 is divided by, JAX's gradient is NaN, even if jnp.where then takes "
+    "another value; one of the examples is all zeros"
+)
 COMPLEX = "JAX's weights are complex: optax takes each as one number, PyTorch as two"
 
 Check = Callable[[Case], Iterator[Divergence]]
@@ -181,10 +185,13 @@ def outputs(case: Case) -> Iterator[Divergence]:
     for comparison in case.comparisons:
         if not has_problem(comparison.inherited.outputs):
             continue
+        idle = f"JAX's outputs do not depend on {shorten(comparison.idle)}" if comparison.idle else ""
         for place, problem in births(comparison):
             if place not in seen:
+                cause = "" if seen else idle
                 seen.add(place)
-                yield Divergence("outputs", f"{place}{comparison.mode}", f"{problem} (batch of {comparison.size})")
+                text = f"{problem} (batch of {comparison.size})"
+                yield Divergence("outputs", f"{place}{comparison.mode}", text, cause)
 
 
 def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -307,7 +314,7 @@ def gradients(case: Case) -> Iterator[Divergence]:
         for place, problem in wrong_gradients(comparison, wrong_outputs):
             if place not in seen:
                 seen.add(place)
-                cause = padding_cause(case.module, place, problem)
+                cause = padding_cause(case.module, place, problem) or (NAN if "JAX has nan" in problem else "")
                 text = f"{problem} (batch of {comparison.size})"
                 yield Divergence("gradients", f"{place}{comparison.mode}", text, cause)
 
@@ -928,11 +935,18 @@ def why_not_optimized(case: Case) -> str:
     """Return why the optimizers of both sides cannot be compared, or an empty string."""
     if not any(parameter.requires_grad for parameter in case.module.parameters()):
         return "the reference trains no parameter"
-    if case.pair.torch_optimizer is None or case.pair.torch_step is not None:
+    if case.pair.torch_optimizer is None:
         return ""
     if "optimizer" not in case.shared:
         case.shared["optimizer"] = type(case.pair.torch_optimizer(copy_module(case.module)))
     kind = case.shared["optimizer"]
+    if not issubclass(kind, torch.optim.Optimizer):
+        raise Refused(
+            f"torch_optimizer= makes a {kind.__name__}, not one optimizer: give one with a group of parameters for "
+            "each part of the network, and optax.multi_transform in JAX"
+        )
+    if case.pair.torch_step is not None:
+        return ""
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is None or closure.default is not closure.empty:
         return ""

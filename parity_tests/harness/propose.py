@@ -1,7 +1,8 @@
 """Propose the map of weights: what is sure is said with its evidence, and what is not is asked.
 
 Evidence, in this order: what the user declared, equal values, equal names, the order of the calls with the kinds and
-shapes of the layers, what is left with one place alone, the pattern of other layers, and the outputs of both sides.
+shapes of the layers (in a plain function the order in which its leaves are used), what is left with one place alone,
+the pattern of other layers, and the outputs of both sides.
 """
 
 import dataclasses
@@ -70,6 +71,8 @@ SYNONYMS = {
 }
 LAYERS_WITH_A_LAYOUT = {"Linear", "Dense", "DenseGeneral", "LinearGeneral", "Conv", "ConvTranspose", "Einsum"}
 ORDERS = (("ifgo", "igfo", "ifog"), ("rzn", "zrn", "-zrn"))  # of the gates of LSTMs and GRUs, as libraries pack them
+OTHER_LETTERS = {4: {"c": "g"}, 3: {"u": "z", "h": "n"}}  # of gates, by how many a cell has
+MOST_LEAVES = 4  # of a cell whose gates are packed: two weights and two biases
 CLOSE = 10.0  # one map must be this many times nearer than another to be preferred
 MOST_QUESTIONS = 32  # more maps than that are not tried each: one question after the other
 ROUNDING = 1e-6  # distances of outputs below this are all the same: rounding
@@ -95,6 +98,7 @@ class Proposal(NamedTuple):
         ambiguous: what two maps fit equally well, one line each. The user has to say.
         python: a mapping to paste as `weights=`, which gives the same map again.
         gaps: what the map leaves out.
+        assumed: what names and order say where no map makes the outputs agree, one line each.
     """
 
     map: WeightMap
@@ -102,6 +106,7 @@ class Proposal(NamedTuple):
     ambiguous: tuple[str, ...]
     python: str
     gaps: Gaps
+    assumed: tuple[str, ...] = ()
 
 
 class Unit(NamedTuple):
@@ -151,6 +156,12 @@ class Place(NamedTuple):
     inside: str
     title: tuple[str, ...] = ()
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Return what a rule leads to: the module or the leaf, or the leaves of a cell that no module holds."""
+        held = all(leaf == self.path or not self.path or leaf.startswith(f"{self.path}/") for leaf in self.leaves)
+        return (self.path,) if held else tuple(self.leaves)
+
 
 class Option(NamedTuple):
     """One way to carry a unit to a place."""
@@ -191,8 +202,10 @@ def propose(
         module: the PyTorch module.
         leaves: JAX's leaves by path: shapes, or arrays. Where arrays hold carried values, these are evidence.
         declared: what the user says already; it is taken as it is.
-        torch_order: names and classes of PyTorch's modules, in the order of the calls.
-        jax_order: paths and classes of JAX's modules, in the order of the calls. Empty for a plain function.
+        torch_order: names and classes of PyTorch's modules, in the order of the calls, and of tensors, without a class,
+            in the order of their use.
+        jax_order: paths and classes of JAX's modules, in the order of the calls; of a plain function the leaves and
+            what holds them, without a class, in the order of their use.
         judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
         flattened: names of modules that were called with what may be a flattened image. None: any may be.
         channels_last: whether JAX's images have their channels last everywhere; None if it turns some.
@@ -200,7 +213,8 @@ def propose(
     Raises:
         CannotCarry: what the user declared does not fit.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    used = first_places(jax_order)
+    shapes = {path: tuple(leaves[path].shape) for path in sorted(leaves, key=lambda path: used.get(path, math.inf))}
     side, given = torch_side(module), declare(declared or {}, module, leaves)
     scopes = declared_modules(declared or {}, side)
     flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
@@ -215,17 +229,25 @@ def propose(
     units = stack_units(units, places)
     values = Values.read(module, leaves)
     matches = match(units, places, values, bool(jax_order))
-    rest = left_over(side, shapes, matches, given, scopes)
+    rest = left_over(side, shapes, matches, given, scopes, first_places(torch_order))
     rest = stack_units(*rest), rest[1]
-    matches = settle_layouts([*matches, *match(*rest, values, ordered=False)], given)
+    matches = settle_layouts([*matches, *match(*rest, values, ordered=not used.keys().isdisjoint(shapes))], given)
     choices = open_choices([*units, *rest[0]], [*places, *rest[1]], matches)
-    matches, ambiguous = decide(matches, choices, lambda chosen: assemble(given, chosen, side), judge, channels_last)
+    matches, ambiguous, assumed = decide(
+        matches, choices, lambda chosen: assemble(given, chosen, side), judge, channels_last
+    )
     result = assemble(given, matches, side)
     gaps = check_complete(result, list(side.shapes), list(shapes))
-    return Proposal(result, table(result, given, matches), ambiguous, write_python(declared or {}, matches), gaps)
+    python = write_python(declared or {}, matches)
+    return Proposal(result, table(result, given, matches), ambiguous, python, gaps, assumed)
 
 
 # What there is to match
+
+
+def first_places(order: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Return where each name first stands in an order of calls."""
+    return {name: number for number, (name, _) in reversed([*enumerate(order)])}
 
 
 def declared_modules(declared: Mapping[str, str | Rule], side: TorchSide) -> list[tuple[str, str]]:
@@ -258,7 +280,7 @@ def list_units(
 ) -> list[Unit]:
     """List what is to be carried, in the order of the calls; what is not called comes behind its neighbour."""
     carried = {name for entry in given.entries for name in entry.torch} | given.unused
-    called = {name: number for number, (name, _) in reversed([*enumerate(order)])}
+    called = first_places(order)
     units: list[Unit] = []
     position = -1.0
     for owner in dict.fromkeys(side.owner(tensor) for tensor in side.alias):
@@ -299,7 +321,8 @@ def list_places(
 
     def add(path: str, own: Mapping[str, Shape]) -> None:
         seen_as = re.sub("(^|/)__layer_stack[^/]*/", r"\1", path)  # the name of a module in Haiku's layer_stack
-        number, kind = called.get(path) or called.get(seen_as, (len(order) + len(places), ""))
+        last = (len(order) + len(places), "")
+        number, kind = called.get(path) or called.get(seen_as) or called.get(next(iter(own)), last)
         places.append(Place(path, own, number, kind, *scope_of(path, fronts, "/")))
 
     for path, own in compound_places(free, units):
@@ -316,6 +339,7 @@ def list_places(
 def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterator[tuple[str, dict[str, Shape]]]:
     """Yield the cells and attentions that a recurrent module or an attention of PyTorch fits into."""
     compound = [unit for unit in units if unit.make in (lstm, gru, attention)]
+    found = False
     paths = [path for path in module_paths(free) if any(unit.make is attention for unit in compound)]
     paths += cells_below(Layer("", {}, ("",), free)) if compound else []
     for path in paths:
@@ -326,8 +350,56 @@ def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterato
             if {name for entry in entries for name in entry.torch} == {
                 unit.layers[0].tensor(t) for t in unit.layers[0].tensors
             }:
+                found = found or unit.make is not attention
                 yield path, own
                 break
+    left = dict(free)
+    cells = [unit for unit in compound if unit.make is not attention and not found]
+    for own in (loose_cell(unit, left) or gates_apart(unit, left) for unit in cells):
+        left = {leaf: shape for leaf, shape in left.items() if leaf not in own}
+        if own:
+            yield ", ".join(own), own
+
+
+def loose_cell(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the leaves that may be a cell under names of the port's own, by their shapes and the order of use."""
+    shapes = [shape for local, shape in unit.layers[0].tensors.items() if local.startswith(("weight_ih", "weight_hh"))]
+    found: dict[str, Shape] = {}
+    for gates, features in shapes:
+        fitting = [
+            path
+            for path, shape in free.items()
+            if path not in found and shape in ((features, gates), (gates, features))
+            if {parent(path)} >= {parent(other) for other in found}
+        ]
+        if not fitting:
+            return {}
+        found[fitting[0]] = free[fitting[0]]
+    near = [path for path in free if parent(path) == parent(next(iter(found)))]
+    gates, hidden = shapes[1]
+    biases = {(gates,), (hidden,)} if unit.make is gru else {(gates,)}
+    for path in near[min(map(near.index, found)) if len(near) > MOST_LEAVES else 0 :]:
+        if path not in found and free[path] in biases and len(found) < MOST_LEAVES:
+            found[path] = free[path]
+        elif path not in found and len(near) > MOST_LEAVES:
+            break
+    return found
+
+
+def gates_apart(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the leaves that may be a cell with a leaf for each gate, named by its letter: W_xi, W_hi and b_i."""
+    gates = "rzn" if unit.make is gru else "ifgo"
+    tensors = unit.layers[0].tensors.items()
+    inputs, hidden = (shape[1] for name, shape in tensors if name.startswith(("weight_ih", "weight_hh")))
+    families: dict[str, dict[str, str]] = {}
+    for path in free:
+        families.setdefault(path[:-1], {})[OTHER_LETTERS[len(gates)].get(path[-1].lower(), path[-1].lower())] = path
+    whole = [[family[gate] for gate in gates] for family in families.values() if {*gates} <= {*family}]
+    found: list[str] = []
+    for shape in ((inputs, hidden), (hidden, hidden), (hidden,), (hidden,)):
+        fitting = (family for family in whole if family[0] not in found and {free[path] for path in family} == {shape})
+        found += next(fitting, [])
+    return {path: free[path] for path in found} if len(found) >= 2 * len(gates) else {}
 
 
 def natural(path: str) -> list[tuple[int, str]]:
@@ -383,10 +455,12 @@ def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     size = math.prod(shape) * len(unit.layers)
     if unit.make not in (lstm, gru, attention) and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
         return ()
-    rules = [unit.make(place.path), *other_rules(unit, place, shape)]
+    if len(place.targets) > 1 and unit.make not in (lstm, gru):
+        return ()
+    rules = [unit.make(*place.targets), *other_rules(unit, place, shape)]
     found: list[Option] = []
     for rule in rules:
-        entries = carry(unit, rule, place.leaves, (place.path,))
+        entries = carry(unit, rule, place.leaves, rule.to)
         used = [leaf for entry in entries for leaf in entry.jax]
         first = {layer.tensor(next(iter(layer.tensors))) for layer in unit.layers}
         covered = any(first <= set(entry.torch) for entry in entries) and 2 * len(used) > len(place.leaves)
@@ -412,7 +486,10 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
         both = itertools.product((True, False), repeat=2)
         rules += [conv_transpose(place.path, flipped=flipped, transposed=turned) for flipped, turned in both]
     if unit.make in (lstm, gru) and not place.kind:  # a function may pack the gates as it likes
-        rules += [unit.make(place.path, order=order) for order in ORDERS[unit.make is gru]]
+        first, *others = place.targets
+        alike = 0 < len(others) < MOST_LEAVES and place.leaves[first] == place.leaves[others[0]]  # by input and state
+        ways = [place.targets, (others[0], first, *others[1:])] if alike else [place.targets]
+        rules += [unit.make(*to, order=order) for to in ways for order in (None, *ORDERS[unit.make is gru])]
     return rules
 
 
@@ -745,6 +822,7 @@ def left_over(
     matches: Sequence[Match],
     given: WeightMap,
     scopes: Sequence[tuple[str, str]],
+    used: Mapping[str, int],
 ) -> tuple[list[Unit], list[Place]]:
     """Return each tensor and each leaf that no match carries yet as a unit and a place of its own.
 
@@ -755,7 +833,7 @@ def left_over(
     carried = {name for entry in entries for name in entry.torch} | given.unused
     filled = {path for entry in entries for path in entry.jax}
     units, places = [], []
-    for position, name in enumerate(side.shapes):
+    for position, name in enumerate(sorted(side.shapes, key=lambda name: used.get(name, math.inf))):
         owner = side.owner(name)
         make = rule_for_tensor(side.modules[owner], name.rpartition(".")[2])
         if name not in carried and make not in (lstm, gru, attention):
@@ -828,7 +906,8 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
     for number, one in enumerate(matches):
         if len(one.options) > 1:
             places_of = [place.path for place in one.places]
-            labels = tuple((option.rule.how, *map(places_of.index, option.rule.to)) for option in one.options)
+            order = places_of if len(places_of) > 1 else one.options[0].rule.to
+            labels = tuple((option.rule.how, *map(order.index, option.rule.to)) for option in one.options)
             behind_flatten = number if one.units[0].flatten else None  # each is asked for alone
             leaf = one.options[0].entries[0].jax[0].rpartition("/")[2]
             layouts.setdefault((labels, leaf, behind_flatten), []).append(number)
@@ -950,13 +1029,14 @@ def decide(
     assembled: Callable[[Sequence[Match]], WeightMap],
     judge: Judge | None,
     channels_last: bool | None,
-) -> tuple[list[Match], tuple[str, ...]]:
-    """Answer what is open by the outputs of both sides; return what stays open, in words.
+) -> tuple[list[Match], tuple[str, ...], tuple[str, ...]]:
+    """Answer what is open by the outputs of both sides; return what stays open and what is assumed, in words.
 
     The outputs of a port with a fault before a flatten do not tell how it flattens, but the layout of its images does.
+    Where no answer makes the outputs agree, the port has a fault, and names and order are taken at their word.
     """
     if judge is None or not choices:
-        return list(matches), tuple(", or ".join(choice.texts) for choice in choices)
+        return list(matches), tuple(", or ".join(choice.texts) for choice in choices), ()
     ask = judge
     known: dict[tuple[int, ...], float] = {}
 
@@ -985,6 +1065,14 @@ def decide(
     ]
     by_layout = [answer_by_layout(matches, choice, channels_last) for choice in choices]
     known_otherwise = [0 if o else answer for o, answer in zip(ordered, by_layout, strict=True)]
+    assumed = [
+        number
+        for number, choice in enumerate(choices)
+        if distance(best) > ROUNDING and open_still[number] and known_otherwise[number] is None
+        if "flatten" not in "".join(choice.texts)
+        if distance((*best[:number], 0, *best[number + 1 :])) <= CLOSE * distance(best)
+    ]
+    known_otherwise = [0 if number in assumed else answer for number, answer in enumerate(known_otherwise)]
     best = tuple(
         other if u and other is not None else answer
         for answer, other, u in zip(best, known_otherwise, open_still, strict=True)
@@ -1001,7 +1089,7 @@ def decide(
         for index in (index for group in choice.groups for index in group):
             evidence = f"outputs: {distance(best):.0e} against {rival:.0e}"
             settled[index] = settled[index]._replace(evidence=evidence)
-    return settled, tuple(unsettled)
+    return settled, tuple(unsettled), tuple(choices[number].texts[0] for number in assumed)
 
 
 def answer_by_layout(matches: Sequence[Match], choice: Choice, channels_last: bool | None) -> int | None:
@@ -1057,12 +1145,12 @@ def write_python(declared: Mapping[str, str | Rule], matches: Sequence[Match]) -
     for one in matches:
         unit, option = one.units[0], one.options[0]
         name = unit.name
-        usual = option.rule.how == unit.make().how and len(one.units) == len(one.places) == 1
+        usual = option.rule.how == unit.make().how and len(one.units) == len(option.rule.to) == 1
         if len(one.units) > 1:
             name = name.rpartition(".")[0]
         if CELL in name:  # layers of one recurrent module
             name = name.partition(CELL)[0]
-            lines[name] = ((*lines.get(name, ((), ""))[0], one.places[0].path), option.rule.how)
+            lines[name] = ((*lines.get(name, ((), ""))[0], *option.rule.to), option.rule.how)
             continue
         lines[name] = (option.rule.to, "" if usual else option.rule.how)
     text = [

@@ -313,6 +313,31 @@ def turns_images(jaxpr: Jaxpr) -> bool:
     return False
 
 
+def first_uses(jaxpr: Jaxpr) -> dict[Var, tuple[int, ...]]:
+    """Return where each argument of a program first meets another value: numbers of equations, the outer one first.
+
+    What is computed of one argument alone, such as its transpose, counts as the argument.
+    """
+    sources: dict[Any, Var] = {variable: variable for variable in jaxpr.invars}
+    uses: dict[Var, tuple[int, ...]] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        given = {variable for variable in equation.invars if isinstance(variable, Var)}
+        made_of = {sources[variable] for variable in given if variable in sources}
+        if given <= sources.keys() and len(made_of) == 1:
+            sources |= dict.fromkeys(equation.outvars, made_of.pop())
+            continue
+        inner = [part for part in inner_jaxprs(equation) if len(part.invars) == len(equation.invars)]
+        within = first_uses(inner[0]) if inner else {}
+        places = [
+            ((number, *(within.get(inner[0].invars[n], ()) if inner else ()), n), sources[variable])
+            for n, variable in enumerate(equation.invars)
+            if isinstance(variable, Var) and variable in sources
+        ]
+        for place, source in sorted(places, key=lambda pair: pair[0]):
+            uses.setdefault(source, place)
+    return uses
+
+
 class Planner:
     """Number the taps of a traced program in the order of the walk, and name the functions between modules."""
 
@@ -886,6 +911,13 @@ class Traced:
     def turns_images(self) -> bool:
         """Return whether an equation of the program may change the order of the axes of images."""
         return turns_images(self.plan.jaxpr)
+
+    @property
+    def order_of_use(self) -> list[int]:
+        """Return the numbers of the arguments' arrays in the order in which the program uses them first."""
+        uses = first_uses(self.plan.jaxpr)
+        numbers = {number: uses[variable] for number, variable in enumerate(self.plan.jaxpr.invars) if variable in uses}
+        return sorted(numbers, key=numbers.__getitem__)
 
     @property
     def outputs(self) -> Any:

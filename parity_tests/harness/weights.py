@@ -31,7 +31,7 @@ MEAN = ("mean", "running_mean", "~/mean_ema/average")
 VARIANCE = ("var", "running_var", "~/var_ema/average")
 INPUT_WEIGHT = ("dense_i/kernel", "weight_ih", "w_ih", "w_i")
 STATE_WEIGHT = ("dense_h/kernel", "weight_hh", "w_hh", "w_h")
-JOINT_WEIGHT = ("linear/w",)  # Haiku's LSTM: [inputs + hidden, gates]
+JOINT_WEIGHT = ("linear/w", "w_joint")  # [inputs + hidden, gates]; the first is Haiku's
 ROLES = {
     "query": ("query", "q", "q_proj", "query_proj", "to_q"),
     "key": ("key", "k", "k_proj", "key_proj", "to_k"),
@@ -789,7 +789,8 @@ def lstm(*to: str, order: str | None = None, forget_bias: float | None = None) -
     """Carry nn.LSTM or nn.LSTMCell to cells of Flax, Equinox, Haiku or of one's own; two biases become one.
 
     Args:
-        to: the cell in JAX; one for each layer and direction, forward first; or the module that holds them all.
+        to: the cell in JAX; one for each layer and direction, forward first; or the module that holds them all; or the
+            leaves of each cell: by the input, by the state, biases; one for all gates, or one for each gate.
         order: the gates as JAX packs them: input, forget, cell (g), output. None: "igfo" in Haiku, otherwise "ifgo" as
             in PyTorch.
         forget_bias: what the cell itself adds to the forget gate. None: 1 in Haiku, otherwise 0.
@@ -809,7 +810,8 @@ def gru(*to: str, order: str | None = None) -> Rule:
     it (NNX, Haiku) do not get it. Haiku also multiplies the state and not the product by the reset gate.
 
     Args:
-        to: the cell in JAX; one for each layer and direction, forward first; or the module that holds them all.
+        to: the cell in JAX; one for each layer and direction, forward first; or the module that holds them all; or the
+            leaves of each cell: by the input, by the state, biases; one for all gates, or one for each gate.
         order: the gates as JAX packs them: reset, update (z), new. A "-" in front of a gate changes its sign. None:
             "-zrn" in Haiku, otherwise "rzn" as in PyTorch.
     """
@@ -824,6 +826,11 @@ def gru(*to: str, order: str | None = None) -> Rule:
 def recurrent(layer: Layer, how: str, gates: str, order: str | None, forget_bias: float | None) -> list[Entry]:
     """Carry every layer and direction of a recurrent module to its cell."""
     suffixes = [name.removeprefix("weight_ih") for name in layer.tensors if name.startswith("weight_ih")]
+    if len(layer.paths) > len(suffixes) and all(path in layer.leaves for path in layer.paths):
+        inside = with_cells(layer, suffixes, len(gates))
+        own = dict(zip(inside.leaves, layer.paths, strict=True))
+        entries = recurrent(inside, how, gates, order, forget_bias)
+        return [entry._replace(jax=tuple(own[name] for name in entry.jax)) for entry in entries]
     cells = list(layer.paths) if len(layer.paths) == len(suffixes) > 1 else cells_below(layer)
     if len(cells) != len(suffixes):
         raise layer.problem(f"PyTorch has {len(suffixes)} cells, and JAX {len(cells)}: {', '.join(cells)}")
@@ -841,6 +848,32 @@ def recurrent(layer: Layer, how: str, gates: str, order: str | None, forget_bias
         apart = cell.gate(gates[0], "i", "kernel") is not None
         entries += gate_by_gate(cell, how, gates) if apart else packed_gates(cell, how, gates, order, forget_bias)
     return entries
+
+
+def with_cells(layer: Layer, suffixes: Sequence[str], gates: int) -> Layer:
+    """Return the layer with its leaves in cells: those by the input, by the state, and biases, as `to` has them.
+
+    The two weights may be joined in one, and a second bias may be that of the new gate alone.
+
+    Raises:
+        CannotCarry: there are not as many leaves as cells have.
+    """
+    count = len(layer.paths) // len(suffixes)
+    sizes = [math.prod(layer.leaves[path]) for path in layer.paths[:count]]
+    by_input, by_state = (layer.tensors[f"weight_{side}h{suffixes[0]}"] for side in "ih")
+    if count < 2 * gates:
+        names = ["w_joint"] if sizes[0] == math.prod(by_input) + math.prod(by_state) else ["w_ih", "w_hh"]
+        two = ["b_ih", "b_hh"] if sizes[-1] == by_state[0] else ["bias", "bias_n"]
+        names += ["bias"] if count == len(names) + 1 else two
+    else:
+        parts = (f"{side}{{}}/{part}" for part in ("kernel", "bias") for side in "ih")
+        names = [part.format(gate) for part in parts for gate in ("ifgo" if gates == 4 else "rzn")]
+    if len(layer.paths) != count * len(suffixes) or count > len(names):
+        raise layer.problem(f"there are {len(layer.paths)} leaves for {len(suffixes)} cells")
+    cells = tuple(f"cell{suffix}" for suffix in suffixes)
+    paths = [f"{cell}/{name}" for cell in cells for name in names[:count]]
+    leaves = {path: layer.leaves[own] for path, own in zip(paths, layer.paths, strict=True)}
+    return layer._replace(paths=cells, leaves=leaves)
 
 
 def cells_below(layer: Layer) -> list[str]:
@@ -867,6 +900,9 @@ def gate_by_gate(cell: Layer, how: str, gates: str) -> list[Entry]:
         kernels = [cell.gate(gate, side, "kernel") for gate in gates]
         if None in kernels:
             raise cell.problem(f"there are not as many kernels as gates {gates!r}")
+        rows, columns = cell.tensors[name]
+        if {cell.leaves[path] for path in kernels if path} != {(columns, rows // len(gates))}:
+            raise cell.problem(f"{cell.tensor(name)} has {columns} columns, and {kernels[0]} has another size")
 
         def convert(weight: Array) -> tuple[Array, ...]:
             return tuple(part.T for part in weight.reshape(len(gates), -1, weight.shape[1]))

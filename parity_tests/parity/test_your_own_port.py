@@ -264,6 +264,17 @@ def test_a_row_of_zeros_that_would_be_nan_is_left_out_and_the_identity_is_told_f
     assert "no row of the inputs is zero, because PyTorch gives NaN for it" in result.notes
 
 
+def test_a_gradient_that_is_nan_in_jax_alone_is_explained() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(3, use_bias=False, name="fc")(x)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    reference = TorchNet(lambda net, x: nn.functional.normalize(net.fc(x)), fc=nn.Linear(4, 3, bias=False))
+    (fault,) = examine(Pair(reference, LinenNet(port), np.ones((4, 4), np.float32)), names=("gradients",)).divergences
+    assert fault.problem.startswith("JAX has nan at [0, 0]")
+    assert fault.cause.startswith("Where a norm or a root is taken of 0")
+
+
 def test_a_jax_optimizer_that_takes_more_than_gradients_is_refused_in_words() -> None:
     optimizers = {
         "torch_optimizer": lambda module: torch.optim.SGD(module.parameters(), 0.1),
@@ -513,6 +524,10 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
             "PyTorch's optimizer alone: give jax_optimizer= too",
         ),
         (Pair(LINEAR, DENSE, ROWS, torch_optimizer=1, jax_optimizer=1), "give a function that makes one for a module"),  # type: ignore[arg-type]
+        (
+            Pair(LINEAR, DENSE, ROWS, torch_optimizer=lambda module: (1, 2), jax_optimizer=optax.sgd(0.1)),  # type: ignore[arg-type, return-value]
+            "torch_optimizer= makes a tuple, not one optimizer: give one with a group",
+        ),
         (Pair(LINEAR, DENSE, ROWS, jax_inputs="nhwc"), "jax_inputs='nhwc' is unknown"),
         (Pair(LINEAR, DENSE, ROWS, torch_schedule=0.1), "torch_schedule= is a float: give a function from the step"),  # type: ignore[arg-type]
         (Pair(LINEAR, DENSE, ROWS, batch_sizes=8), "batch_sizes=8 is no tuple of sizes"),  # type: ignore[arg-type]
@@ -520,7 +535,7 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
 )
 def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
     with pytest.raises(Refused, match=words):
-        examine(pair, names=("parameters",))
+        examine(pair, names=("parameters", "optimizer"))
 
 
 @pytest.mark.parametrize(("order", "found"), [([2, 0, 1, 3], set()), ([2, 0, 3, 1], {"outputs"})])
@@ -771,6 +786,12 @@ def test_a_layer_whose_value_has_another_size_in_jax_is_named() -> None:
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == "output of 0"
     assert "JAX's shape is [4, 2, 4, 4], PyTorch's [4, 2, 6, 6]" in found.problem
+    port = LinenNet(lambda x: linen.max_pool(linen.Conv(2, (3, 3), padding=1, name="0")(x), (2, 2), (2, 2)))
+    reference = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.MaxPool2d(2, ceil_mode=True))
+    pair = Pair(reference, port, np.ones((4, 1, 5, 5), np.float32), batch_sizes=(4,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert "JAX's shape is" in found.problem
+    assert not found.cause
 
 
 def test_the_sizes_of_what_is_not_carried_are_told() -> None:
@@ -796,6 +817,47 @@ def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
     pair = Pair(TorchNet(forward, blocks=blocks), LinenNet(port), np.ones((4, 4), np.float32), batch_sizes=(4,))
     assert places(pair) == [f"output of blocks.{number}.1" for number in range(2)]
+
+
+def test_layers_that_a_stack_leaves_out_are_named() -> None:
+    def port(params: Any, x: jax.Array) -> jax.Array:
+        rows, _ = jax.lax.scan(lambda x, layer: (x + jnp.tanh(x @ layer["w"]), None), x, {"w": params["layers"][1:]})
+        return rows
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in net.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    pair = Pair(
+        TorchNet(forward, layers=layers),
+        port,
+        np.ones((4, 4), np.float32),
+        lambda state: {"layers": np.stack([state[f"layers.{number}.weight"].T for number in range(3)])},
+        batch_sizes=(4,),
+    )
+    (fault,) = examine(pair, names=("outputs",)).divergences
+    assert fault.cause == "JAX's outputs do not depend on layers.0.weight"
+
+
+def test_a_fault_in_a_loop_is_not_told_of_the_layer_behind_it() -> None:
+    def port(params: Any, x: jax.Array) -> jax.Array:
+        def step(state: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            return 1.01 * jnp.tanh(x @ params["u"] + state @ params["v"] + params["b"]), None
+
+        state, _ = jax.lax.scan(step, jnp.zeros((len(x), 4), x.dtype), jnp.swapaxes(x, 0, 1))
+        return state @ params["w"] + params["c"]
+
+    def load(state: dict[str, Any]) -> Any:
+        matrices = {"u": "rnn.weight_ih_l0", "v": "rnn.weight_hh_l0", "w": "head.weight"}
+        biases = {"b": state["rnn.bias_ih_l0"] + state["rnn.bias_hh_l0"], "c": state["head.bias"]}
+        return {name: state[key].T for name, key in matrices.items()} | biases
+
+    layers = {"rnn": nn.RNN(3, 4, batch_first=True), "head": nn.Linear(4, 2)}
+    reference = TorchNet(lambda net, x: net.head(net.rnn(x)[0][:, -1]), **layers)
+    pair = Pair(reference, port, np.ones((4, 5, 3), np.float32), load, batch_sizes=(4,))
+    assert places(pair) == ["output of rnn[0]"]
 
 
 def test_a_fault_in_a_cell_is_found_there() -> None:
