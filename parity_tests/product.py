@@ -17,9 +17,8 @@ from jax_cnn.model import init_params, make_module
 from jax_cnn.train import cross_entropy, make_optimizer, to_images
 from parity_tests.harness.pair import Batch, Pair
 from parity_tests.harness.weights import linear
-from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
-from torch_ref.train import criterion
+from torch_ref.train import criterion, load_batches, load_dataset
 
 BATCH_SIZE = 64
 REPORT_IMAGES = 40 * BATCH_SIZE + 32  # training images of a parity report: 40 full batches and a remainder

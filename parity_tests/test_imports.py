@@ -1,4 +1,4 @@
-"""The layout holds: who may import whom."""
+"""The layout holds: who may import whom, and what an import loads."""
 
 import os
 import subprocess
@@ -14,12 +14,23 @@ MODULES = sorted(
 )
 
 
+def loaded_by(code: str) -> set[str]:
+    """Return the packages that are loaded once this code has run in a process of its own."""
+    look = f"{code}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
 def test_importing_all_of_jax_cnn_loads_no_torch() -> None:
     assert len(MODULES) > 10
-    code = f"import sys, {', '.join(MODULES)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "jax" in done.stdout.split()
-    assert not {*done.stdout.split()} & {"torch", "torchvision", "torch_ref"}
+    loaded = loaded_by(f"import {', '.join(MODULES)}")
+    assert "jax" in loaded
+    assert not loaded & {"torch", "torchvision", "torch_ref"}
+
+
+def test_adapting_a_function_loads_no_library() -> None:
+    code = "from parity_tests.harness.adapters import adapt; adapt(lambda variables, rows: rows)"
+    assert not loaded_by(code) & {"flax", "equinox", "haiku"}
 
 
 def test_import_linter_keeps_the_contracts() -> None:

@@ -110,7 +110,7 @@ def test_the_program_that_trains_passes(dialect: Dialect, data_dir: Path) -> Non
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [
-        (16 * BATCH_SIZE + 32, 40),  # 17 steps an epoch: two epochs and a little
+        (8 * BATCH_SIZE + 32, 20),  # 9 steps an epoch: two epochs and a little
         pytest.param(None, 938, marks=pytest.mark.slow),  # one epoch
         pytest.param(None, 5 * 938, marks=pytest.mark.slow),
     ],

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_ref.data import load_batches, load_dataset
 from torch_ref.model import make_model
-from torch_ref.train import evaluate, train_one_epoch
+from torch_ref.train import evaluate, load_batches, load_dataset, train_one_epoch
 
 Arrays = dict[str, np.ndarray]
 

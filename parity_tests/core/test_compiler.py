@@ -30,10 +30,11 @@ Train = Callable[..., Run]
 @pytest.fixture(scope="module")
 def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Run the training command with these environment variables, and no others that say where programs are kept."""
+    settings = tmp_path_factory.mktemp("matplotlib")
 
     def run(**variables: str) -> Run:
         environment = {name: value for name, value in os.environ.items() if name not in WHERE} | variables
-        environment["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))  # Matplotlib looks for a home, too
+        environment["MPLCONFIGDIR"] = str(settings)  # Matplotlib looks for a home, too
         results = tmp_path_factory.mktemp("run")
         flags = (*SMALL, "--data-dir", data_dir, "--out-dir", results)
         done = run_command("train_jax", *flags, cwd=results, env=environment)

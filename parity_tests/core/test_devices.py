@@ -43,20 +43,6 @@ def start(*flags: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """Start both processes of a run of two so that they never meet; they wait while other tests run."""
-    one_of_two = ("--out-dir", tmp_path_factory.mktemp("alone"), "--num-processes", 2)
-    waiting = {
-        process_id: start(*one_of_two, "--coordinator", free_address(), "--process-id", process_id)
-        for process_id in (0, 1)
-    }
-    yield waiting
-    for process in waiting.values():
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
 def train(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Run the training command with these flags; each run is made once and shared."""
 
@@ -87,7 +73,6 @@ def last_epoch(results: Path) -> dict[str, float]:
     return line
 
 
-@pytest.mark.usefixtures("alone")
 def test_eight_devices_train_what_one_trains(train: Train) -> None:
     one, eight = train(), train("--devices", 8)
     assert distance(eight, one) <= BOUND
@@ -99,7 +84,6 @@ def test_eight_devices_train_what_one_trains(train: Train) -> None:
     assert max_distance(weights, before) > BOUND  # the check can fail
 
 
-@pytest.mark.usefixtures("alone")
 def test_two_processes_train_what_one_trains(train: Train, data_dir: Path, tmp_path: Path) -> None:
     meeting = ("--coordinator", free_address(), "--num-processes", 2, "--data-dir", data_dir)
     network = ("--model", "mlp", "--hidden", 20)  # how processes meet does not depend on it
@@ -187,6 +171,20 @@ def test_flags_that_do_not_fit_together_are_refused(flags: str, complaint: str) 
 def test_a_slip_gets_one_line(flags: tuple[object, ...], complaint: str, tmp_path: Path) -> None:
     clusterless = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
     assert_slip(run_command("train_jax", *flags, "--out-dir", tmp_path, cwd=tmp_path, env=clusterless), complaint)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """Start both processes of a run of two so that they never meet."""
+    one_of_two = ("--out-dir", tmp_path_factory.mktemp("alone"), "--num-processes", 2)
+    waiting = {
+        process_id: start(*one_of_two, "--coordinator", free_address(), "--process-id", process_id)
+        for process_id in (0, 1)
+    }
+    yield waiting
+    for process in waiting.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The pairs (convolutional, recurrent, and with attention) declare all that a pair
 
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,15 +16,15 @@ import numpy as np
 import optax
 import torch
 from flax import linen, nnx
+from flax.traverse_util import unflatten_dict
 from jax import numpy as jnp
 from torch import nn
 from torch.nn import functional
 
 from experiments.large_ports import BatchNorm
+from parity_tests.harness import weights as rules
 from parity_tests.harness.adapters import adapt
 from parity_tests.harness.pair import Batch, Inputs, Pair, as_inputs
-from parity_tests.harness.weights import linear
-from parity_tests.parity.ports.registry import network
 
 CLASSES = 5
 VOCABULARY, LENGTH = 13, 6
@@ -67,6 +68,43 @@ class LinenNet(linen.Module):
     def __call__(self, *inputs: Any) -> Any:
         """Call the function with the inputs."""
         return self.function(*inputs)
+
+
+class NnxNet(nnx.Module):
+    """An NNX module of named layers, and the function that calls them."""
+
+    def __init__(self, function: Callable[..., Any], /, **layers: Any) -> None:
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the function with this module and the inputs."""
+        return self.function(self, *inputs)
+
+
+def network(**layers: nn.Module) -> nn.Sequential:
+    """Return a chain of named layers."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def values(*shape: int) -> np.ndarray:
+    """Return normal random values, float32."""
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def tokens(batch: int, length: int, vocabulary: int) -> np.ndarray:
+    """Return random token ids, int64 [batch, length]."""
+    return np.random.default_rng(0).integers(vocabulary, size=(batch, length))
+
+
+# For functions that take PyTorch's tensors as they are: "fc.weight" becomes ["fc"]["weight"].
+nested: Callable[[dict[str, Any]], Any] = partial(unflatten_dict, sep=".")
+
+
+def linear(layer: Any, x: Any) -> Any:
+    """Apply a linear layer that is stored as PyTorch stores it, weight [outputs, inputs]."""
+    return x @ layer["weight"].T + layer["bias"]
 
 
 # --- Data ---
@@ -203,7 +241,7 @@ def convolutional() -> Pair:
             "conv": "conv",
             "norm": "norm",
             **{f"block.{layer}": f"block/{layer}" for layer in ("conv1", "norm1", "conv2", "norm2", "shortcut")},
-            "head": linear("head", flatten=(6, 2, 2)),
+            "head": rules.linear("head", flatten=(6, 2, 2)),
         },
         torch_optimizer=partial(make_sgd),
         jax_optimizer=optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(jax_rate, momentum=0.9, nesterov=True)),
@@ -218,7 +256,7 @@ def make_sgd(module: nn.Module) -> torch.optim.Optimizer:
 def recurrent() -> Pair:
     """Return a language model with an LSTM, trained by Adam with clipped gradients."""
     return complete(
-        Pair(TorchRecurrent, LinenRecurrent(), None, name="recurrent"),
+        Pair(torch_recurrent, LinenNet(linen_recurrent), None, name="recurrent"),
         draw_tokens,
         draw_token_labels,
         weights={"embed": "embed", "lstm": "lstm", "norm": "norm", "head": "head"},
@@ -240,7 +278,7 @@ def clip_and_step(module: nn.Module, optimizer: torch.optim.Optimizer, losses: I
 def attention() -> Pair:
     """Return a language model with a block of attention and a tied head, trained by AdamW, which decays matrices."""
     return complete(
-        Pair(TorchLanguageModel, NnxLanguageModel(nnx.Rngs(0)), None, name="attention"),
+        Pair(torch_language_model, NnxLanguageModel(nnx.Rngs(0)), None, name="attention"),
         draw_masked_tokens,
         draw_token_labels,
         weights={name: name.replace(".", "/") for name in ("embed", "position", "block", "norm")},
@@ -269,22 +307,24 @@ PAIRS: dict[str, Callable[[], Pair]] = {
 # --- A network for images ---
 
 
-class TorchResidual(nn.Module):
-    """A residual block that halves the image."""
+def torch_residual(inputs: int, outputs: int) -> nn.Module:
+    """Return a residual block that halves images [batch, inputs, row, column]."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-        self.norm1, self.relu = nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2)
+    def function(net: Any, x: torch.Tensor) -> torch.Tensor:
+        out = net.relu(net.norm1(net.conv1(x)))
+        out = net.norm2(net.conv2(out))
+        out += net.shortcut(x)
+        return net.relu(out)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, outputs, row, column] from images [batch, inputs, row, column]."""
-        out = self.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
-        out += self.shortcut(x)
-        return self.relu(out)
+    return TorchNet(
+        function,
+        conv1=nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+        norm1=nn.BatchNorm2d(outputs),
+        relu=nn.ReLU(inplace=True),
+        conv2=nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        norm2=nn.BatchNorm2d(outputs),
+        shortcut=nn.Conv2d(inputs, outputs, 1, stride=2),
+    )
 
 
 class LinenResidual(linen.Module):
@@ -323,7 +363,7 @@ def torch_convolutional() -> nn.Module:
         norm=nn.BatchNorm2d(4),
         relu=nn.ReLU(inplace=True),
         pool=nn.MaxPool2d(2),
-        block=TorchResidual(4, 6),
+        block=torch_residual(4, 6),
         flatten=nn.Flatten(),
         dropout=nn.Dropout(0.2),
         head=nn.Linear(6 * 2 * 2, CLASSES),
@@ -333,86 +373,72 @@ def torch_convolutional() -> nn.Module:
 # --- A language model with an LSTM ---
 
 
-class TorchRecurrent(nn.Module):
-    """An embedding, an LSTM and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, FEATURES)
-        self.lstm = nn.LSTM(FEATURES, FEATURES, batch_first=True)
-        self.norm = nn.LayerNorm(FEATURES)
-        self.head = nn.Linear(FEATURES, VOCABULARY)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Compute logits [batch, time, token] of token ids [batch, time]."""
-        states, _ = self.lstm(self.embed(ids))
-        return self.head(self.norm(states))
+def torch_recurrent() -> nn.Module:
+    """Return an embedding, an LSTM and a linear layer: logits [batch, time, token] of token ids [batch, time]."""
+    return TorchNet(
+        lambda net, ids: net.head(net.norm(net.lstm(net.embed(ids))[0])),
+        embed=nn.Embedding(VOCABULARY, FEATURES),
+        lstm=nn.LSTM(FEATURES, FEATURES, batch_first=True),
+        norm=nn.LayerNorm(FEATURES),
+        head=nn.Linear(FEATURES, VOCABULARY),
+    )
 
 
-class LinenRecurrent(linen.Module):
-    """The same in Linen."""
-
-    @linen.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Compute logits [batch, time, token] of token ids [batch, time]."""
-        x = linen.Embed(VOCABULARY, FEATURES, name="embed")(ids)
-        cell = linen.OptimizedLSTMCell(FEATURES, name="lstm")
-        zeros = jnp.zeros((len(ids), FEATURES), x.dtype)
-        states = linen.RNN(cell)(x, initial_carry=(zeros, zeros))
-        states = linen.LayerNorm(epsilon=1e-5, name="norm")(states)
-        return linen.Dense(VOCABULARY, name="head")(states)
+def linen_recurrent(ids: jax.Array) -> jax.Array:
+    """Compute the same in Linen."""
+    x = linen.Embed(VOCABULARY, FEATURES, name="embed")(ids)
+    cell = linen.OptimizedLSTMCell(FEATURES, name="lstm")
+    zeros = jnp.zeros((len(ids), FEATURES), x.dtype)
+    states = linen.RNN(cell)(x, initial_carry=(zeros, zeros))
+    states = linen.LayerNorm(epsilon=1e-5, name="norm")(states)
+    return linen.Dense(VOCABULARY, name="head")(states)
 
 
 # --- A language model with attention ---
 
 
-class TorchAttention(nn.Module):
-    """Causal attention with several heads, which does not look at padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(FEATURES, 3 * FEATURES), nn.Linear(FEATURES, FEATURES)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, time, feature] from the same and a mask [batch, time]."""
-        batch, time, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, time, 3, HEADS, -1).unbind(2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(FEATURES // HEADS)
-        seen = torch.ones(time, time, dtype=torch.bool).tril() & mask[:, None, None]
-        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-        return self.out(torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, time, FEATURES))
+def torch_attention(net: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Compute causal attention with several heads, which does not look at padding."""
+    batch, time, _ = x.shape
+    query, key, value = net.qkv(x).view(batch, time, 3, HEADS, -1).unbind(2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(FEATURES // HEADS)
+    seen = torch.ones(time, time, dtype=torch.bool).tril() & mask[:, None, None]
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+    return net.out(torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, time, FEATURES))
 
 
-class TorchBlock(nn.Module):
-    """Attention and two linear layers, each behind a norm and beside a shortcut, the latter with a layer scale."""
+def torch_block() -> nn.Module:
+    """Return attention and two linear layers, each behind a norm and beside a shortcut, the latter with a scale."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(FEATURES), TorchAttention(), nn.LayerNorm(FEATURES)
-        self.fc1, self.fc2 = nn.Linear(FEATURES, 2 * FEATURES), nn.Linear(2 * FEATURES, FEATURES)
-        self.dropout = nn.Dropout(0.1)
-        self.layer_scale = nn.Parameter(torch.ones(FEATURES))
+    def function(net: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = x + net.attn(net.norm1(x), mask)
+        return x + net.layer_scale * net.dropout(net.fc2(functional.gelu(net.fc1(net.norm2(x)))))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Compute [batch, time, feature] from the same."""
-        x = x + self.attn(self.norm1(x), mask)
-        return x + self.layer_scale * self.dropout(self.fc2(functional.gelu(self.fc1(self.norm2(x)))))
+    return TorchNet(
+        function,
+        norm1=nn.LayerNorm(FEATURES),
+        attn=TorchNet(torch_attention, qkv=nn.Linear(FEATURES, 3 * FEATURES), out=nn.Linear(FEATURES, FEATURES)),
+        norm2=nn.LayerNorm(FEATURES),
+        fc1=nn.Linear(FEATURES, 2 * FEATURES),
+        fc2=nn.Linear(2 * FEATURES, FEATURES),
+        dropout=nn.Dropout(0.1),
+        layer_scale=nn.Parameter(torch.ones(FEATURES)),
+    )
 
 
-class TorchLanguageModel(nn.Module):
-    """A language model with attention; its last layer is its first."""
+def torch_language_model() -> nn.Module:
+    """Return a language model with attention, whose last layer is its first."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.position = nn.Embedding(VOCABULARY, FEATURES), nn.Embedding(LENGTH, FEATURES)
-        self.block, self.norm = TorchBlock(), nn.LayerNorm(FEATURES)
-        self.head = nn.Linear(FEATURES, VOCABULARY, bias=False)
-        self.head.weight = self.embed.weight
+    def function(net: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = net.embed(ids) + net.position(torch.arange(ids.shape[1]))
+        return net.head(net.norm(net.block(x, mask)))
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Compute logits [batch, time, token] of token ids [batch, time]."""
-        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
-        return self.head(self.norm(self.block(x, mask)))
+    embed, head = nn.Embedding(VOCABULARY, FEATURES), nn.Linear(FEATURES, VOCABULARY, bias=False)
+    head.weight = embed.weight
+    position = nn.Embedding(LENGTH, FEATURES)
+    return TorchNet(
+        function, embed=embed, position=position, block=torch_block(), norm=nn.LayerNorm(FEATURES), head=head
+    )
 
 
 class NnxAttention(nnx.Module):

@@ -2,8 +2,6 @@
 
 # ruff: noqa: D101, D102 - the small models here say by their names what they are
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -25,8 +23,7 @@ from parity_tests.harness import Pair, examine
 from parity_tests.harness.adapters import Model, adapt, without_dropout
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.taps import Sweep, Traced, in_float64, name_leaves
-from parity_tests.parity.networks import LinenNet
-from parity_tests.parity.ports.registry import network
+from parity_tests.parity.networks import LinenNet, NnxNet, network
 from parity_tests.parity.watched_runs import draw_variables, watch_model
 
 WIDTH = 6
@@ -292,18 +289,6 @@ class NnxBlock(nnx.Module):
 
     def __call__(self, rows: Array) -> Array:
         return rows + self.fc2(nnx.gelu(self.fc1(self.ln(rows))))
-
-
-class NnxNet(nnx.Module):
-    """Named layers, and the function that calls them."""
-
-    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def __call__(self, rows: Array) -> Any:
-        return self.function(self, rows)
 
 
 def nnx_blocks(rngs: nnx.Rngs) -> nnx.List[NnxBlock]:
@@ -904,14 +889,3 @@ def test_what_is_no_model_or_no_leaf_is_refused() -> None:
     model = adapt(EqxStrict(KEY))
     with pytest.raises(Refused, match="no leaf fc/kernal"):
         model.with_leaves(model.variables, {"fc/kernal": ROWS})
-
-
-def test_adapting_a_function_loads_no_library() -> None:
-    program = (
-        "import sys\n"
-        "from parity_tests.harness.adapters import adapt\n"
-        "adapt(lambda variables, rows: rows)\n"
-        "print([name for name in ('flax', 'equinox', 'haiku') if name in sys.modules])"
-    )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert finished.stdout.strip() == "[]"

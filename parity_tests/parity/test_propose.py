@@ -26,8 +26,7 @@ from parity_tests.harness.checks import examine, parameters
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.propose import Proposal, propose
 from parity_tests.harness.weights import declare, linear
-from parity_tests.parity.networks import LinenNet, TorchNet
-from parity_tests.parity.ports.registry import network, values
+from parity_tests.parity.networks import LinenNet, TorchNet, network, values
 from parity_tests.parity.test_weights import KEY, LAYERS, error_of, nest, shape
 from torch_ref.model import SimpleCNN
 

@@ -22,8 +22,7 @@ from parity_tests.harness.capture import Case
 from parity_tests.harness.checks import Result, examine
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.pair import Pair
-from parity_tests.parity.networks import LinenNet, TorchNet
-from parity_tests.parity.ports.registry import network
+from parity_tests.parity.networks import LinenNet, TorchNet, network
 
 STAGE_CHECKS = ("parameters", "outputs", "gradients")
 

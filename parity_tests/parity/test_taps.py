@@ -1,6 +1,7 @@
 """Values inside plain functions: they are seen through every transformation, and seeing them changes nothing."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -236,30 +237,30 @@ def watch_product(modules: Modules) -> Callable[..., Array]:
     return product
 
 
-class Switch:
-    """A context that switches the taps of `watch_product` on."""
-
-    def __init__(self) -> None:
-        self.modules = Modules()
-        self.modules.required = False
-
-    def __enter__(self) -> Modules:
-        self.modules.required = True
-        return self.modules
-
-    def __exit__(self, *_: object) -> None:
-        self.modules.required = False
+@contextmanager
+def switched_on(modules: Modules) -> Iterator[Modules]:
+    """Switch the taps of `watch_product` on."""
+    modules.required = True
+    yield modules
+    modules.required = False
 
 
-def test_a_function_that_was_jitted_and_ran_before_is_seen_and_its_own_cache_stays_clean() -> None:
-    switch = Switch()
-    product = watch_product(switch.modules)
+@pytest.fixture
+def modules() -> Modules:
+    """Return modules of a library whose taps are off."""
+    modules = Modules()
+    modules.required = False
+    return modules
+
+
+def test_a_function_that_was_jitted_and_ran_before_is_seen_and_its_own_cache_stays_clean(modules: Modules) -> None:
+    product = watch_product(modules)
     expected = product(WEIGHTS["w"][0], ROWS)
 
     def program(tensors: Any, rows: Array) -> Array:
         return product(tensors["w"][0], rows)
 
-    traced = trace(program, WEIGHTS, ROWS, context=lambda: switch)
+    traced = trace(program, WEIGHTS, ROWS, context=lambda: switched_on(modules))
     assert [*traced.taps] == ["product.mul", "product"]
     assert traced.calls == [("product", "own Product")]
     assert "tap" not in str(jax.make_jaxpr(program)(WEIGHTS, ROWS))
@@ -268,18 +269,16 @@ def test_a_function_that_was_jitted_and_ran_before_is_seen_and_its_own_cache_sta
 
 def test_a_library_of_which_no_module_ran_is_refused() -> None:
     with pytest.raises(Refused, match="without calling a module"):
-        trace(lambda tensors, rows: rows @ tensors["w"][0], WEIGHTS, ROWS, context=lambda: Opened(Modules()))
+        trace(lambda tensors, rows: rows @ tensors["w"][0], WEIGHTS, ROWS, context=lambda: nullcontext(Modules()))
 
 
-def test_outputs_that_change_under_the_watch_are_refused() -> None:
-    switch = Switch()
-
+def test_outputs_that_change_under_the_watch_are_refused(modules: Modules) -> None:
     def program(tensors: Any, rows: Array) -> dict[str, Array]:
-        switch.modules["m"] = Module("M", False)
-        return {"logits": tap("m", rows @ tensors["w"][0]) * (1.0 + 1e-9 * switch.modules.required)}
+        modules["m"] = Module("M", False)
+        return {"logits": tap("m", rows @ tensors["w"][0]) * (1.0 + 1e-9 * modules.required)}
 
     with pytest.raises(Refused, match=r"output\.logits of the JAX model is not the same once"):
-        trace(program, WEIGHTS, ROWS, context=lambda: switch)
+        trace(program, WEIGHTS, ROWS, context=lambda: switched_on(modules))
 
 
 def test_other_shapes_than_those_that_were_traced_are_refused() -> None:
@@ -335,21 +334,8 @@ def test_functions_inside_a_librarys_own_layer_are_not_stages() -> None:
                 rows = tap(path, jnp.sin(rows @ tensors["w"][0]), "Layer")
         return rows
 
-    traced = trace(program, WEIGHTS, ROWS, context=lambda: Opened(modules))
+    traced = trace(program, WEIGHTS, ROWS, context=lambda: nullcontext(modules))
     assert [*traced.taps] == ["dense", "mine.matmul", "mine.sin", "mine"]
-
-
-class Opened:
-    """A context that yields these modules."""
-
-    def __init__(self, modules: Modules) -> None:
-        self.modules = modules
-
-    def __enter__(self) -> Modules:
-        return self.modules
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def network(slope: float) -> Callable[..., Array]:

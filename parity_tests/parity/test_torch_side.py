@@ -22,8 +22,7 @@ from parity_tests import harness
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.pair import Inputs
 from parity_tests.harness.torch_side import Rounded, TorchCapture, capture_torch, flat, gradient_error, reference_error
-from parity_tests.parity.networks import TorchNet
-from parity_tests.parity.ports.registry import linear, nested
+from parity_tests.parity.networks import TorchNet, linear, nested
 
 
 def draw(*shape: int) -> np.ndarray:

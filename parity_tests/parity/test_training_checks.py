@@ -24,8 +24,7 @@ from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
 from parity_tests.harness.weights import Entry, WeightMap, unused
-from parity_tests.parity.networks import LinenNet, TorchNet
-from parity_tests.parity.ports.registry import nested
+from parity_tests.parity.networks import LinenNet, TorchNet, nested
 
 Tree = dict[str, Any]
 SEEDS = range(3)

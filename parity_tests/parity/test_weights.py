@@ -38,8 +38,7 @@ from parity_tests.harness.weights import (
     qkv,
     unused,
 )
-from parity_tests.parity.networks import LinenNet, TorchNet
-from parity_tests.parity.ports.registry import network, tokens, values
+from parity_tests.parity.networks import LinenNet, TorchNet, network, tokens, values
 
 KEY = jax.random.key(0)
 FEATURES, HIDDEN, TIME = 3, 4, 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, read_json
+from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, read_json, run_in_one_process
 
 # What the project's own networks need, but not the harness: a porter may have none of it.
 ONLY_FOR_TRAINING = ("flax", "torchvision", "jaxtyping", "safetensors", "platformdirs")
@@ -97,6 +97,14 @@ def test_my_faulty_port():
 """
 
 
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+
+
+def execute(*words: str | Path) -> str:
+    """Run a command, assert that it succeeds, and return what it prints."""
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a wheel of this project, built from a copy, because building writes into the folder of the sources."""
@@ -106,18 +114,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build: list[str | Path] = [
-        *pip,
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-        source,
-    ]
-    subprocess.run(build, check=True, capture_output=True, text=True)
+    execute(*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -140,21 +137,24 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     It sees the installed packages, but not this checkout, and not what only training needs.
     """
     folder = tmp_path_factory.mktemp("porter") / "venv"
-    make: list[str | Path] = [sys.executable, "-m", "venv", "--without-pip", folder]
-    subprocess.run(make, check=True)
-    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder]
-    install: list[str | Path] = [*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel]
-    subprocess.run(install, check=True, capture_output=True, text=True)
-    ask: list[str | Path] = [
-        script_of(folder, "python"),
-        "-c",
-        "import sysconfig; print(sysconfig.get_path('purelib'))",
-    ]
-    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    execute(sys.executable, "-m", "venv", "--without-pip", folder)
+    install = ("install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
+    execute(*PIP, "--python", folder, *install)
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(execute(script_of(folder, "python"), "-c", ask).strip())
     libraries = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "libraries.pth").write_text("\n".join(libraries), encoding="utf-8")  # their own .pth are not read
     (packages / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
     return folder
+
+
+# A difference, a port that raises an error, the map of the weights, and the project's own pair, which needs more.
+COMMANDS = (
+    "--pair=my_port:faulty --steps=0 --out-dir=faulty",
+    "my_port:broken --steps=0",
+    "my_port:proposed --propose",
+    "",
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +166,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# A porter's variables: nothing of this checkout, and no plugin of pytest's that happens to be installed.
+VARIABLES = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
+VARIABLES["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+
+
 def run(environment: Path, folder: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the environment in a porter's folder."""
     line: list[str | Path] = [script_of(environment, command), *arguments]
-    own = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
-    own["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    return subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    return subprocess.run(line, cwd=folder, env=VARIABLES, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
-def test_the_command_is_the_wheel_s_and_not_the_checkout_s(environment: Path, folder: Path) -> None:
+def test_the_command_is_the_wheel_s_and_says_with_its_status_that_a_port_is_the_same(
+    environment: Path, folder: Path
+) -> None:
     done = run(environment, folder, "python", "-c", "import parity_tests; print(parity_tests.__file__)")
     assert Path(done.stdout.strip()).is_relative_to(environment), done.stderr
-
-
-def test_the_command_says_with_its_status_that_a_port_is_the_same(environment: Path, folder: Path) -> None:
     done = run(environment, folder, "parity-report", "my_port:pair", "--steps=2", "--out-dir=sound")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Reference: no difference." in done.stdout
@@ -188,27 +190,19 @@ def test_the_command_says_with_its_status_that_a_port_is_the_same(environment: P
     assert {"outputs", "gradients", "optimizer", "trajectory"} <= set(report["passed"])
 
 
-def test_the_command_says_with_its_status_where_a_port_is_different(environment: Path, folder: Path) -> None:
-    done = run(environment, folder, "parity-report", "--pair=my_port:faulty", "--steps=0", "--out-dir=faulty")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "outputs: output of " in done.stdout
+def test_the_command_says_with_its_status_what_else_came_of_a_pair(environment: Path, folder: Path) -> None:
+    """These commands run in one process, because each would load both frameworks."""
+    lines = [[str(script_of(environment, "parity-report")), *flags.split()] for flags in COMMANDS]
+    python = script_of(environment, "python")
+    different, broken, proposed, own = run_in_one_process(lines, folder, VARIABLES, python)
+    assert different.returncode == 1, different.stdout + different.stderr
+    assert "outputs: output of " in different.stdout
     assert read_json(folder / "faulty" / "report.json")["divergences"]
-
-
-def test_the_command_says_with_its_status_that_nothing_can_be_compared(environment: Path, folder: Path) -> None:
-    done = run(environment, folder, "parity-report", "my_port:broken", "--steps=0")
-    assert_slip(done, "--pair my_port:broken cannot be compared: ValueError: nothing works yet (my_port.py, line ")
-
-
-def test_the_command_proposes_the_map_of_the_weights(environment: Path, folder: Path) -> None:
-    done = run(environment, folder, "parity-report", "my_port:proposed", "--propose")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_slip(broken, "--pair my_port:broken cannot be compared: ValueError: nothing works yet (my_port.py, line ")
+    assert proposed.returncode in (None, 0), proposed.stdout + proposed.stderr
     for words in ("hidden.weight", "hidden/kernel", "linear("):
-        assert words in done.stdout
-
-
-def test_the_project_s_own_pairs_name_what_they_need(environment: Path, folder: Path) -> None:
-    assert_slip(run(environment, folder, "parity-report"), "--pair simple_cnn needs", "jax-cnn-parity[train]")
+        assert words in proposed.stdout
+    assert_slip(own, "--pair simple_cnn needs", "jax-cnn-parity[train]")
 
 
 def test_a_port_is_checked_in_the_porter_s_own_tests(environment: Path, folder: Path) -> None:

@@ -28,8 +28,7 @@ from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
-from parity_tests.parity.networks import LinenNet, TorchNet
-from parity_tests.parity.ports.registry import linear, nested, network, values
+from parity_tests.parity.networks import LinenNet, TorchNet, linear, nested, network, values
 from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks

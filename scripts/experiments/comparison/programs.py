@@ -15,7 +15,7 @@ from experiments.records import ROOT, Json
 # of them begin.
 PROGRAMS = {
     "Data": {
-        "PyTorch": ["torch_ref/data.py load_dataset", "torch_ref/data.py load_batches"],
+        "PyTorch": ["torch_ref/train.py load_dataset", "torch_ref/train.py load_batches"],
         "JAX": [
             "jax_cnn/trainer.py JaxTrainer._chunks",
             "jax_cnn/trainer.py JaxTrainer._send",
