@@ -311,7 +311,6 @@ REMAINDER = 2
 STEPS = CHUNK_STEPS + 2  # full batches in an epoch, in two chunks
 LONG = 300  # steps after which rounding has driven apart any two runs, of the same framework too
 LONG_BATCH = 8  # with smaller batches that takes longer
-FED = 3 * CHUNK_STEPS * 64 + 72  # images: three chunks of batches, another batch, and one of 8 images
 
 
 @pytest.fixture(scope="module")
@@ -347,35 +346,34 @@ def test_a_remainder_s_loss_divided_by_a_full_batch_is_caught(
 
 
 @pytest.fixture(scope="module")
-def fed(data_dir: Path) -> JaxTrainConfig:
-    """Return two epochs of the network that trains fastest: all are fed the same way."""
-    small: dict[str, Any] = {"model": "linear", "limit_train": FED, "limit_test": 1}
-    return JaxTrainConfig(data_dir=data_dir, device="cpu", precision="float64", epochs=2, **small)
+def whole(data_dir: Path) -> JaxTrainConfig:
+    """Return two epochs of all images, of the network that trains fastest: all are fed the same way."""
+    return JaxTrainConfig(data_dir=data_dir, device="cpu", precision="float64", epochs=2, model="linear")
 
 
 @pytest.fixture(scope="module")
-def torch_feed(fed: JaxTrainConfig) -> list[list[Batch]]:
+def torch_feed(whole: JaxTrainConfig) -> list[list[Batch]]:
     """Return what PyTorch's trainer is fed."""
-    return record_feed("torch", fed)
+    return record_feed("torch", whole)
 
 
 @pytest.fixture(scope="module")
 def train_set(data: FashionMNIST) -> Batch:
-    """Return the training images with their labels."""
-    return Batch(data.train_images[:FED], data.train_labels[:FED])
+    """Return all training images with their labels."""
+    return Batch(data.train_images, data.train_labels)
 
 
 def test_both_trainers_are_fed_every_image_once_in_the_same_batches(
-    fed: JaxTrainConfig, torch_feed: list[list[Batch]], train_set: Batch
+    whole: JaxTrainConfig, torch_feed: list[list[Batch]], train_set: Batch
 ) -> None:
-    assert [len(batches) for batches in torch_feed] == [194, 194]
-    assert not list(compare_feeds(record_feed("jax", fed), torch_feed, train_set))
+    assert [len(batches) for batches in torch_feed] == [938, 938]
+    assert not list(compare_feeds(record_feed("jax", whole), torch_feed, train_set))
 
 
 def test_a_chunk_that_is_fed_twice_is_caught(
-    fed: JaxTrainConfig, torch_feed: list[list[Batch]], train_set: Batch, monkeypatch: pytest.MonkeyPatch
+    whole: JaxTrainConfig, torch_feed: list[list[Batch]], train_set: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    early, late = 0, 2
+    early, late = 1, 12
     sound = JaxTrainer._chunks
 
     def faulty(self: JaxTrainer, epoch: int, start: int) -> Iterator[Chunk]:
@@ -384,7 +382,7 @@ def test_a_chunk_that_is_fed_twice_is_caught(
         yield from chunks
 
     monkeypatch.setattr(JaxTrainer, "_chunks", faulty)
-    jax_feed = record_feed("jax", replace(fed, epochs=1))
+    jax_feed = record_feed("jax", replace(whole, epochs=1))
     pixels, labels, once = map(str, compare_feeds(jax_feed, torch_feed[:1], train_set))
     assert pixels.startswith(f"feed: epoch 0, batch {late * CHUNK_STEPS}, pixels: error ")
     assert labels.startswith(f"feed: epoch 0, batch {late * CHUNK_STEPS}, labels: error ")
@@ -393,7 +391,7 @@ def test_a_chunk_that_is_fed_twice_is_caught(
 
 @pytest.mark.parametrize("sides", ["JAX", "JAX and PyTorch"])
 def test_a_feed_that_repeats_the_first_order_is_caught(
-    sides: str, fed: JaxTrainConfig, train_set: Batch, monkeypatch: pytest.MonkeyPatch
+    sides: str, whole: JaxTrainConfig, train_set: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def first_order(seed: int, epoch: int, size: int) -> np.ndarray:
         return epoch_order(seed, 0, size)
@@ -401,7 +399,7 @@ def test_a_feed_that_repeats_the_first_order_is_caught(
     monkeypatch.setattr(trainer, "epoch_order", first_order)
     if sides == "JAX and PyTorch":
         monkeypatch.setattr(train_torch, "epoch_order", first_order)
-    config, served = replace(fed, limit_train=200), Batch(*(array[:200] for array in train_set))
+    config, served = replace(whole, limit_train=200), Batch(*(array[:200] for array in train_set))
     differences = list(map(str, compare_feeds(record_feed("jax", config), record_feed("torch", config), served)))
     if sides == "JAX":
         assert differences[0].startswith("feed: epoch 1, batch 0, pixels: error ")
