@@ -2,13 +2,11 @@
 
 import atexit
 import gc
-import mmap
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,14 +33,6 @@ os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.gettempdir()  # pytest keeps the 
 temporary_files = Path(session_folder.name, "tmp")
 temporary_files.mkdir()
 os.environ["TMPDIR"] = tempfile.tempdir = str(temporary_files)
-
-# XLA's way of writing fused loops takes half of the time that the tests compile, and this option chooses an older one.
-# An XLA that does not know it, as from jaxlib 0.12 on, would end the process.
-FUSION = "xla_cpu_use_fusion_emitters"
-for library in Path(str(find_spec("jaxlib").origin)).parent.glob("libjax_common.*"):  # type: ignore[union-attr]
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(f"\0{FUSION}\0".encode()) >= 0:
-            os.environ["XLA_FLAGS"] = f"--{FUSION}=false {os.environ.get('XLA_FLAGS', '')}"
 
 # Tracing makes millions of small objects, and nearly all of them go without the collector of cycles: at Python's own
 # threshold of 700 it takes a tenth of the time.

@@ -45,8 +45,21 @@ if jax.__version_info__ < (0, 10):  # XNNPACK takes weights that were updated in
 
 def compiled(fn: Callable[..., Any], **options: Any) -> Any:
     """Return the jitted function, compiled quickly on the CPU; `options` are those of `jax.jit`."""
-    quickly = jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations")
-    return jax.jit(fn, compiler_options=QUICKLY if quickly else None, **options)
+    if jax.default_backend() != "cpu":
+        return jax.jit(fn, **options)
+    quickly = {} if jax.config.read("jax_disable_most_optimizations") else QUICKLY
+    return jax.jit(fn, compiler_options=quickly | older_fusion(), **options)
+
+
+@functools.cache
+def older_fusion() -> dict[str, bool]:
+    """Return the option for XLA's older way to write fused loops, which compiles faster; none where XLA has lost it."""
+    option = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=option).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return option
 
 
 MOST_STEPS = 32  # of a loop whose values are kept, too

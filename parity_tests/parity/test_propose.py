@@ -787,10 +787,10 @@ def test_leaves_under_short_names_are_matched_by_the_order_of_their_use(kind: st
 
 
 def test_layers_and_directions_under_short_names_are_told_apart_by_sizes_and_outputs() -> None:
-    def both_ways(x: jax.Array) -> jax.Array:
+    def both_ways(x: Any) -> Any:
         for layer in range(2):
             cells = [linen.GRUCell(4, name=f"{side}{layer}") for side in "fb"]
-            states = [linen.RNN(cell, reverse=cell is cells[1], keep_order=True)(x) for cell in cells]
+            states: list[Any] = [linen.RNN(cell, reverse=cell is cells[1], keep_order=True)(x) for cell in cells]
             x = jnp.concatenate(states, -1)
         return x
 
