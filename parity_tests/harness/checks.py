@@ -331,8 +331,12 @@ def padding_cause(module: nn.Module, place: str, problem: str) -> str:
 def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the gradients is born: stages from the last one back, then weights."""
     if wrong_outputs:
-        wrong = {name.partition("#")[0] for name, value in comparison.local.values.items() if value.problem}  # any call
-        right = comparison.local.values.keys() - wrong
+        wrong = {name for name, value in comparison.local.values.items() if value.problem} | {*comparison.born}
+        places = {name.partition("#")[0] for name in wrong}  # any call
+        # The gradient by a module's own weights comes through the stages inside it.
+        right = {
+            name for name in comparison.local.values if not any(f"{place}.".startswith(f"{name}.") for place in places)
+        }
         for name, difference in comparison.local.weights.items():
             if difference.problem and name.rpartition(".")[0] in right:
                 yield f"gradient by {name}", difference.problem

@@ -74,6 +74,7 @@ ORDERS = (("ifgo", "igfo", "ifog"), ("rzn", "zrn", "-zrn"))  # of the gates of L
 OTHER_LETTERS = {4: {"c": "g"}, 3: {"u": "z", "h": "n"}}  # of gates, by how many a cell has
 MOST_LEAVES = 4  # of a cell whose gates are packed: two weights and two biases
 CLOSE = 10.0  # one map must be this many times nearer than another to be preferred
+MOST_ORDERED = 4  # layers of which every order is tried; of more, two neighbours are exchanged
 MOST_QUESTIONS = 32  # more maps than that are not tried each: one question after the other
 ROUNDING = 1e-6  # distances of outputs below this are all the same: rounding
 
@@ -894,7 +895,8 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
     choices = []
     for runs in families.values():
         size = len(runs[0])
-        orders = list(itertools.permutations(range(size))) if size <= 3 else [tuple(range(size)), *swaps(size)]
+        tried = size <= MOST_ORDERED
+        orders = list(itertools.permutations(range(size))) if tried else [tuple(range(size)), *swaps(size)]
         names = [matches[n].units[0].name for n in runs[0]]
         texts = [
             f"{' and '.join(names)} -> {' and '.join(matches[runs[0][place]].places[0].path for place in order)}"
@@ -1033,7 +1035,8 @@ def decide(
     """Answer what is open by the outputs of both sides; return what stays open and what is assumed, in words.
 
     The outputs of a port with a fault before a flatten do not tell how it flattens, but the layout of its images does.
-    Where no answer makes the outputs agree, the port has a fault, and names and order are taken at their word.
+    Where no answer makes the outputs agree, the port has a fault, and names and order are taken at their word. Where not
+    every order of the layers was tried, that is not known.
     """
     if judge is None or not choices:
         return list(matches), tuple(", or ".join(choice.texts) for choice in choices), ()
@@ -1069,7 +1072,7 @@ def decide(
         number
         for number, choice in enumerate(choices)
         if distance(best) > ROUNDING and open_still[number] and known_otherwise[number] is None
-        if "flatten" not in "".join(choice.texts)
+        if "flatten" not in "".join(choice.texts) and len(choice.groups[0]) <= MOST_ORDERED
         if distance((*best[:number], 0, *best[number + 1 :])) <= CLOSE * distance(best)
     ]
     known_otherwise = [0 if number in assumed else answer for number, answer in enumerate(known_otherwise)]

@@ -786,6 +786,21 @@ def test_leaves_under_short_names_are_matched_by_the_order_of_their_use(kind: st
     }.items()
 
 
+def test_four_layers_of_one_shape_are_told_apart_in_whatever_order_they_are_used() -> None:
+    def attend(tree: Any, x: Any) -> Any:
+        keys, values, queries = (x @ tree[name] for name in ("m1", "m2", "m3"))
+        return jax.nn.softmax(queries @ keys.mT, -1) @ values @ tree["m4"]
+
+    names = ("queries", "keys", "values", "out")
+    module = TorchNet(
+        lambda net, x: net.out((net.queries(x) @ net.keys(x).mT).softmax(-1) @ net.values(x)),
+        **{name: nn.Linear(4, 4, bias=False) for name in names},
+    )
+    pair = port(module, in_functions({f"m{number}": (4, 4) for number in (1, 2, 3, 4)}, attend), values(2, 5, 4))
+    carried = {entry.torch: entry.jax for entry in decide(Case(pair)).map.entries}
+    assert carried == {(f"{name}.weight",): (leaf,) for name, leaf in zip(names, ("m3", "m1", "m2", "m4"), strict=True)}
+
+
 def test_layers_and_directions_under_short_names_are_told_apart_by_sizes_and_outputs() -> None:
     def both_ways(x: Any) -> Any:
         for layer in range(2):

@@ -886,6 +886,26 @@ def test_a_module_is_not_the_one_that_holds_its_factor_alone() -> None:
     assert result.comparisons[0].stages["0"].jax == "layers_0"
 
 
+class Scaled(linen.Module):
+    """A module with a weight of its own, whose gradient comes through a norm inside it."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Scale and normalise the rows."""
+        scales = self.param("scales", linen.initializers.ones, (4,))
+        return linen.LayerNorm(epsilon=1e-2, name="norm")(x * scales)
+
+
+def test_a_fault_in_a_module_is_not_told_of_the_gradients_that_come_through_it() -> None:
+    scaled = TorchNet(
+        lambda net, x: net.norm(x * net.scales), scales=nn.Parameter(torch.rand(4)), norm=nn.LayerNorm(4)
+    )
+    reference = nn.Sequential(nn.Linear(4, 4), scaled, nn.Linear(4, 2))
+    port = linen.Sequential([linen.Dense(4), Scaled(), linen.Dense(2)])
+    pair = Pair(reference, port, np.ones((4, 4), np.float32))
+    assert places(pair, "outputs", "gradients") == ["output of 1.norm"]
+
+
 def test_a_call_in_vain_gets_no_gradient() -> None:
     def port(x: jax.Array) -> jax.Array:
         norm = linen.LayerNorm(epsilon=1e-5, name="1")
