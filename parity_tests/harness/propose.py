@@ -911,7 +911,7 @@ def open_choices(units: Sequence[Unit], places: Sequence[Place], matches: Sequen
             order = places_of if len(places_of) > 1 else one.options[0].rule.to
             labels = tuple((option.rule.how, *map(order.index, option.rule.to)) for option in one.options)
             behind_flatten = number if one.units[0].flatten else None  # each is asked for alone
-            leaf = one.options[0].entries[0].jax[0].rpartition("/")[2]
+            leaf = skeleton(one.options[0].entries[0].jax[0].rpartition("/")[2])
             layouts.setdefault((labels, leaf, behind_flatten), []).append(number)
     for numbers in layouts.values():
         first = matches[numbers[0]]
@@ -1053,10 +1053,9 @@ def decide(
         answers = range(len(choices[number].answers))
         return [(*setting[:number], k, *setting[number + 1 :]) for k in answers if k != setting[number]]
 
-    every = list(itertools.product(*(range(len(choice.answers)) for choice in choices)))
     best = (0,) * len(choices)
-    if len(every) <= MOST_QUESTIONS:
-        best = min(every, key=distance)
+    if math.prod(len(choice.answers) for choice in choices) <= MOST_QUESTIONS:
+        best = min(itertools.product(*(range(len(choice.answers)) for choice in choices)), key=distance)
     else:
         for number in [*range(len(choices)), *range(len(choices))]:
             best = min([best, *others(best, number)], key=distance)

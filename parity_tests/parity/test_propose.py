@@ -801,6 +801,17 @@ def test_four_layers_of_one_shape_are_told_apart_in_whatever_order_they_are_used
     assert carried == {(f"{name}.weight",): (leaf,) for name, leaf in zip(names, ("m3", "m1", "m2", "m4"), strict=True)}
 
 
+def test_many_square_weights_under_short_names_are_carried_in_one_layout() -> None:
+    def run(tree: Any, x: Any) -> Any:
+        for number in range(30):
+            x = jnp.tanh(x @ tree[f"w{number}"].T)
+        return x
+
+    layers = [layer for _ in range(30) for layer in (nn.Linear(3, 3, bias=False), nn.Tanh())]
+    pair = port(nn.Sequential(*layers), in_functions({f"w{number}": (3, 3) for number in range(30)}, run), values(2, 3))
+    decide(Case(pair))
+
+
 def test_layers_and_directions_under_short_names_are_told_apart_by_sizes_and_outputs() -> None:
     def both_ways(x: Any) -> Any:
         for layer in range(2):
