@@ -1035,8 +1035,8 @@ def decide(
     """Answer what is open by the outputs of both sides; return what stays open and what is assumed, in words.
 
     The outputs of a port with a fault before a flatten do not tell how it flattens, but the layout of its images does.
-    Where no answer makes the outputs agree, the port has a fault, and names and order are taken at their word. Where not
-    every order of the layers was tried, that is not known.
+    Where no answer makes the outputs agree, the port has a fault, and names and order are taken at their word, unless
+    not every order of the layers was tried.
     """
     if judge is None or not choices:
         return list(matches), tuple(", or ".join(choice.texts) for choice in choices), ()

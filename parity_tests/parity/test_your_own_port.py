@@ -897,9 +897,7 @@ class Scaled(linen.Module):
 
 
 def test_a_fault_in_a_module_is_not_told_of_the_gradients_that_come_through_it() -> None:
-    scaled = TorchNet(
-        lambda net, x: net.norm(x * net.scales), scales=nn.Parameter(torch.rand(4)), norm=nn.LayerNorm(4)
-    )
+    scaled = TorchNet(lambda net, x: net.norm(x * net.scales), scales=nn.Parameter(torch.rand(4)), norm=nn.LayerNorm(4))
     reference = nn.Sequential(nn.Linear(4, 4), scaled, nn.Linear(4, 2))
     port = linen.Sequential([linen.Dense(4), Scaled(), linen.Dense(2)])
     pair = Pair(reference, port, np.ones((4, 4), np.float32))
