@@ -191,7 +191,7 @@ def test_the_command_is_the_wheel_s_and_says_with_its_status_that_a_port_is_the_
 
 
 def test_the_command_says_with_its_status_what_else_came_of_a_pair(environment: Path, folder: Path) -> None:
-    """These commands run in one process, because each would load both frameworks."""
+    """Run these commands in one process, because each would load both frameworks."""
     lines = [[str(script_of(environment, "parity-report")), *flags.split()] for flags in COMMANDS]
     python = script_of(environment, "python")
     different, broken, proposed, own = run_in_one_process(lines, folder, VARIABLES, python)
