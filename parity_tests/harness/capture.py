@@ -902,7 +902,7 @@ class Sweeper:
         return tuple(
             name
             for name, gradient in self.expected_gradients.items()
-            if gradient.any() and name in sweep.weight_gradients and not np.any(sweep.weight_gradients[name])
+            if gradient.any() and name in sweep.weight_gradients and not np.asarray(sweep.weight_gradients[name]).any()
         )
 
     @property

@@ -652,8 +652,8 @@ def to_torch(weight_map: Any, leaves: Mapping[str, np.ndarray]) -> Iterator[tupl
     missing = Counter(name for entry in entries for name in entry.torch)
     sums: Arrays = {}
     for entry in entries:
-        given = [jax.ShapeDtypeStruct(weight_map.tensors[name], leaves[entry.jax[0]].dtype) for name in entry.torch]
-        back = jax.linear_transpose(entry.convert, *given)(tuple(jnp.asarray(leaves[path]) for path in entry.jax))
+        shapes = [weight_map.tensors[name] for name in entry.torch]
+        back = entry.convert_back(shapes, [leaves[path] for path in entry.jax])
         for name, value in zip(entry.torch, back, strict=True):
             share = np.asarray(value) / weight_map.counts[name] if name in weight_map.counts else np.asarray(value)
             sums[name] = sums[name] + share if name in sums else share

@@ -73,6 +73,19 @@ class Entry(NamedTuple):
     convert: Callable[..., tuple[Array, ...]]
     how: str
 
+    def convert_back(self, shapes: Sequence[Shape], leaves: Sequence[Array]) -> Sequence[Array]:
+        """Carry leaves back to tensors of these shapes, by the transposed map."""
+        if len(shapes) == len(leaves) == 1 and not isinstance(leaves[0], jax.core.Tracer):
+            leaf = np.asarray(leaves[0])
+            tensor = np.zeros(shapes[0], leaf.dtype)
+            (view,) = self.convert(tensor)
+            if is_whole_view(view, tensor):
+                view[...] = leaf  # JAX would compile a program for each shape
+                return (tensor,)
+        given = [jax.ShapeDtypeStruct(shape, leaves[0].dtype) for shape in shapes]
+        back: Sequence[Array] = jax.linear_transpose(self.convert, *given)(tuple(map(jnp.asarray, leaves)))
+        return back
+
 
 class Layer(NamedTuple):
     """One PyTorch module and the place in JAX that a rule carries it to.
@@ -203,8 +216,9 @@ class WeightMap:
         """Carry PyTorch's tensors to JAX's leaves, by path. The dtype stays. Can be differentiated."""
         leaves: dict[str, Array] = {}
         for entry in self.entries:
-            values = entry.convert(*(jnp.asarray(tensors[name]) for name in entry.torch))
-            leaves.update(zip(entry.jax, values, strict=True))
+            given = [tensors[name] for name in entry.torch]  # in NumPy as far as it goes: JAX compiles for each shape
+            values = entry.convert(*(value if isinstance(value, jax.Array) else np.asarray(value) for value in given))
+            leaves.update(zip(entry.jax, map(jnp.asarray, values), strict=True))
         return leaves
 
     def to_torch(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
@@ -221,9 +235,8 @@ class WeightMap:
         result: dict[str, Array] = {}
         before: dict[str, np.ndarray] = {}
         for entry in self.entries:
-            values = tuple(jnp.asarray(leaves[path]) for path in entry.jax)
-            given = [jax.ShapeDtypeStruct(self.tensors[name], values[0].dtype) for name in entry.torch]
-            back = jax.linear_transpose(entry.convert, *given)(values)
+            shapes = [self.tensors[name] for name in entry.torch]
+            back = entry.convert_back(shapes, [leaves[path] for path in entry.jax])
             for name, value in zip(entry.torch, back, strict=True):
                 if name in self.counts:  # the mean moves to each further value: equal ones leave it as it is
                     own = count_uses(entry, [self.tensors[other] for other in entry.torch])[name]
@@ -303,20 +316,25 @@ def count_views(entry: Entry, shapes: Sequence[Shape]) -> dict[str, np.ndarray] 
     tensors = [np.zeros(shape, np.float32) for shape in shapes]
     counts = dict.fromkeys(entry.torch, 0)
     for leaf in entry.convert(*tensors):
-        if not isinstance(leaf, np.ndarray):
+        names = [name for name, own in zip(entry.torch, tensors, strict=True) if is_whole_view(leaf, own)]
+        if len(names) != 1:
             return None
-        names = [name for name, own in zip(entry.torch, tensors, strict=True) if leaf is own or leaf.base is own]
-        if len(names) != 1 or leaf.size != math.prod(shapes[entry.torch.index(names[0])]):
-            return None
-        step = leaf.itemsize
-        for stride, length in sorted(zip(map(abs, leaf.strides), leaf.shape, strict=True)):
-            if length > 1 and stride != step:
-                return None
-            step *= length
         counts[names[0]] += 1
     return {
         name: np.broadcast_to(np.int32(counts[name]), shape) for name, shape in zip(entry.torch, shapes, strict=True)
     }
+
+
+def is_whole_view(leaf: Array, tensor: np.ndarray) -> bool:
+    """Return whether a leaf is this tensor with its axes in some order, split, joined or turned, by its memory alone."""
+    if not isinstance(leaf, np.ndarray) or not (leaf is tensor or leaf.base is tensor) or leaf.size != tensor.size:
+        return False
+    step = leaf.itemsize
+    for stride, length in sorted(zip(map(abs, leaf.strides), leaf.shape, strict=True)):
+        if length > 1 and stride != step:
+            return False
+        step *= length
+    return True
 
 
 def read_gather(convert: Callable[[list[np.ndarray]], Sequence[Array]], shapes: Sequence[Shape]) -> list[np.ndarray]:
