@@ -326,7 +326,7 @@ def count_views(entry: Entry, shapes: Sequence[Shape]) -> dict[str, np.ndarray] 
 
 
 def is_whole_view(leaf: Array, tensor: np.ndarray) -> bool:
-    """Return whether a leaf is this tensor with its axes in some order, split, joined or turned, by its memory alone."""
+    """Return whether a leaf is this tensor with its axes in some order, split or joined, by its memory."""
     if not isinstance(leaf, np.ndarray) or not (leaf is tensor or leaf.base is tensor) or leaf.size != tensor.size:
         return False
     step = leaf.itemsize
