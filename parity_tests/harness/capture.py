@@ -35,6 +35,7 @@ from parity_tests.harness.compare import (
     keeps_float32,
     largest,
     map_leaves,
+    order_between,
     relative_error,
     shorten,
 )
@@ -1529,7 +1530,8 @@ class History(NamedTuple):
             before = self.maker(argument, place)
             if before is None and (holder := self.holder(argument, place)) is not None:
                 return Origin(holder, difference(instead, argument, 0.0).problem, ())
-            if before is None or self.is_known(before) or self.values[before].shape != argument.shape:
+            moved = before not in self.comparison.stages and bool(order_between(instead, argument))
+            if before is None or (self.is_known(before) and not moved) or self.values[before].shape != argument.shape:
                 break  # JAX has the right value, but takes another
             place, actual = before, instead
         return Origin(place, difference(actual, self.values[place], 0.0).problem, tuple(self.unseen_before(place)))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -157,20 +158,51 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
         return ""
     errors = np.abs(widened(actual) - widened(expected))
     index = first_index(errors == errors.max())
-    factor = factor_between(actual, expected)
+    relation = factor_between(actual, expected) or order_between(actual, expected)
+    relation = relation and f"; JAX's is {relation}"
     return (
         f"error {errors.max():.1e} > {limit:.1e} at {list(index)} "
         f"(JAX {actual[index]:.9g}, PyTorch {expected[index]:.9g}; "
-        f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source}){factor}"
+        f"{(errors > limit).sum():,} of {errors.size:,} values; bound: {bound.source}){relation}"
     )
 
 
 def factor_between(actual: np.ndarray, expected: np.ndarray) -> str:
-    """Return what a message adds where JAX's values are PyTorch's times one number."""
+    """Return in words what JAX's values are, if they are PyTorch's times one number."""
     factor = None if np.iscomplexobj(expected) else slope(actual, expected)
     if factor is None or abs(factor - 1) < 1e-6 or largest_error(actual, factor * expected) > 1e-9 * largest(actual):
         return ""
-    return f"; JAX's is {factor:.6g} times PyTorch's"
+    return f"{factor:.6g} times PyTorch's"
+
+
+def order_between(actual: np.ndarray, expected: np.ndarray) -> str:
+    """Return in words what JAX's values are, if they are PyTorch's in another order, or moved along an axis."""
+    if actual.shape != expected.shape or actual.dtype.kind not in "fiu" or actual.size > LARGEST_ORDERED:
+        return ""
+    actual, expected = widened(actual), widened(expected)
+    small = 1e-9 * largest(actual)
+
+    def is_equal(one: np.ndarray, other: np.ndarray) -> bool:
+        return largest_error(one, other) <= small
+
+    for first, second in itertools.combinations(range(actual.ndim), 2):
+        if actual.shape[first] == actual.shape[second] and is_equal(actual, expected.swapaxes(first, second)):
+            return f"PyTorch's with axes {first} and {second} exchanged"
+    for axis, length in enumerate(actual.shape):
+        there, here = np.moveaxis(expected, axis, 0), np.moveaxis(actual, axis, 0)
+        weights = np.random.default_rng(0).normal(size=there.shape[1:])  # one number tells a slice from all others
+        numbers = [np.tensordot(side, weights, weights.ndim) for side in (here, there)]
+        order = np.argsort(numbers[1])[np.argsort(np.argsort(numbers[0]))]  # of the same rank
+        if is_equal(here, there[order]):
+            some = ", ".join(map(str, order[:ORDER_SHOWN])) + (", …" if length > ORDER_SHOWN else "")
+            return f"PyTorch's in the order {some} of axis {axis}"
+        if length > 2 and is_equal(here[1:], there[:-1]):
+            return f"PyTorch's one place further along axis {axis}"
+        if length > 2 and is_equal(here[:-1], there[1:]):
+            return f"PyTorch's one place earlier along axis {axis}"
+    if is_equal(np.sort(actual, axis=None), np.sort(expected, axis=None)):
+        return "PyTorch's in another order"
+    return ""
 
 
 def without_equal_infinities(actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,6 +266,8 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, floor: float = 0.0)
 
 UNITS_IN_THE_LAST_PLACE = 64 * 2.0**-52  # what adding steps to a weight may cost, relative to the largest weight
 NAMES_SHOWN = 6
+ORDER_SHOWN = 8
+LARGEST_ORDERED = 2**20  # values of a tensor whose order is compared: it takes several runs through all of them
 
 
 class Wrong(NamedTuple):

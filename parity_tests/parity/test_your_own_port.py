@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1171,6 +1172,27 @@ def test_another_eps_the_other_gelu_and_a_factor_are_named() -> None:
         ("mul", "JAX's is 2 times PyTorch's"),
     ):
         assert words in found[f"output of {place}"], found
+
+
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        (lambda y: y, "in the order 5, 4, 3, 2, 1, 0 of axis 1"),
+        (lambda y: y.swapaxes(1, 2)[:, :, ::-1], "with axes 1 and 2 exchanged"),
+        (lambda y: jnp.pad(y, ((0, 0), (0, 0), (1, 0)))[:, :, :-1][:, ::-1], "one place further along axis 2"),
+        (lambda y: y.transpose(1, 0, 2).reshape(y.shape)[:, ::-1], "PyTorch's in another order"),
+    ],
+)
+def test_another_order_of_the_same_values_is_named(move: Callable[[jax.Array], jax.Array], words: str) -> None:
+    def port(x: jax.Array) -> jax.Array:
+        return linen.Dense(2, name="fc2")(move(linen.Dense(6, name="fc1")(x)))
+
+    def reference() -> nn.Module:
+        return TorchNet(lambda net, x: net.fc2(net.fc1(x).flip(1)), fc1=nn.Linear(3, 6), fc2=nn.Linear(6, 2))
+
+    (found,) = examine(Pair(reference, LinenNet(port), values(4, 6, 3)), names=("outputs",)).divergences
+    assert found.where == "output of flip"
+    assert words in found.problem
 
 
 def summed() -> nn.Module:
