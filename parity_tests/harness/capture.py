@@ -612,7 +612,7 @@ def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
     """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
-        path: jnp.asarray(leaf, jnp.float64 if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
+        path: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
         for path, leaf in case.model.leaves(variables).items()
     }
 
@@ -772,7 +772,7 @@ class Sweeper:
             self.reference = self.capture(self.module, self.inputs, verify)
             call = case.cast(case.jax_inputs(self.inputs), dtype)
             self.call = jax.tree.map(to_jnp, (call.args, call.kwargs))
-            self.tensors = {name: jnp.asarray(array, dtype) for name, array in tensors.items()}
+            self.tensors = {name: to_jnp(np.asarray(array, dtype)) for name, array in tensors.items()}
 
     def settle_layouts(self) -> None:
         """Choose a layout where a shape allows several, as 8 channels of 8 x 8 do.
@@ -969,8 +969,8 @@ def real(dtype: np.dtype, wanted: str) -> Any:
 
 
 def to_jnp(leaf: Any) -> Any:
-    """Return an array as JAX's; what is no array stays."""
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+    """Return an array as JAX's; what is no array stays. `jnp.asarray` would compile a program for each shape."""
+    return jax.device_put(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def carried(value: Any, way: Carry | None) -> np.ndarray:
@@ -1235,7 +1235,7 @@ def nudge(sweeper: Sweeper) -> Callable[[Any], Any]:
     def move(array: Any) -> Any:
         if not np.issubdtype(array.dtype, np.floating):
             return array
-        return array * (1 + np.finfo(np.float64).eps * rng.choice((-1.0, 1.0), array.shape))
+        return np.asarray(array) * (1 + np.finfo(np.float64).eps * rng.choice((-1.0, 1.0), array.shape))
 
     return move
 

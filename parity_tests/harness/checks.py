@@ -117,11 +117,9 @@ def parameters(case: Case) -> Iterator[Divergence]:
     for path in gaps.twice:
         yield Divergence("parameters", path, "two tensors of PyTorch's fill it")
     with exact_arithmetic("float64"):
-        leaves = weight_map.to_leaves({name: array.astype(np.float64) for name, array in case.tensors.items()})
-        if not gaps.torch and not gaps.jax:
-            leaves = case.model.leaves(
-                case.variables({n: jnp.asarray(a, jnp.float64) for n, a in case.tensors.items()})
-            )
+        tensors = {name: array.astype(np.float64) for name, array in case.tensors.items()}
+        whole = not gaps.torch and not gaps.jax
+        leaves = case.model.leaves(case.variables(tensors)) if whole else weight_map.to_leaves(tensors)
     for path, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float64:
             yield Divergence("parameters", path, f"it is {leaf.dtype} in JAX in a float64 run")
