@@ -4,6 +4,7 @@ Exit status: 0 the same, 1 different, 2 cannot be compared.
 """
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # the harness loads both frameworks, and a wrong flag should 
     from parity_tests.harness.propose import Proposal
 
 PACKAGES = ("jax", "jaxlib", "flax", "equinox", "dm-haiku", "optax", "torch", "numpy")
+LIBRARIES = {"parity_tests", "jax_cnn", "jax", "jaxlib", "flax", "equinox", "haiku", "optax", "torch", "numpy", "scipy"}
 PRODUCT_PAIRS = ("simple_cnn", "feed_forward", "softmax_regression")
 
 
@@ -199,11 +201,16 @@ def refusals(config: ReportConfig) -> Iterator[None]:
 
 
 def find_users_frame(error: BaseException) -> str | None:
-    """Return the innermost line of the user's own files that an error went through, or None."""
-    own = Path(__file__).parents[1]
+    """Return the innermost line of the pair's own files that an error went through, also of an installed port, or None.
+
+    What this project or a library of its own raises of itself is no fault of the pair.
+    """
+    own, python = Path(__file__).parents[1], Path(os.__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_relative_to(Path.cwd()) and not path.is_relative_to(own) and "site-packages" not in path.parts:
+        path, (_, installed, rest) = Path(frame.filename), frame.filename.rpartition("site-packages/")
+        if installed and rest.partition("/")[0] in LIBRARIES:
+            continue
+        if installed or (path.suffix == ".py" and not path.is_relative_to(own) and not path.is_relative_to(python)):
             return f"{path.name}, line {frame.lineno}"
     return None
 

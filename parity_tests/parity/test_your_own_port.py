@@ -1,5 +1,6 @@
 """The harness compares any port: the example in the README, and parts of networks that SimpleCNN does not have."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from torch import nn
 from torch.nn import functional
 
 from jax_cnn.config import UserError
-from parity_tests.command import ReportConfig, load_pair, plant
+from parity_tests import command
+from parity_tests.command import ReportConfig, find_users_frame, load_pair, plant
 from parity_tests.harness import Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused
@@ -701,6 +703,22 @@ def test_a_pair_that_cannot_be_made_is_refused_with_the_reason(
         load_pair(ReportConfig(pair=pair), Console())
     assert reason in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("/home/me/port.py", "port.py, line 1"),
+        ("/lib/site-packages/transformers/bart/port.py", "port.py, line 1"),
+        ("/lib/site-packages/flax/core.py", None),
+        (f"{Path(command.__file__).parent}/harness/taps.py", None),
+        (contextlib.__file__, None),
+    ],
+)
+def test_an_error_in_a_port_of_any_folder_is_told_in_a_line(file: str, place: str | None) -> None:
+    with pytest.raises(ZeroDivisionError) as error:
+        exec(compile("1 / 0", file, "exec"))
+    assert find_users_frame(error.value) == place
 
 
 @pytest.mark.parametrize(("shift", "where"), [(0.0, ["gelu"]), (0.1, ["gelu", "the network"])])
