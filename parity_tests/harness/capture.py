@@ -1413,7 +1413,7 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
 
 
 def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
-    """Return with which eps, or which form of GELU, PyTorch's operation gives JAX's value, or an empty string."""
+    """Return with which eps, form of GELU or mode PyTorch's operation gives JAX's value, or an empty string."""
     for eps in (None, *EPSILONS):
         with suppress(Exception), Otherwise(eps) as other:  # as where an operation takes no eps of 0
             values = flat(function(*args, **kwargs)).values()

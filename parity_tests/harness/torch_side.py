@@ -580,10 +580,10 @@ LARGEST_EPSILON = 1e-2
 
 
 class Otherwise(TorchFunctionMode):
-    """Runs operations with another eps, or with the other form of GELU; `changed` says what was changed.
+    """Runs operations with another eps, the other form of GELU or in the other mode; `changed` says what was changed.
 
     Args:
-        eps: what takes the place of each small constant; None: GELU is changed.
+        eps: what takes the place of each small constant; None: GELU and the mode of batch normalisation are changed.
     """
 
     def __init__(self, eps: float | None) -> None:
@@ -595,7 +595,10 @@ class Otherwise(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.eps is not None:
             args, kwargs = tuple(map(self.change, args)), {name: self.change(leaf) for name, leaf in kwargs.items()}
-        elif getattr(func, "__name__", "") == "gelu":
+        elif (label := getattr(func, "__name__", "")) == "batch_norm" and "training" in kwargs:
+            kwargs["training"] = not kwargs["training"]
+            self.changed = f"the statistics of {'the batch' if kwargs['training'] else 'evaluation mode'}"
+        elif label == "gelu":
             exact = kwargs.get("approximate") == "tanh"
             kwargs["approximate"] = "none" if exact else "tanh"
             self.changed = f"the {'exact GELU' if exact else 'approximation of GELU by tanh'}"
@@ -833,8 +836,11 @@ def calls_in(
 ) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
     """Return function, positional and keyword arguments of these calls in a float64 run of the reference."""
     watch, model = Watch(calls_of=names), fresh_copy(module, training, torch.float64)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with watch.attach(model):
         run(model, inputs, lambda outputs: None, torch.float64, watch)
+    for buffer, before in buffers:  # the calls run again with the statistics that they had
+        buffer.copy_(before)
     return watch.kept_calls
 
 

@@ -1213,6 +1213,24 @@ def test_another_order_of_the_same_values_is_named(move: Callable[[jax.Array], j
     assert words in found.problem
 
 
+class WithoutMode(linen.Module):
+    """A norm that is in evaluation mode, whatever its model is told."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Return [batch, 3]."""
+        x = linen.BatchNorm(use_running_average=True, name="1")(linen.Dense(8, name="0")(x))
+        return linen.Dense(3, name="2")(x)
+
+
+def test_a_norm_that_does_not_learn_of_the_mode_is_explained() -> None:
+    reference = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    pair = Pair(reference, WithoutMode(), values(4, 4), batch_sizes=(5,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert found.where == "output of 1, in training mode"
+    assert "equal with the statistics of evaluation mode" in found.problem
+
+
 def summed() -> nn.Module:
     """Return sums along the features, of which the last one is left out."""
     return TorchNet(
