@@ -1,6 +1,7 @@
 """One function for each library: how a model is run, where its weights are, and how its modules are seen."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -148,6 +149,7 @@ MODES = {
     "use_running_average": False,
     "inference": False,
 }
+DROP_RATES = ("rate", "p", "drop_prob", "drop_rate")  # as layers that drop, also whole paths, call them
 
 
 class Keywords(NamedTuple):
@@ -413,6 +415,14 @@ def split_variables(result: Any, variables: Any, training: bool) -> tuple[Any, A
     return result, variables
 
 
+def rates_of(module: Any) -> dict[str, float]:
+    """Return the rates of a layer that drops: of a library's dropout or attention, or of a port's own drop path."""
+    kinds = " ".join(kind.__name__ for kind in type(module).__mro__).lower()
+    names = DROP_RATES if "drop" in kinds else ("dropout_rate",) if "attention" in kinds else ()
+    own = getattr(module, "__dict__", {}) if names else {}
+    return {name: own[name] for name in names if isinstance(own.get(name), float)}
+
+
 @contextlib.contextmanager
 def without_dropout() -> Iterator[None]:
     """Set the rate of every library's dropout to 0."""
@@ -441,10 +451,9 @@ def adapt_linen(module: Any, kwargs: Keywords) -> Model:
         if not training:
             return module.apply(variables, *inputs.args, **options), variables
         states = [name for name in variables if name != "params"]
+        keys = {"dropout": jax.random.key(0), "params": jax.random.key(1)}  # Flax takes the last for any other name
         with without_dropout():
-            result = module.apply(
-                variables, *inputs.args, mutable=states or False, rngs={"dropout": jax.random.key(0)}, **options
-            )
+            result = module.apply(variables, *inputs.args, mutable=states or False, rngs=keys, **options)
         return (result[0], {**variables, **result[1]}) if states else (result, variables)
 
     return tree_model("Flax Linen", apply, init)
@@ -490,20 +499,18 @@ def linen_jit_by_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def linen_without_dropout() -> Iterator[None]:
-    """Set the rates of Dropout and of attention's dropout to 0 while they run."""
+    """Set the rates of dropout, of drop path and of attention's dropout to 0 while they run."""
     from flax import linen as nn
 
     def intercept(run: Callable[..., Any], args: Any, kwargs: Any, call: Any) -> Any:
-        rates = {nn.Dropout: "rate", nn.MultiHeadDotProductAttention: "dropout_rate"}
-        for kind, name in rates.items():
-            if isinstance(call.module, kind):
-                before = getattr(call.module, name)
+        before = rates_of(call.module)
+        try:
+            for name in before:
                 object.__setattr__(call.module, name, 0.0)
-                try:
-                    return run(*args, **kwargs)
-                finally:
-                    object.__setattr__(call.module, name, before)
-        return run(*args, **kwargs)
+            return run(*args, **kwargs)
+        finally:
+            for name, rate in before.items():
+                object.__setattr__(call.module, name, rate)
 
     with nn.intercept_methods(intercept):
         yield
@@ -625,14 +632,12 @@ def nnx_in_dtype_of_weights(model: Any) -> None:
 
 
 def nnx_without_dropout(model: Any) -> None:
-    """Set the rates of Dropout and of attention's dropout to 0."""
+    """Set the rates of dropout, of drop path and of attention's dropout to 0."""
     from flax import nnx
 
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.Dropout):
-            module.rate = 0.0
-        if isinstance(module, nnx.MultiHeadAttention):
-            module.dropout_rate = 0.0
+        for name in rates_of(module):
+            setattr(module, name, 0.0)
 
 
 # Equinox
@@ -659,13 +664,8 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
 
     def prepare(variables: Any, training: bool) -> Any:
         variables = eqx.nn.inference_mode(variables, value=not training)
-        is_dropout = functools.partial(is_instance, eqx.nn.Dropout)
         if training:
-            variables = jax.tree.map(
-                lambda part: eqx.tree_at(lambda dropout: dropout.p, part, 0.0) if is_dropout(part) else part,
-                variables,
-                is_leaf=is_dropout,
-            )
+            variables = jax.tree.map(equinox_without_dropout, variables, is_leaf=lambda part: bool(rates_of(part)))
         return tapped_copy(variables) if watched.get() is not None else variables
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
@@ -720,6 +720,15 @@ def model_of(variables: Any) -> Any:
 
     stateful = isinstance(variables, tuple) and len(variables) == 2 and isinstance(variables[1], eqx.nn.State)
     return variables[0] if stateful else variables
+
+
+def equinox_without_dropout(part: Any) -> Any:
+    """Return a layer that drops with rates of 0, which may be static fields, and any other part as it is."""
+    if rates := rates_of(part):
+        part = copy.copy(part)
+        for name in rates:
+            object.__setattr__(part, name, 0.0)
+    return part
 
 
 def map_over_batch(variables: Any, inputs: Call, kwargs: Keywords, training: bool) -> Any:

@@ -18,6 +18,7 @@ from haiku import dropout
 from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from torchvision.ops import StochasticDepth
 
 from parity_tests.harness import Pair, examine
 from parity_tests.harness.adapters import Model, adapt, without_dropout
@@ -889,3 +890,53 @@ def test_what_is_no_model_or_no_leaf_is_refused() -> None:
     model = adapt(EqxStrict(KEY))
     with pytest.raises(Refused, match="no leaf fc/kernal"):
         model.with_leaves(model.variables, {"fc/kernal": ROWS})
+
+
+# Paths that are dropped, in layers of a port's own
+
+
+def keep(key: Array, rows: Array, rate: float) -> Array:
+    return rows * jax.random.bernoulli(key, 1 - rate, (len(rows), 1)) / (1 - rate)
+
+
+class LinenDropPath(nn.Module):
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, rows: Array, train: bool) -> Array:
+        drawn = keep(self.make_rng("droppath"), rows, self.rate) if train else rows  # a stream of any name
+        return nn.Dense(WIDTH, name="fc")(drawn)
+
+
+class NnxDropPath(nnx.Module):
+    def __init__(self) -> None:
+        self.drop_prob, self.rngs = 0.5, nnx.Rngs(0)
+        self.fc = nnx.Linear(WIDTH, WIDTH, rngs=self.rngs)
+
+    def __call__(self, rows: Array, train: bool) -> Array:
+        return self.fc(keep(self.rngs.drop(), rows, self.drop_prob) if train else rows)
+
+
+class EqxDropPath(eqx.Module):
+    p: float = eqx.field(static=True, default=0.5)
+
+    def __call__(self, row: Array, key: Array, train: bool) -> Array:
+        return row * jax.random.bernoulli(key, 1 - self.p) / (1 - self.p) if train else row
+
+
+class EqxPath(eqx.Module):
+    fc: eqx.nn.Linear
+    path: EqxDropPath
+
+    def __call__(self, row: Array, *, key: Array, train: bool) -> Array:
+        return self.fc(self.path(row, key, train))
+
+
+@pytest.mark.parametrize(
+    "port", [LinenDropPath(), NnxDropPath(), EqxPath(eqx.nn.Linear(WIDTH, WIDTH, key=KEY), EqxDropPath())]
+)
+def test_a_path_that_a_port_drops_by_a_layer_of_its_own_is_kept_in_training(port: Any) -> None:
+    reference = torch.nn.Sequential(StochasticDepth(0.5, "row"), torch.nn.Linear(WIDTH, WIDTH))
+    result = examine(Pair(reference, port, ROWS, training=True, batch_sizes=(4,)), names=("parameters", "outputs"))
+    assert result.passed == ["parameters", "outputs"]
+    assert [comparison.training for comparison in result.comparisons] == [False, True]
