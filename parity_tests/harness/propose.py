@@ -209,7 +209,7 @@ def propose(
             what holds them, without a class, in the order of their use.
         judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
         flattened: names of modules that were called with what may be a flattened image. None: any may be.
-        channels_last: whether JAX's images have their channels last everywhere; None if it turns some.
+        channels_last: whether JAX flattens images with their channels last; None if that is not sure.
 
     Raises:
         CannotCarry: what the user declared does not fit.
@@ -339,7 +339,8 @@ def list_places(
 
 def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterator[tuple[str, dict[str, Shape]]]:
     """Yield the cells and attentions that a recurrent module or an attention of PyTorch fits into."""
-    compound = [unit for unit in units if unit.make in (lstm, gru, attention)]
+    stacks = [stack for families in families_of(units) for family, stack in families if stack and len(family) > 1]
+    compound = [unit for unit in (*units, *stacks) if unit.make in (lstm, gru, attention)]
     found = False
     paths = [path for path in module_paths(free) if any(unit.make is attention for unit in compound)]
     paths += cells_below(Layer("", {}, ("",), free)) if compound else []
@@ -348,14 +349,13 @@ def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterato
         for unit in compound:
             entries = carry(unit, unit.make(), below, (path,))
             own = {leaf: below[leaf] for entry in entries for leaf in entry.jax}
-            if {name for entry in entries for name in entry.torch} == {
-                unit.layers[0].tensor(t) for t in unit.layers[0].tensors
-            }:
+            whole = {layer.tensor(local) for layer in unit.layers for local in layer.tensors}
+            if {name for entry in entries for name in entry.torch} == whole:
                 found = found or unit.make is not attention
                 yield path, own
                 break
     left = dict(free)
-    cells = [unit for unit in compound if unit.make is not attention and not found]
+    cells = [unit for unit in units if unit.make in (lstm, gru) and not found]
     for own in (loose_cell(unit, left) or gates_apart(unit, left) for unit in cells):
         left = {leaf: shape for leaf, shape in left.items() if leaf not in own}
         if own:
@@ -413,26 +413,40 @@ def stack_units(units: list[Unit], places: Sequence[Place]) -> list[Unit]:
 
     The number may be a part of a name: `critic0.fc` and `critic1.fc` are `critic{i}.fc`.
     """
-    lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
-    for unit in units:
-        for found in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
-            lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
     result = list(units)
-    for front, families in lists.items():
+    for families in families_of(units):
         stacks: dict[str, Unit] = {}  # by the name of the first layer
         members: set[str] = set()
-        apart, longest = 0, max(map(len, families.values()))
-        for back, family in families.items():  # what only some of the layers have stands apart
-            if len(family) == longest and len({tuple(unit.layers[0].tensors.items()) for unit in family}) == 1:
-                layers = tuple(unit.layers[0] for unit in family)
-                inside = f"{family[0].inside.removesuffix(back)}{{i}}{back}"
-                stacks[family[0].name] = family[0]._replace(name=f"{front}{{i}}{back}", layers=layers, inside=inside)
+        apart, longest = 0, max(len(family) for family, _ in families)
+        for family, stack in families:  # what only some of the layers have stands apart
+            if len(family) == longest and stack:
+                stacks[family[0].name] = stack
                 members |= {unit.name for unit in family}
                 apart += sum(bool(options(family[0], place)) for place in places) >= len(family)
         fitting = sum(any(options(unit, place) for place in places) for unit in stacks.values())
         if fitting > apart and fitting * 2 > len(stacks):
             result = [stacks.get(unit.name, unit) for unit in result if unit.name in stacks or unit.name not in members]
     return result
+
+
+def families_of(units: Sequence[Unit]) -> list[list[tuple[list[Unit], Unit | None]]]:
+    """Return, for each front, the layers whose names differ in the number behind it; as one unit if they are alike."""
+    lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
+    for unit in units:
+        for found in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
+            lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
+
+    def as_one(front: str, back: str, family: list[Unit]) -> Unit | None:
+        if len({tuple(unit.layers[0].tensors.items()) for unit in family}) > 1:
+            return None
+        layers = tuple(unit.layers[0] for unit in family)
+        inside = f"{family[0].inside.removesuffix(back)}{{i}}{back}"
+        return family[0]._replace(name=f"{front}{{i}}{back}", layers=layers, inside=inside)
+
+    return [
+        [(family, as_one(front, back, family)) for back, family in families.items()]
+        for front, families in lists.items()
+    ]
 
 
 # How a unit fits a place

@@ -343,6 +343,40 @@ def attention() -> Pair:
     return port(module, LinenNet(jax_side), values(2, 5, 8))
 
 
+def attention_in_a_stack() -> Pair:
+    """Return a port that makes its layers with vmap, and scans through them, of a reference with packed projections."""
+
+    class Layer(eqx.Module):
+        attn: eqx.nn.MultiheadAttention
+        fc: eqx.nn.Linear
+
+        def __init__(self, key: jax.Array) -> None:
+            bias = {f"use_{part}_bias": True for part in ("query", "key", "value", "output")}
+            self.attn = eqx.nn.MultiheadAttention(2, 8, **bias, key=key)
+            self.fc = eqx.nn.Linear(8, 8, key=key)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = x + self.attn(x, x, x)
+            return x + jax.nn.tanh(jax.vmap(self.fc)(x))
+
+    class Net(eqx.Module):
+        layers: Layer
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            arrays, rest = eqx.partition(self.layers, eqx.is_array)
+            return jax.lax.scan(lambda x, layer: (eqx.combine(layer, rest)(x), None), x, arrays)[0]
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x + net.self_attn(x, x, x)[0]
+        return x + torch.tanh(net.linear(x))
+
+    def layer() -> nn.Module:
+        return TorchNet(forward, self_attn=nn.MultiheadAttention(8, 2, batch_first=True), linear=nn.Linear(8, 8))
+
+    net = Net(eqx.filter_vmap(Layer)(jax.random.split(jax.random.key(0), 3)))
+    return port(network(layers=nn.Sequential(layer(), layer(), layer())), net, values(2, 5, 8))
+
+
 def mobile() -> Pair:
     """Return a depthwise convolution, batch norm, a pointwise and a transposed convolution."""
 
@@ -444,6 +478,7 @@ SURE: dict[str, Callable[[], Pair]] = {
         gru_in_flax,
         lstm_in_haiku,
         attention,
+        attention_in_a_stack,
         mobile,
     )
 }
