@@ -538,7 +538,7 @@ def find_map(case: Case) -> Proposal:
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
             order, flattened = torch_order(case)
-            calls, turns = jax_order(case, own)
+            calls, flattened_last = jax_order(case, own)
             return propose(
                 module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
@@ -547,7 +547,7 @@ def find_map(case: Case) -> Proposal:
                 calls,
                 lambda other: distance(case, other),
                 flattened,
-                None if turns else case.channels_last,
+                flattened_last,
             )
     except CannotCarry as error:
         raise Refused(str(error)) from error
@@ -605,10 +605,11 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     return order, flattened
 
 
-def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
-    """Return paths and classes of JAX's modules in the order of their calls, and whether the program turns images.
+def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool | None]:
+    """Return paths and classes of JAX's modules in the order of their calls, and how images are flattened.
 
-    A plain function has no modules, but leaves, each where it is first used, and what holds them.
+    That is with their channels last (True), first (False), or it is not sure (None). A plain function has no modules,
+    but leaves, each where it is first used, and what holds them.
     """
     call = case.cast(case.jax_inputs(case.pair.draw_inputs(case.seed, case.sizes[-1])), "float64")
     leaves = {
@@ -627,7 +628,15 @@ def jax_order(case: Case, variables: Any) -> tuple[list[tuple[str, str]], bool]:
         paths = sorted(leaves)  # as JAX sorts a dictionary
         used = [paths[number] for number in traced.order_of_use if number < len(paths)]
         calls = [(path, "") for leaf in used for path in (parent(leaf), leaf)]
-    return calls, traced.turns_images
+    layouts = {layout_of(order, case.channels_last) for order in traced.flattened_orders}
+    return calls, layouts.pop() if len(layouts) == 1 else None
+
+
+def layout_of(order: tuple[int, ...], channels_last: bool) -> bool | None:
+    """Return whether images with their axes in this order have channels last; None if they have them in the middle."""
+    axes = range(1, len(order))
+    turned = (0, axes[-1], *axes[:-1]) if channels_last else (0, *axes[1:], axes[0])
+    return channels_last if order == (0, *axes) else not channels_last if order == turned else None
 
 
 def distance(case: Case, weight_map: WeightMap) -> float:

@@ -296,6 +296,8 @@ INLINED = JITTED | {"core_closed_call", "core_call", "checkpoint", "remat", "rem
 CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
 NAMED = {"name", "checkpoint_name3"}
 IMAGE_AXES = 4  # batch, channel, row, column in some order
+ROWS = 2  # axes of a batch of rows
+NEW = -1  # an axis that an image did not have
 # A value that is only rearranged says nothing new of where an error is born.
 REARRANGING = {
     *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "iota", "reshape", "rev"),
@@ -313,17 +315,53 @@ def inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
                 yield part
 
 
-def turns_images(jaxpr: Jaxpr) -> bool:
-    """Return whether a program transposes arrays of four axes or more, or has a convolution with another layout."""
-    for equation in jaxpr.eqns:
-        layout = equation.params.get("dimension_numbers")
-        if equation.primitive.name == "transpose" and len(equation.params["permutation"]) >= IMAGE_AXES:
-            return True
-        if layout is not None and equation.primitive.name == "conv_general_dilated" and layout[0] != layout[2]:
-            return True
-        if any(map(turns_images, inner_jaxprs(equation))):
-            return True
-    return False
+def flattened_orders(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
+    """Return in which orders of their first axes a program flattens images of four axes or more to rows.
+
+    The order is what transposes, and convolutions that give another layout than they get, add up to. Where no array of
+    so many axes becomes rows at once, it is sure only if none was turned; otherwise no order is returned.
+    """
+    flattened, turned = set[tuple[int, ...]](), set[tuple[int, ...]]()
+
+    def walk(jaxpr: Jaxpr, orders: dict[Any, tuple[int, ...]]) -> None:
+        for equation in jaxpr.eqns:
+            results: list[Any] = equation.outvars
+            given: list[Any] = [variable for variable in equation.invars if isinstance(variable, Var)]
+            images = [variable for variable in given if variable.aval.ndim >= IMAGE_AXES]
+            if not images:
+                continue
+            image = max(images, key=lambda variable: variable.aval.size)
+            order = orders.get(image, tuple(range(image.aval.ndim)))
+            if equation.primitive.name == "transpose":
+                order = tuple(order[axis] for axis in equation.params["permutation"])
+            elif equation.primitive.name == "conv_general_dilated":
+                layout = equation.params["dimension_numbers"]
+                order = tuple(order[layout.lhs_spec[layout.out_spec.index(axis)]] for axis in range(len(order)))
+            elif equation.primitive.name == "broadcast_in_dim":  # to a window of more axes, and back
+                places = equation.params["broadcast_dimensions"]
+                axes = range(len(equation.params["shape"]))
+                order = tuple(order[places.index(axis)] if axis in places else NEW for axis in axes)
+            elif equation.primitive.name == "squeeze":
+                gone = equation.params["dimensions"]
+                order = tuple(number for axis, number in enumerate(order) if axis not in gone)
+            elif equation.primitive.name == "reshape" and results[0].aval.ndim == ROWS:
+                own = [number for number in order if number != NEW]
+                flattened.add(tuple(sorted(own).index(number) for number in own))
+            turned.add(order)
+            orders |= {variable: order for variable in results if variable.aval.ndim == len(order)}
+            for inner in inner_jaxprs(equation):
+                within: dict[Any, tuple[int, ...]] = {}
+                if len(inner.invars) == len(equation.invars):
+                    pairs = zip(inner.invars, equation.invars, strict=True)
+                    within = {one: orders[other] for one, other in pairs if isinstance(other, Var) and other in orders}
+                walk(inner, within)
+                if len(inner.outvars) == len(equation.outvars):
+                    ends = zip(equation.outvars, inner.outvars, strict=True)
+                    orders |= {one: within[other] for one, other in ends if isinstance(other, Var) and other in within}
+
+    walk(jaxpr, {})
+    as_they_are = all(list(order) == sorted(order) for order in turned if NEW not in order)
+    return flattened or ({tuple(range(IMAGE_AXES))} if as_they_are else set())
 
 
 def first_uses(jaxpr: Jaxpr) -> dict[Var, tuple[int, ...]]:
@@ -921,9 +959,9 @@ class Traced:
         return {key: constant for key, constant in floats.items() if keeps_float32(constant)}
 
     @property
-    def turns_images(self) -> bool:
-        """Return whether an equation of the program may change the order of the axes of images."""
-        return turns_images(self.plan.jaxpr)
+    def flattened_orders(self) -> set[tuple[int, ...]]:
+        """Return in which orders of their first axes the program flattens images to rows; empty if that is not sure."""
+        return flattened_orders(self.plan.jaxpr)
 
     @property
     def order_of_use(self) -> list[int]:

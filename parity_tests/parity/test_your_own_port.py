@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import equinox as eqx
 import haiku as hk
 import jax
 import numpy as np
@@ -636,19 +637,34 @@ def test_a_gradient_that_pytorch_does_not_have_at_all_is_0(detached: bool) -> No
     assert places(pair, "parameters", "outputs", "gradients") == ([] if detached else expected)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_how_a_faulty_port_flattens_is_asked_only_if_it_turns_its_images(turned: bool) -> None:
+@pytest.mark.parametrize(
+    ("axes", "rule"),
+    [
+        ((0, 1, 2, 3), "linear('Dense_0', flatten=(3, 2, 2))"),
+        ((0, 3, 1, 2), "'fc': 'Dense_0'"),
+        ((0, 2, 1, 3), ""),
+    ],
+)
+def test_how_a_faulty_port_flattens_is_read_from_its_program_or_asked(axes: tuple[int, ...], rule: str) -> None:
     """Its outputs fit neither way: it has an activation that the reference does not have."""
 
     def port(x: jax.Array) -> jax.Array:
         x = jnp.abs(linen.Conv(3, (3, 3), padding=1)(x))
-        return linen.Dense(2)((x.transpose(0, 3, 1, 2) if turned else x).reshape(len(x), -1))
+        return linen.Dense(2)(x.transpose(axes).reshape(len(x), -1))
 
-    reference = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    reference = network(conv=nn.Conv2d(1, 3, 3, padding=1), relu=nn.ReLU(), flatten=nn.Flatten(), fc=nn.Linear(12, 2))
     proposal = Case(Pair(reference, LinenNet(port), np.ones((2, 1, 2, 2), np.float32), batch_sizes=(2,))).proposal
-    assert bool(proposal.ambiguous) == turned
-    if not turned:
-        assert "flatten=(3, 2, 2)" in proposal.python
+    assert bool(proposal.ambiguous) == (not rule)
+    assert rule in proposal.python
+
+
+def test_a_pool_that_equinox_turns_for_itself_leaves_no_question_of_the_flatten() -> None:
+    keys = jax.random.split(jax.random.key(0))
+    conv, fc = eqx.nn.Conv2d(1, 3, 3, padding=1, key=keys[0]), eqx.nn.Linear(12, 2, key=keys[1])
+    rest = (eqx.nn.Lambda(jnp.abs), eqx.nn.AvgPool2d(2, 2), eqx.nn.Lambda(jnp.ravel), fc)
+    layers = {"conv": nn.Conv2d(1, 3, 3, padding=1), "relu": nn.ReLU(), "pool": nn.AvgPool2d(2, 2)}
+    reference = network(**layers, flatten=nn.Flatten(), fc=nn.Linear(12, 2))
+    assert places(Pair(reference, eqx.nn.Sequential([conv, *rest]), values(2, 1, 4, 4))) == ["output of relu"]
 
 
 def test_a_module_that_is_used_twice_is_compared_at_each_use() -> None:
