@@ -90,19 +90,21 @@ batching.primitive_batchers[tap_p] = batch_tap
 def tap(path: str, value: Any, kind: str = "", keep: Callable[[Any], bool] | None = None) -> Any:
     """Name every array of a nest after the path and its place in the nest: "lstm[1].h".
 
+    What stands at several places, as the state and the output of a GRU's cell, is one value under several names.
+
     Args:
         path: of the module that returned the value.
         value: any nest. What is no array, and random keys, stay as they are.
         kind: the class name of the module.
         keep: whether a part of the nest is left alone with all that it holds, such as a module.
     """
-
-    def name(place: Sequence[Any], leaf: Any) -> Any:
-        if not is_array(leaf) or (keep and keep(leaf)) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        return tap_p.bind(jnp.asarray(leaf), path=path, place=name_place(place), kind=kind)
-
-    return jax.tree_util.tree_map_with_path(name, value, is_leaf=keep)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=keep)
+    tapped: dict[int, Any] = {}
+    for place, leaf in leaves:
+        if is_array(leaf) and not (keep and keep(leaf)) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            array = jnp.asarray(tapped.get(id(leaf), leaf))
+            tapped[id(leaf)] = tap_p.bind(array, path=path, place=name_place(place), kind=kind)
+    return jax.tree.unflatten(structure, [tapped.get(id(leaf), leaf) for _, leaf in leaves])
 
 
 def is_array(leaf: Any) -> bool:

@@ -894,6 +894,26 @@ def test_a_fault_in_a_loop_is_not_told_of_the_layer_behind_it() -> None:
     assert places(pair) == ["output of rnn[0]"]
 
 
+def test_a_fault_in_front_of_a_cell_is_not_told_of_its_weights() -> None:
+    """Flax's cell returns its state twice, as the carry and as the output: the port uses the other one."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(len(x), 4, dtype=x.dtype)
+        for number in range(2):
+            state = net.cell(torch.cat([x[:, number], state], 1), state)
+        return net.head(state)
+
+    def port(x: jax.Array) -> jax.Array:
+        state, cell = jnp.zeros((len(x), 4), x.dtype), linen.GRUCell(4, name="cell")
+        for number in range(2):
+            state, _ = cell(state, jnp.concatenate([state, x[:, number]], 1))
+        return linen.Dense(2, name="head")(state)
+
+    reference = TorchNet(forward, cell=nn.GRUCell(7, 4), head=nn.Linear(4, 2))
+    pair = Pair(reference, LinenNet(port), values(4, 2, 3), batch_sizes=(4,))
+    assert places(pair, "outputs", "gradients") == ["output of cat", "output of cat#2"]
+
+
 def test_a_fault_in_a_cell_is_found_there() -> None:
     def port(x: jax.Array, state: jax.Array) -> jax.Array:
         cell = linen.GRUCell(4, gate_fn=jax.nn.hard_sigmoid, name="cell")
