@@ -1021,10 +1021,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
     if not any_problem(inherited, local):
         return comparison
-    comparison = follow_functions(sweeper, drop_false_matches(sweeper, excuse_rounding(sweeper, comparison)))
+    comparison = exchange_operations(sweeper, excuse_rounding(sweeper, comparison))
+    comparison = follow_functions(sweeper, drop_false_matches(sweeper, comparison))
     comparison = comparison._replace(idle=idle)
     try:
-        comparison = comparison._replace(causes=find_causes(sweeper, comparison))
+        comparison = comparison._replace(causes={**find_causes(sweeper, comparison), **comparison.causes})
         return comparison._replace(origins=find_origins(sweeper, comparison))
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
         note = f"the places of differences are less exact: PyTorch's operations do not run alone ({describe(error)})"
@@ -1291,6 +1292,45 @@ def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, flo
 
     before, after = parts(sweeper), parts(other)
     return {kind: movement(before[kind], after[kind]) for kind in before}
+
+
+def exchange_operations(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Compare each of two operations that JAX does in the other order with what JAX does in its place.
+
+    Otherwise what comes after both would go on with the value of the first. The fault is told of the first alone.
+    """
+    places = {name: number for number, name in enumerate(sweeper.traced.taps)}
+    found = {**comparison.functions, **comparison.local.values}
+    wrong = [name for name in comparison.order if name in found and found[name].problem][:UNSWAPPED]
+
+    def put(jax: Mapping[str, str]) -> None:
+        for part in (sweeper.stages, sweeper.functions):
+            part |= {name: part[name]._replace(jax=place) for name, place in jax.items() if name in part}
+
+    for one, other in itertools.combinations(wrong, 2):
+        both = {**sweeper.stages, **sweeper.functions}
+        first, second = both[one], both[other]
+        if places[first.jax] < places[second.jax] or (first.shape, first.carry) != (second.shape, second.carry):
+            continue
+        put({one: second.jax, other: first.jax})
+        born = (*comparison.born, one, other)
+        side, functions = sweeper.side(sweeper.steered(True, True, functions=born))
+        if not wrong_places(side) - {one, other} < wrong_places(comparison.local) - {one, other}:
+            put({one: first.jax, other: second.jax})
+            continue
+        inherited, _ = sweeper.side(sweeper.steered(False, False))
+        causes = {**comparison.causes, one: f"JAX computes {other} before it"}
+        comparison = comparison._replace(
+            stages=dict(sweeper.stages), inherited=inherited, local=side, functions=functions, born=born, causes=causes
+        )
+        of_both: Limits = {
+            "outputs": {},
+            "values": {other: float("inf")},
+            "gradients": {other: float("inf")},
+            "weights": {},
+        }
+        comparison = take_back(sweeper, comparison, of_both)
+    return comparison
 
 
 def drop_false_matches(sweeper: Sweeper, comparison: Comparison) -> Comparison:

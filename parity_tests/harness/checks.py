@@ -195,7 +195,8 @@ def outputs(case: Case) -> Iterator[Divergence]:
 def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the outputs is born, with what is wrong there."""
     wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
-    wrong |= {name: comparison.functions[name] for name in comparison.born}
+    of_functions = ((name, comparison.functions.get(name)) for name in comparison.born)
+    wrong |= {name: found for name, found in of_functions if found is not None and found.problem}
     origins = comparison.origins
     for name in comparison.order:
         if name in wrong and name in comparison.causes:

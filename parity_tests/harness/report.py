@@ -215,7 +215,7 @@ def stage_rows(comparison: Comparison) -> list[StageRow]:
         if name in comparison.stages:
             row = stage_row(comparison, name)
         elif name in comparison.functions:
-            row = function_row(comparison, name, name in comparison.born)
+            row = function_row(comparison, name, name in comparison.born and bool(comparison.functions[name].problem))
         else:
             row = StageRow(name, verdict=BORN, problem=problems[name]) if name in problems else StageRow(name)
         if name in comparison.origins and name not in problems and row.born:

@@ -756,6 +756,31 @@ def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_to
     assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
 
 
+@pytest.mark.parametrize("by", ["modules", "functions"])
+def test_two_operations_in_the_other_order_are_told_once(by: str) -> None:
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.LayerNorm(epsilon=1e-5, name="norm")(jnp.tanh(linen.Dense(6, name="fc")(x)))
+        return linen.Dense(3, name="head")(x)
+
+    def function(state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        x = jnp.tanh(state["scale"] * (x @ state["fc.weight"].T + state["fc.bias"]))
+        return x @ state["head.weight"].T + state["head.bias"]
+
+    layers = {"fc": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "act": nn.Tanh(), "head": nn.Linear(6, 3)}
+    pair, expected = Pair(network(**layers), LinenNet(port), values(4, 4)), ("norm", "act")
+    if by == "functions":
+        scaled = TorchNet(
+            lambda net, x: net.head(torch.tanh(net.fc(x)) * net.scale),
+            fc=layers["fc"],
+            head=layers["head"],
+            scale=nn.Parameter(torch.rand(6)),
+        )
+        pair, expected = Pair(scaled, function, values(4, 4), lambda state: state), ("tanh", "mul")
+    (found,) = examine(pair, names=("outputs", "gradients")).divergences
+    assert found.where == f"output of {expected[0]}"
+    assert f"JAX computes {expected[1]} before it" in found.problem
+
+
 @pytest.mark.parametrize("faulty", ["pool", "conv"])
 def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> None:
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
