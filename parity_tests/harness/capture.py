@@ -1369,7 +1369,8 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Let the local run go on with PyTorch's value behind each function in which a difference is born.
 
     The value may be used again later, as in a residual sum, where its difference would look like another one. If
-    PyTorch's value disturbs what comes after, JAX's function is not the one that it was taken for.
+    PyTorch's value disturbs what comes after, JAX's function is not the one that it was taken for. Nor is it sure to be
+    if nothing there gets better and JAX does not have the operations before it: a formula may be written otherwise.
     """
     for _ in range(UNSWAPPED):
         wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
@@ -1378,7 +1379,11 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         if place is None:
             break
         side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
-        if wrong_places(side) <= wrong_places(comparison.local):
+        before, after = errors_of(comparison.local, comparison.functions), errors_of(side, functions)
+        differing = {name for name, difference in comparison.functions.items() if difference.problem} - {place}
+        better = any(after[name] < 0.1 * before[name] for name in differing | wrong_places(comparison.local))
+        sure = better or not has_gap(comparison, place)
+        if sure and wrong_places(side) <= wrong_places(comparison.local):
             comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
         else:
             kept = {name: value for name, value in comparison.functions.items() if name != place}
@@ -1387,9 +1392,9 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     return comparison
 
 
-def errors_of(side: Side) -> dict[str, float]:
-    """Return how far the stages and outputs are apart."""
-    values = {name: difference.error for name, difference in side.values.items()}
+def errors_of(side: Side, functions: Mapping[str, Difference] | None = None) -> dict[str, float]:
+    """Return how far the stages and outputs are apart, and these functions."""
+    values = {name: difference.error for name, difference in {**side.values, **(functions or {})}.items()}
     return values | {f"output {name}": difference.error for name, difference in side.outputs.items()}
 
 

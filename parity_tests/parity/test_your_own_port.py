@@ -781,6 +781,25 @@ def test_two_operations_in_the_other_order_are_told_once(by: str) -> None:
     assert f"JAX computes {expected[1]} before it" in found.problem
 
 
+def test_a_formula_written_otherwise_is_not_told_beside_a_fault() -> None:
+    """JAX turns pairs of numbers in one step, and leaves out a bias behind them."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.fc(x)
+        one, other = x.chunk(2, -1)
+        x = x * 0.6 + torch.cat([-other, one], -1) * 0.9
+        return net.out((x @ x.mT + net.bias).softmax(-1) @ x)
+
+    def port(state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        one, other = jnp.split(x @ state["fc.weight"].T + state["fc.bias"], 2, -1)
+        x = jnp.concatenate([one * 0.6 - other * 0.9, other * 0.6 + one * 0.9], -1)
+        return jax.nn.softmax(jnp.matmul(x, x.mT)) @ x @ state["out.weight"].T + state["out.bias"]
+
+    bias = nn.Parameter(torch.randn(5, 5))
+    reference = TorchNet(forward, fc=nn.Linear(4, 6), out=nn.Linear(6, 3), bias=bias)
+    assert places(Pair(reference, port, values(2, 5, 4), lambda state: state)) == ["output of add#2"]
+
+
 @pytest.mark.parametrize("faulty", ["pool", "conv"])
 def test_another_padding_in_a_function_is_told_where_it_lies(faulty: str) -> None:
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
