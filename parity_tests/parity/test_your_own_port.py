@@ -1254,22 +1254,25 @@ def explained() -> nn.Module:
     )
 
 
-def test_another_eps_the_other_gelu_and_a_factor_are_named() -> None:
+@pytest.mark.parametrize(("eps", "words"), [(1e-6, "1e-06"), (8, "8")])
+def test_another_eps_the_other_gelu_and_a_factor_are_named(eps: float, words: str) -> None:
+    """Flax's first argument is the eps: `LayerNorm(8)`."""
+
     def port(x: jax.Array) -> jax.Array:
-        x = linen.LayerNorm(name="norm")(linen.Dense(8, name="fc1")(x))
+        x = linen.LayerNorm(eps, name="norm")(linen.Dense(8, name="fc1")(x))
         x = linen.RMSNorm(name="rms")(linen.gelu(linen.Dense(8, name="fc2")(x)))
         return linen.Dense(8, name="fc3")(x)
 
     pair = Pair(explained, LinenNet(port), values(4, 8), batch_sizes=(5,))
     found = {found.where: found.problem for found in examine(pair, names=("outputs",)).divergences}
     assert found.keys() == {"output of norm", "output of gelu", "output of rms", "output of mul"}
-    for place, words in (
-        ("norm", "equal with 1e-06 in the place of 1e-05"),
+    for place, cause in (
+        ("norm", f"equal with {words} in the place of 1e-05"),
         ("gelu", "equal with the approximation of GELU by tanh"),
         ("rms", "equal with 1e-06 in the place of 1e-05"),
         ("mul", "JAX's is 2 times PyTorch's"),
     ):
-        assert words in found[f"output of {place}"], found
+        assert cause in found[f"output of {place}"], found
 
 
 @pytest.mark.parametrize(
