@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax import numpy as jnp
 
-from parity_tests.harness.compare import Refused
+from parity_tests.harness.compare import Refused, note_rate
 from parity_tests.harness.taps import Module, Modules, is_array, join, scope, tap
 
 
@@ -503,9 +503,13 @@ def linen_without_dropout() -> Iterator[None]:
     from flax import linen as nn
 
     def intercept(run: Callable[..., Any], args: Any, kwargs: Any, call: Any) -> Any:
-        before = rates_of(call.module)
+        before, given = rates_of(call.module), kwargs.get("deterministic")
+        if given is None and isinstance(call.module, nn.Dropout) and len(args) > 1:
+            given = args[1]
+        is_off = getattr(call.module, "deterministic", None) if given is None else given
         try:
-            for name in before:
+            for name, rate in before.items():
+                note_rate(0.0 if is_off else rate)
                 object.__setattr__(call.module, name, 0.0)
             return run(*args, **kwargs)
         finally:
@@ -636,7 +640,8 @@ def nnx_without_dropout(model: Any) -> None:
     from flax import nnx
 
     for _, module in nnx.iter_modules(model):
-        for name in rates_of(module):
+        for name, rate in rates_of(module).items():
+            note_rate(rate)
             setattr(module, name, 0.0)
 
 
@@ -726,7 +731,8 @@ def equinox_without_dropout(part: Any) -> Any:
     """Return a layer that drops with rates of 0, which may be static fields, and any other part as it is."""
     if rates := rates_of(part):
         part = copy.copy(part)
-        for name in rates:
+        for name, rate in rates.items():
+            note_rate(rate)
             object.__setattr__(part, name, 0.0)
     return part
 
@@ -993,7 +999,12 @@ def attention_without_dropout(name: str) -> Iterator[None]:
     """
     attention: Any = sys.modules[name]
     original = attention.random
-    attention.random = types.SimpleNamespace(bernoulli=lambda key, share, shape=(): jnp.broadcast_to(share, shape))
+
+    def keep(key: Any, share: Any, shape: Sequence[int] = ()) -> jax.Array:
+        note_rate(1 - share)
+        return jnp.broadcast_to(share, shape)
+
+    attention.random = types.SimpleNamespace(bernoulli=keep)
     try:
         yield
     finally:

@@ -46,12 +46,14 @@ from parity_tests.harness.compare import (
     Refused,
     add_note,
     compare,
+    dropped,
     flat,
     judge,
     keeps_float32,
     largest,
     largest_error,
     map_leaves,
+    note_rate,
     relative_error,
     shorten,
 )
@@ -724,7 +726,38 @@ def in_training_mode(case: Case) -> bool:
 def trajectory(case: Case) -> Iterator[Divergence]:
     """Compare losses, weights, moments and statistics step by step in training."""
     batches = batches_of(case, TRAJECTORY_STEPS)
+    if in_training_mode(case):
+        yield from dropout_rates(case, batches[0][0])
     yield from training.trajectory(case_setup(case), batches, case.notes, training=in_training_mode(case))
+
+
+def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
+    """Compare the rates of dropout in training: a fault if no rate of one side is the other's, else a remark."""
+    rates: dict[str, set[float]] = {"PyTorch": set(), "JAX": set()}
+    token = dropped.set(rates["PyTorch"])
+    try:
+        module = copy_module(case.module).train()
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase) and part.num_layers > 1:
+                note_rate(part.dropout)
+            elif "drop" in type(part).__name__.lower() and not isinstance(part, nn.modules.dropout._DropoutNd):
+                for name in ("p", "drop_prob", "drop_rate"):
+                    note_rate(getattr(part, name, 0.0))
+        case.first_outputs(module)
+        dropped.set(rates["JAX"])
+        setup, inputs = case_setup(case), Inputs(*batch["args"], **batch["kwargs"])
+        with exact_arithmetic("float64"):
+            jax.eval_shape(lambda: case.model.apply(setup.variables, inputs.map(jnp.asarray), True)[0])
+    finally:
+        dropped.reset(token)
+    if rates["PyTorch"] == rates["JAX"] or case.model.library in ("Haiku", "function"):  # which tell no rates
+        return
+    seen = {side: ", ".join(f"{rate:g}" for rate in sorted(found)) or "none" for side, found in rates.items()}
+    text = f"the rates of dropout in training are {seen['JAX']} in JAX, and {seen['PyTorch']} in PyTorch"
+    if all(rates.values()) and rates["PyTorch"].isdisjoint(rates["JAX"]):
+        yield Divergence("trajectory", "dropout", text)
+    else:
+        add_note(case.notes, f"{text}; both sides are compared at a rate of 0")
 
 
 def handover(case: Case) -> Iterator[Divergence]:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,7 +171,7 @@ def find_difference(actual: np.ndarray, expected: np.ndarray, bound: Bound) -> s
 def factor_between(actual: np.ndarray, expected: np.ndarray) -> str:
     """Return in words what JAX's values are, if they are PyTorch's times one number."""
     factor = None if np.iscomplexobj(expected) else slope(actual, expected)
-    if factor is None or abs(factor - 1) < 1e-6 or largest_error(actual, factor * expected) > 1e-9 * largest(actual):
+    if factor is None or f"{factor:.6g}" == "1" or largest_error(actual, factor * expected) > 1e-9 * largest(actual):
         return ""
     return f"{factor:.6g} times PyTorch's"
 
@@ -443,3 +444,12 @@ def keeps_float32(array: Any) -> bool:
             return False
     fractions, _ = np.frexp(finite)
     return bool((fractions * 2.0**12 % 1 != 0).any())
+
+
+dropped: ContextVar[set[float] | None] = ContextVar("dropped", default=None)
+
+
+def note_rate(rate: Any) -> None:
+    """Keep the rate of a dropout that is switched off, if somebody asks for the rates."""
+    if (rates := dropped.get()) is not None and isinstance(rate, int | float) and rate > 0:
+        rates.add(round(float(rate), 9))

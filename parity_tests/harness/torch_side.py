@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.harness.compare import Refused, keeps_float32, map_leaves, shorten
+from parity_tests.harness.compare import Refused, keeps_float32, map_leaves, note_rate, shorten
 from parity_tests.harness.compare import flat as flat
 
 # Functions that compute nothing: they ask for a property, make a constant, or give the same numbers another form.
@@ -568,6 +568,8 @@ class WithoutDropout(TorchFunctionMode):
                 return run_backward(*args, **kwargs)
         if (place := RATES.get(getattr(func, "__name__", ""))) is not None:
             index, name = place
+            if name != "p" or kwargs.get("training", args[2] if len(args) > 2 else True):
+                note_rate(args[index] if len(args) > index else kwargs.get(name, 0.5 if name == "p" else 0.0))
             if len(args) > index:
                 args = (*args[:index], 0.0, *args[index + 1 :])
             else:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import linen
+from flax import linen, nnx
 from jax import lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -1354,3 +1354,34 @@ def test_a_value_of_another_size_or_order_is_found_where_it_arises(place: str) -
         return linen.Conv(3, (1, 1), name="out")(x.reshape(batch, 2 * rows, 2 * columns, 2)).max((1, 2))
 
     assert places(Pair(shuffled, LinenNet(port), values(4, 2, 9, 9), batch_sizes=(4,))) == [f"output of {place}"]
+
+
+class Dropping(linen.Module):
+    """Two layers with dropout between them."""
+
+    rate: float
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Compute [batch, 2]."""
+        return linen.Dense(2)(linen.Dropout(self.rate)(linen.Dense(8)(x), deterministic=not train))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.0])
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
+def test_another_rate_of_dropout_is_a_fault_and_none_at_all_is_remarked(library: str, rate: float) -> None:
+    one, two, rngs = *jax.random.split(jax.random.key(0)), nnx.Rngs(0)
+    ports: dict[str, Callable[[], Any]] = {
+        "linen": lambda: Dropping(rate),
+        "nnx": lambda: nnx.Sequential(
+            nnx.Linear(3, 8, rngs=rngs), nnx.Dropout(rate, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+        ),
+        "equinox": lambda: eqx.nn.Sequential(
+            [eqx.nn.Linear(3, 8, key=one), eqx.nn.Dropout(rate), eqx.nn.Linear(8, 2, key=two)]
+        ),
+    }
+    reference = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.Linear(8, 2))
+    result = examine(Pair(reference, ports[library](), values(4, 3)), names=("parameters", "trajectory"))
+    found = "\n".join(map(str, result.divergences))
+    assert ("dropout in training are 0.5 in JAX, and 0.1 in PyTorch" in found) == (rate == 0.5), found
+    assert any("dropout in training are none in JAX" in note for note in result.notes) == (rate == 0)
