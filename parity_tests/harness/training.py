@@ -634,13 +634,13 @@ def schedule(
         where = wrong[0]
         text = f"JAX {actual[where]:.9g}, PyTorch {expected[where]:.9g}"
         for shift, words in ((1, "behind"), (-1, "ahead of")):
-            shifted = np.array([float(torch_schedule(max(step - shift, 0))) for step in steps])
+            shifted = np.array([float(torch_schedule(min(max(step - shift, 0), last))) for step in steps])
             inner = [number for number, step in enumerate(steps) if 0 < step < last]
             if np.abs(actual - shifted)[inner].max(initial=0) <= limit:
                 text += f"; JAX is one step {words} PyTorch"
                 break
         else:
-            if (factor := slope(actual, expected)) is not None:
+            if (factor := slope(actual, expected)) is not None and f"{factor:.6g}" != "1":
                 text += f"; JAX's is {factor:.6g} times PyTorch's"
         several = f"; {len(wrong)} of {len(steps)} steps compared differ, up to step {steps[wrong[-1]]}"
         yield Divergence("schedule", f"step {steps[where]}", f"{text}{several if len(wrong) > 1 else ''}")

@@ -752,7 +752,8 @@ OF_OPTAX = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100)
 )
 def test_schedules_are_compared_as_functions(schedule: Callable[[Any], Any], expected: str) -> None:
     notes: list[str] = []
-    found = messages(training.schedule(warm_up_and_cosine, schedule, 100, notes))
+    rates = [warm_up_and_cosine(step) for step in range(101)]  # as a scheduler of PyTorch's gave them, and no more
+    found = messages(training.schedule(rates.__getitem__, schedule, 100, notes))
     assert expected in found if expected else not found, found
     assert expected or "float32" in notes[0]
 
