@@ -188,7 +188,9 @@ def refusals(config: ReportConfig) -> Iterator[None]:
     try:
         yield
     except Refused as reason:
-        raise UserError(f"--pair {config.name} cannot be compared: {reason}") from None
+        place = find_users_frame(reason.__cause__) if reason.__cause__ else None
+        where = f" ({place})" if place and place not in str(reason) else ""
+        raise UserError(f"--pair {config.name} cannot be compared: {reason}{where}") from None
     except Exception as error:
         place = find_users_frame(error)
         if place is None:

@@ -30,6 +30,8 @@ from parity_tests.harness.compare import (
     Bound,
     Refused,
     add_note,
+    blame,
+    describe,
     find_difference,
     flat,
     keeps_float32,
@@ -50,6 +52,7 @@ from parity_tests.harness.pair import (
     module_with,
     probing_tensors,
     tensors_of,
+    with_blame,
 )
 from parity_tests.harness.propose import Proposal, propose
 from parity_tests.harness.stages import (
@@ -84,7 +87,6 @@ from parity_tests.harness.torch_side import (
     calls_in,
     capture_torch,
     copy_module,
-    describe,
     detached,
     fixed_settings,
     fresh_copy,
@@ -217,8 +219,11 @@ class Case:
         self.coarse = False  # whether the JAX model keeps float32 constants
         if slip := find_slip(pair):
             raise Refused(slip)
+        self.pair = pair = with_blame(pair)
         self.adapted = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
-        self.model: Model = hold_real(self.adapted)._replace(apply=in_float64(self.adapted.apply))
+        model, blamed = hold_real(self.adapted), blame("the JAX model")
+        apply, init = blamed(in_float64(self.adapted.apply)), model.init and blamed(model.init)
+        self.model: Model = model._replace(apply=apply, init=init)
         self.tensors = probing_tensors(pair, seed)
         self.sizes = pair.sizes()
         self.module = self.make_module()
@@ -245,7 +250,9 @@ class Case:
         """Return the inputs as the JAX model takes them."""
         way = self.pair.jax_inputs
         if callable(way):
-            return way(inputs)
+            if not isinstance(turned := way(inputs), Inputs):
+                raise Refused(f"jax_inputs= gives a {type(turned).__name__}: give a function from Inputs to Inputs")
+            return turned
         if not self.channels_last:
             return inputs
         images = any(is_image(leaf) for leaf in inputs.arrays())
@@ -459,7 +466,10 @@ class Case:
         given, module = self.torch_inputs(inputs).map(torch.from_numpy), self.module if module is None else module
         with exact_arithmetic("float64"), fixed_settings(torch.float64, module), WithoutDropout():
             torch.manual_seed(noise)
-            return map_leaves(lambda _, leaf: detached(leaf), module(*given.args, **given.kwargs))
+            shapes = ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in inputs.arrays())
+            with blame(f"the PyTorch module, on inputs like the example (batch first: {shapes}),"):
+                outputs = module(*given.args, **given.kwargs)
+            return map_leaves(lambda _, leaf: detached(leaf), outputs)
 
     def torch_inputs(self, inputs: Inputs, dtype: str = "float64") -> Inputs:
         """Return the inputs of the module, with the keyword arguments that only PyTorch takes."""

@@ -45,6 +45,7 @@ from parity_tests.harness.compare import (
     Divergence,
     Refused,
     add_note,
+    blame,
     compare,
     dropped,
     flat,
@@ -160,9 +161,9 @@ def data(case: Case) -> Iterator[Divergence]:
             if actual is None or expected is None:
                 yield Divergence("data", where, f"{'JAX' if actual is None else 'PyTorch'} has no such batch")
                 return
+            found = list(compare("data", arrays_of(actual), arrays_of(expected), EXACT, f"{where}: {{}}"))
             if step == 0:
                 first_targets.append(expected.targets)
-            found = list(compare("data", arrays_of(actual), arrays_of(expected), EXACT, f"{where}: {{}}"))
             if found:
                 yield from found
                 return
@@ -172,6 +173,8 @@ def data(case: Case) -> Iterator[Divergence]:
 
 def arrays_of(batch: Batch) -> dict[str, np.ndarray]:
     """Return the arrays of a batch by name."""
+    if not isinstance(batch, Batch):
+        raise Refused(f"a pipeline gives a {type(batch).__name__}: give parity_tests.harness.Batch(inputs, targets)")
     inputs = as_inputs(batch.inputs)
     named = {f"inputs{place if len(inputs.arrays()) > 1 else ''}": leaf for place, leaf in flat(inputs.args).items()}
     named |= {f"inputs.{place}": leaf for place, leaf in flat(inputs.kwargs).items()}
@@ -251,8 +254,7 @@ def loss(case: Case) -> Iterator[Divergence]:
             leaves = map_leaves(lambda name, leaf: leaf.clone().requires_grad_() if is_real(leaf) else leaf, results)
             targets = jax.tree.map(lambda leaf: torch.from_numpy(cast(np.asarray(leaf), "float64")), batch.targets)
             expected = torch_objective(pair)(leaves, targets)
-            if expected.ndim:
-                raise Refused(f"torch_loss gives values of the shape {list(expected.shape)}, and one number is needed")
+            check_loss("torch_loss", expected)
             reals = {name: leaf for name, leaf in flat(leaves).items() if is_real(leaf)}
             grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
             value, actual_grads = jax_loss_of(case, batch, flat(results))
@@ -265,6 +267,15 @@ def loss(case: Case) -> Iterator[Divergence]:
                 for (n, r), g in zip(reals.items(), grads, strict=True)
             }
             yield from compare("loss", actual_grads, by_torch, LOSS_BOUND, f"{where}, gradient by output {{}}")
+
+
+def check_loss(name: str, value: Any) -> Any:
+    """Return the value of a loss, if it is one number that gradients can go through."""
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape):
+        what = f"a {type(value).__name__}" if shape is None else f"values of the shape {list(shape)}"
+        raise Refused(f"{name}= gives {what}, and an array of one number without axes is needed")
+    return value
 
 
 def is_real(leaf: Any) -> bool:
@@ -291,7 +302,7 @@ def jax_loss_of(case: Case, batch: Batch, results: Mapping[str, Any]) -> tuple[n
 
     def objective(reals: dict[str, jax.Array]) -> jax.Array:
         values = {**constants, **reals}
-        return jax_objective(case.pair)(map_leaves(lambda name, leaf: values[name], shapes), targets)
+        return check_loss("jax_loss", jax_objective(case.pair)(map_leaves(lambda n, leaf: values[n], shapes), targets))
 
     value, grads = compiled(jax.value_and_grad(objective))(reals)
     return np.asarray(value), {names[name]: carried(grad, aligned[names[name]].carry) for name, grad in grads.items()}
@@ -368,11 +379,12 @@ def setup_of(case: Case) -> Setup:
     coarse = case.coarse or any(keeps_float32(tensors[name]) for name in tables)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
-        return torch_objective(pair)(module(*batch["args"], **batch["kwargs"]), batch["targets"])
+        outputs = module(*batch["args"], **batch["kwargs"])
+        return check_loss("torch_loss", torch_objective(pair)(outputs, batch["targets"]))
 
     def jax_loss(variables: Any, batch: Any, training: bool) -> tuple[jax.Array, Any]:
         results, after = model.apply(variables, Inputs(*batch["args"], **batch["kwargs"]), training)
-        return jax_objective(pair)(results, batch["targets"]), after
+        return check_loss("jax_loss", jax_objective(pair)(results, batch["targets"])), after
 
     variables = case.own_variables
     if variables is None:
@@ -421,12 +433,23 @@ def training_batches(case: Case, count: int, sizes: Sequence[int]) -> list[Batch
     """Return batches for both sides, JAX's first: from the pair's pipelines, or drawn in these sizes in turn."""
     pair = case.pair
     if pair.jax_batches is not None and pair.torch_batches is not None:
-        epochs = ((pair.jax_batches(case.seed, e), pair.torch_batches(case.seed, e)) for e in itertools.count())
-        both = ((a, b) for in_jax, in_torch in epochs for a, b in zip(in_jax, in_torch, strict=True))
+        both = ((a, b) for e in itertools.count() for a, b in epoch_of(case, e))
     else:
         drawn = (pair.draw_batch(case.seed * 1009 + step, size) for step, size in enumerate(itertools.cycle(sizes)))
         both = ((batch, batch) for batch in drawn)
     return [(for_jax(case, a), for_torch(case, b)) for a, b in itertools.islice(both, count)]
+
+
+def epoch_of(case: Case, epoch: int) -> Iterator[tuple[Batch, Batch]]:
+    """Yield the batches of an epoch of the pair's pipelines, JAX's first; the shorter one says how many."""
+    pair, found = case.pair, False
+    assert pair.jax_batches is not None
+    assert pair.torch_batches is not None
+    for both in zip(pair.jax_batches(case.seed, epoch), pair.torch_batches(case.seed, epoch), strict=False):
+        found = True
+        yield both
+    if not found:
+        raise Refused(f"jax_batches= or torch_batches= gives no batch in epoch {epoch}")
 
 
 def batches_of(case: Case, steps: int) -> list[BatchPair]:
@@ -694,7 +717,8 @@ def schedule(case: Case) -> Iterator[Divergence]:
     """Compare the learning rates as functions of the step."""
     pair = case.pair
     if pair.torch_schedule is not None and pair.jax_schedule is not None:
-        found = list(training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes))
+        with blame("torch_schedule= or jax_schedule="):
+            found = list(training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes))
         case.shared["schedules differ"] = bool(found)
         yield from found
 
@@ -974,7 +998,11 @@ def why_not_optimized(case: Case) -> str:
     if case.pair.torch_optimizer is None:
         return ""
     if "optimizer" not in case.shared:
-        case.shared["optimizer"] = type(case.pair.torch_optimizer(copy_module(case.module)))
+        made = case.pair.torch_optimizer(module := copy_module(case.module))
+        case.shared["optimizer"] = type(made)
+        trained = [one for group in getattr(made, "param_groups", []) for one in group["params"]]
+        if trained and {*map(id, trained)}.isdisjoint(map(id, module.parameters())):
+            raise Refused("torch_optimizer= makes one of other parameters: take those of the module it is given")
     kind = case.shared["optimizer"]
     if not issubclass(kind, torch.optim.Optimizer):
         raise Refused(

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -74,6 +75,26 @@ SLICE = 2**16  # values that are compared at once: they fit into the cache, and 
 
 class Refused(Exception):
     """The two sides cannot be compared, and the message says in one line why and what to do."""
+
+
+def describe(error: Exception) -> str:
+    """Return the kind and the first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Say of an error inside in what of the user's it arose; also a decorator.
+
+    Raises:
+        Refused: there was an error.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{what} fails: {describe(error)}") from error
 
 
 class Divergence(NamedTuple):

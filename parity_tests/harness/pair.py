@@ -5,7 +5,7 @@ port needs another. Nothing is guessed in silence: what a default chose stands i
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import torch
 from jax import numpy as jnp
 from torch import nn
 
-from parity_tests.harness.compare import Refused, flat
+from parity_tests.harness.compare import Refused, blame, flat
 from parity_tests.harness.taps import in_float64
 from parity_tests.harness.torch_side import copy_module, hold_real
 
@@ -166,6 +166,38 @@ class Pair:
         return Batch(self.draw_inputs(seed, size), self.draw_targets(seed, size))
 
 
+FUNCTIONS = {
+    "torch_loss": "of (outputs, targets)",
+    "jax_loss": "of (outputs, targets)",
+    "torch_optimizer": "that makes one for a module",
+    "torch_step": "of (module, optimizer, losses)",
+    "jax_step": "of (optimizer, gradients, optimizer state, params)",
+    "torch_schedule": "from the step, counted from 0, to the rate",
+    "jax_schedule": "from the step, counted from 0, to the rate",
+    "torch_batches": "of (seed, epoch) that gives a Batch at a time",
+    "jax_batches": "of (seed, epoch) that gives a Batch at a time",
+}
+
+
+def name_of(value: Any) -> str:
+    """Return what a value is, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def with_blame(pair: Pair) -> Pair:
+    """Return the pair with functions whose errors say which field they are."""
+    names = (*FUNCTIONS, "torch_module", "inputs", "targets", "jax_inputs", "jax_init", "jax_optimizer")
+    given = {name: getattr(pair, name) for name in names}
+    functions = {
+        name: blame(f"{name}=")(function)
+        for name, function in given.items()
+        if callable(function) and not hasattr(function, "init") and name != "jax_loss"
+    }
+    if isinstance(pair.torch_module, nn.Module):
+        functions.pop("torch_module")
+    return replace(pair, **functions)
+
+
 def find_slip(pair: Pair) -> str:
     """Return what is wrong with a declaration in any case, or an empty string."""
     reference, sizes = pair.torch_module, pair.batch_sizes
@@ -182,15 +214,34 @@ def find_slip(pair: Pair) -> str:
         return "the pair declares the loss of one side only: give torch_loss and jax_loss, or neither"
     if pair.torch_optimizer is not None and pair.jax_optimizer is None:
         return "the pair declares PyTorch's optimizer alone: give jax_optimizer= too"
-    if pair.torch_optimizer is not None and not callable(pair.torch_optimizer):
-        return "torch_optimizer= is an optimizer: give a function that makes one for a module"
-    for name in ("torch_schedule", "jax_schedule"):
-        if (given := getattr(pair, name)) is not None and not callable(given):
-            return f"{name}= is a {type(given).__name__}: give a function from the step, counted from 0, to the rate"
+    for name, what in FUNCTIONS.items():
+        given = getattr(pair, name)
+        if given is not None and (not callable(given) or (isinstance(given, type) and name.endswith("loss"))):
+            return f"{name}= is {name_of(given)}: give a function {what}"
+    if not (pair.jax_optimizer is None or callable(pair.jax_optimizer) or hasattr(pair.jax_optimizer, "init")):
+        return f"jax_optimizer= is {name_of(pair.jax_optimizer)}: give an optax transformation"
+    for name in ("stages", "jax_kwargs", "jax_training_kwargs", "torch_kwargs"):
+        if not isinstance(getattr(pair, name), Mapping):
+            return f"{name}= is {name_of(getattr(pair, name))}: give a mapping"
+    if isinstance(pair.weights, list | tuple | str):
+        return f"weights= is {name_of(pair.weights)}: give a mapping of names, or a function from PyTorch's state dict"
+    if not (pair.jax_init is None or pair.jax_init == "model" or callable(pair.jax_init)):
+        return f'jax_init= is {name_of(pair.jax_init)}: give "model", or a function from a key to JAX\'s variables'
+    for name in ("micro_batches", "schedule_steps"):
+        if not isinstance(given := getattr(pair, name), int) or given < 1:
+            return f"{name}={given!r}: give a whole number, 1 or more"
+    if not isinstance(pair.precision_factor, int | float | None):
+        return f"precision_factor={pair.precision_factor!r} is no number"
+    if not callable(pair.inputs) and not isinstance(pair.inputs, Inputs):
+        arrays = as_inputs(pair.inputs).arrays()
+        if not arrays or arrays[0].shape[:1] == (0,):
+            return f"inputs= is {name_of(pair.inputs)} without rows: give an array, a tuple of arrays or Inputs(...)"
+    if isinstance(pair.targets, list | str):
+        return f"targets= is {name_of(pair.targets)}: give an array, or a tuple or dictionary of arrays"
     if isinstance(pair.jax_inputs, str) and pair.jax_inputs not in ("same", "channels_last"):
         return f'jax_inputs={pair.jax_inputs!r} is unknown: give "same", "channels_last" or a function'
     if sizes is not None and not (
-        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, int) for size in sizes)
+        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, int) and size > 0 for size in sizes)
     ):
         return f"batch_sizes={sizes!r} is no tuple of sizes, such as (8, 5)"
     return ""
@@ -351,12 +402,13 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Mod
 
 def torch_objective(pair: Pair) -> TorchLoss:
     """Return the loss in PyTorch: the pair's, or a default one."""
-    return pair.torch_loss or default_torch_loss
+    return pair.torch_loss or blame("the default loss")(default_torch_loss)
 
 
 def jax_objective(pair: Pair) -> JaxLoss:
     """Return the loss in JAX: the pair's, or a default one."""
-    return in_float64(pair.jax_loss or default_jax_loss)
+    what = "the default loss" if pair.jax_loss is None else "jax_loss="
+    return blame(what)(in_float64(pair.jax_loss or default_jax_loss))  # which needs the error itself
 
 
 def default_torch_loss(outputs: Any, targets: Any) -> torch.Tensor:

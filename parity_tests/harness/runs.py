@@ -20,7 +20,7 @@ from jax.tree_util import GetAttrKey
 from torch import nn
 
 from parity_tests.harness.capture import exact_arithmetic, release_memory
-from parity_tests.harness.compare import Refused
+from parity_tests.harness.compare import Refused, blame
 from parity_tests.harness.taps import compiled, rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
@@ -350,7 +350,7 @@ class JaxPrograms:
         with exact_arithmetic(dtype):
             self.names, self.treedef = name_parameters(setup.model, setup.variables)
         self.held = [name in setup.held[1] for name in self.names]
-        self.init = compiled(lambda params: self.optimizer.init(self.tree(params)))
+        self.init = compiled(blame("jax_optimizer=")(lambda params: self.optimizer.init(self.tree(params))))
         self.gradient = compiled(self.compute_gradient, static_argnums=3)
         self.update = compiled(self.update_params, donate_argnums=(0, 1))
         self.observe = compiled(self.compute_statistics)
@@ -383,7 +383,10 @@ class JaxPrograms:
             self.tree([jnp.zeros_like(leaf) if hold else leaf for hold, leaf in zip(self.held, leaves, strict=True)])
             for leaves in gradients
         ]
-        tree, opt_state = self.take_step(self.optimizer, trees, opt_state, self.tree(params))
+        with blame("jax_optimizer=" if self.take_step is update_step else "jax_step="):
+            tree, opt_state = self.take_step(self.optimizer, trees, opt_state, self.tree(params))
+        if list(map(jnp.shape, jax.tree.leaves(tree))) != list(map(jnp.shape, params)):
+            raise Refused("jax_step= gives something else than (params, optimizer state), in this order")
         updated = zip(self.held, params, jax.tree.leaves(tree), strict=True)
         return [old if hold else new for hold, old, new in updated], opt_state
 

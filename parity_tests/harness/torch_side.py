@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.harness.compare import Refused, keeps_float32, map_leaves, note_rate, shorten
+from parity_tests.harness.compare import Refused, describe, keeps_float32, map_leaves, note_rate, shorten
 from parity_tests.harness.compare import flat as flat
 
 # Functions that compute nothing: they ask for a property, make a constant, or give the same numbers another form.
@@ -346,11 +346,6 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
     return tensor.resolve_conj().resolve_neg().numpy()
-
-
-def describe(error: Exception) -> str:
-    """Return the kind and the first line of an error."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 # Where each function takes the rate of its dropout: the place among the arguments, and the name.

@@ -512,6 +512,51 @@ def test_either_slope_at_a_kink_is_right_and_so_is_a_more_exact_one(module: Any,
 
 LINEAR: Any = nn.Linear(3, 2)
 DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
+FIELDS: dict[str, Any] = {"torch_module": LINEAR, "jax_model": DENSE, "inputs": ROWS}
+OF_ANOTHER = torch.optim.SGD(LINEAR.parameters(), 0.1)
+
+
+def first_of(outputs: Any, targets: Any = None) -> Any:
+    """Return a number of the outputs."""
+    return outputs[0, 0]
+
+
+def batches_of(*batches: Any) -> dict[str, Any]:
+    """Return the fields of a pair whose pipelines give these batches."""
+    return dict.fromkeys(("torch_batches", "jax_batches"), lambda seed, epoch: iter(batches))
+
+
+SLIPS: list[tuple[dict[str, Any], str]] = [
+    ({"torch_module": lambda size: LINEAR}, "torch_module= fails: TypeError"),
+    ({"inputs": ROWS.tolist()}, "inputs= is a list without rows: give an array"),
+    ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
+    ({"jax_inputs": lambda inputs: ROWS}, "jax_inputs= gives a ndarray"),
+    ({"jax_kwargs": {"train": 1}}, "the JAX model fails: TypeError: Dense.__call__"),
+    ({"jax_init": {}}, 'jax_init= is a dict: give "model"'),
+    ({"weights": ["weight"]}, "weights= is a list: give a mapping of names"),
+    ({"stages": ["weight"]}, "stages= is a list: give a mapping"),
+    ({"targets": [0, 1]}, "targets= is a list: give an array"),
+    ({"batch_sizes": (0,)}, r"batch_sizes=\(0,\) is no tuple of sizes"),
+    ({"micro_batches": 0}, "micro_batches=0: give a whole number"),
+    ({"precision_factor": "4"}, "precision_factor='4' is no number"),
+    ({"torch_loss": nn.MSELoss, "jax_loss": first_of}, "torch_loss= is the class MSELoss: give"),
+    ({"torch_loss": lambda outputs: outputs, "jax_loss": first_of}, "torch_loss= fails: TypeError"),
+    ({"torch_loss": first_of, "jax_loss": lambda *of: of[0]}, r"jax_loss= gives values of the shape \[8, 2\]"),
+    ({"torch_loss": first_of, "jax_loss": lambda *of: of}, "jax_loss= gives a tuple"),
+    ({"jax_optimizer": 0.1}, "jax_optimizer= is a float: give an optax"),
+    ({"jax_optimizer": optax.sgd}, r"jax_optimizer= fails: TypeError: sgd\(\) missing"),
+    ({"jax_optimizer": optax.adamw(0.1, mask={"kernel": True})}, "jax_optimizer= fails: ValueError"),
+    (
+        {"torch_optimizer": lambda module: OF_ANOTHER, "jax_optimizer": optax.sgd(0.1)},
+        "torch_optimizer= makes one of other parameters",
+    ),
+    ({"torch_step": lambda module: None}, "torch_step= fails: TypeError"),
+    ({"jax_step": lambda *of: (of[2], of[3])}, "jax_step= gives something else than"),
+    ({"torch_schedule": lambda step: [], "jax_schedule": lambda step: 0.1}, "torch_schedule= .* TypeError"),
+    ({"torch_batches": [ROWS]}, "torch_batches= is a list: give a function of"),
+    (batches_of(), "gives no batch in epoch 0"),
+    (batches_of((ROWS, None)), r"a pipeline gives a tuple: give .*Batch\("),
+]
 
 
 @pytest.mark.parametrize(
@@ -534,11 +579,12 @@ DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
         (Pair(LINEAR, DENSE, ROWS, jax_inputs="nhwc"), "jax_inputs='nhwc' is unknown"),
         (Pair(LINEAR, DENSE, ROWS, torch_schedule=0.1), "torch_schedule= is a float: give a function from the step"),  # type: ignore[arg-type]
         (Pair(LINEAR, DENSE, ROWS, batch_sizes=8), "batch_sizes=8 is no tuple of sizes"),  # type: ignore[arg-type]
+        *((Pair(**FIELDS | fields), words) for fields, words in SLIPS),
     ],
 )
 def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
     with pytest.raises(Refused, match=words):
-        examine(pair, names=("parameters", "optimizer"))
+        examine(pair, names=("parameters", "data", "schedule", "optimizer", "trajectory"))
 
 
 @pytest.mark.parametrize(("order", "found"), [([2, 0, 1, 3], set()), ([2, 0, 3, 1], {"outputs"})])
