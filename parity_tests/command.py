@@ -39,7 +39,7 @@ class ReportConfig(FolderConfig, SeedConfig):
     which: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PAIR")] = ""
     """The pair, the same as --pair."""
     pair: str = ""
-    """module:name of your own Pair, or of a function that returns one, in a file of this folder. Without it the pair is
+    """module:name or path/file.py:name of your own Pair, or of a function that returns one. Without it the pair is
     simple_cnn; feed_forward and softmax_regression come with the project too."""
     dialect: Dialect = "linen"
     """How the JAX side of the project's own pairs is written."""
@@ -235,13 +235,23 @@ def load_pair(config: ReportConfig, console: Console) -> "Pair":
 
     if config.name in PRODUCT_PAIRS:
         return load_product_pair(config, console)
-    module, _, name = config.name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
+    module, _, name = config.name.rpartition(":")
+    folder, parts = Path.cwd(), [*module.split("."), name]
+    if module.endswith(".py"):  # a file, in any folder
+        folder, module, parts = Path(module).resolve().parent, Path(module).stem, [name]
+    if not all(part.isidentifier() for part in parts):
         raise UserError(f"--pair {config.name}: give {', '.join(PRODUCT_PAIRS)}, or your own as module:name")
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(folder))
     try:
-        declared = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        if not hasattr(imported, name):
+            pairs = [found for found, value in vars(imported).items() if isinstance(value, Pair)]
+            has = f"; its pairs are {', '.join(pairs)}" if pairs else ""
+            raise UserError(f"--pair {config.name}: {module} has no {name}{has}")
+        declared = getattr(imported, name)
         pair = declared() if callable(declared) else declared
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             raise UserError(f"--pair {config.name}: {error}; run from the folder that holds {module}.py") from None
@@ -294,6 +304,7 @@ def plant(pair: "Pair", name: str) -> "Pair":
 
 
 def describe(error: BaseException) -> str:
-    """Return the kind, the message and the place of an error."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+    """Return the kind and the message of an error on one line, and its place in the user's files."""
+    place = find_users_frame(error)
+    message = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {message}{f' ({place})' if place else ''}"

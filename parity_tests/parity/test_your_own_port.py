@@ -732,6 +732,7 @@ def test_a_module_that_is_used_twice_is_compared_at_each_use() -> None:
 MODULES = {
     "unreadable": "def (",
     "stops": "import sys\nsys.exit(0)",
+    "folder/other": "from parity_tests.harness import Pair\nmine = Pair(None, None, None)",
     "lacking": "import nowhere_to_be_found",
     "sound": "number = 5\ndef needy(argument): ...\ndef failing(): raise RuntimeError('no such weights')",
 }
@@ -747,7 +748,8 @@ MODULES = {
         ("unreadable:name", "SyntaxError"),
         ("stops:name", "SystemExit"),
         ("lacking:name", "No module named 'nowhere_to_be_found' (lacking.py, line 1)"),
-        ("sound:name", "AttributeError"),
+        ("sound:name", "sound has no name"),
+        ("folder/other.py:name", "other has no name; its pairs are mine"),
         ("sound:needy", "TypeError"),
         ("sound:failing", "RuntimeError: no such weights (sound.py, line 3)"),
         ("sound:number", "is int, not a parity_tests.harness.Pair"),
@@ -757,6 +759,7 @@ def test_a_pair_that_cannot_be_made_is_refused_with_the_reason(
     pair: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, text in MODULES.items():
+        (tmp_path / f"{module}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.chdir(tmp_path)
