@@ -20,6 +20,7 @@ from jax import numpy as jnp
 from torch import nn
 
 from parity_tests.harness.capture import Case
+from parity_tests.harness.compare import Refused
 from parity_tests.harness.pair import Batch, Inputs, Pair
 from parity_tests.harness.taps import arrays_of, trace
 from parity_tests.harness.weights import Entry
@@ -30,6 +31,10 @@ Leaves = dict[str, Any]  # by path
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 RECURRENT = (nn.RNNBase,)
+
+
+class NoPlace(Refused, LookupError):
+    """A pair has no place for a fault. It may show while the model runs, and is no error of the model's."""
 
 
 def set_fields(**fields: Any) -> Plant:

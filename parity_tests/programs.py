@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from parity_tests.harness.capture import exact_arithmetic, find_holders, to_jnp
 from parity_tests.harness.pair import Inputs, Pair
 from parity_tests.harness.taps import Modules, Plan, TapInfo, Traced, arrays_of, tap_p, trace
-from parity_tests.planting import Find, Plant, case_of, find_tied, paths_of, with_model
+from parity_tests.planting import Find, NoPlace, Plant, case_of, find_tied, paths_of, with_model
 
 # What a tap hands on. It gets the name of the tap, what is known of it, and the value.
 Change = Callable[[str, TapInfo, Array], Array]
@@ -51,7 +51,7 @@ def change_program(
         training: whether training mode is changed too.
 
     Raises:
-        LookupError: `edit` found nothing to change.
+        NoPlace: `edit` found nothing to change.
     """
     model = case_of(pair).model
     programs: dict[Any, Traced] = {}  # by mode and shapes, because a trace takes longer than all else
@@ -116,7 +116,7 @@ def path_of(pair: Pair, layer: str) -> str:
     """Return the path of the JAX module that holds the weights of a layer."""
     paths = find_holders(case_of(pair).weight_map).get(layer, set())
     if len(paths) != 1:
-        raise LookupError(f"{pair.title()} has no one module in JAX that holds the weights of {layer}")
+        raise NoPlace(f"{pair.title()} has no one module in JAX that holds the weights of {layer}")
     return next(iter(paths))
 
 
@@ -148,7 +148,7 @@ def change_kind(kinds: tuple[str, ...], change: Callable[[Array], Array], *, tra
 
         planted = change_program(pair, before=changed, training=training)
         if not seen:
-            raise LookupError(f"{pair.title()} runs no {' or '.join(kinds)} in JAX")
+            raise NoPlace(f"{pair.title()} runs no {' or '.join(kinds)} in JAX")
         return planted
 
     return plant
@@ -193,7 +193,7 @@ def change_equation(what: str, choose: Choose) -> Plant:
             editor = Editor(choose)
             changed = editor.edit_plan(plan)
             if not editor.done:
-                raise LookupError(f"{pair.title()} has no {what} in JAX")
+                raise NoPlace(f"{pair.title()} has no {what} in JAX")
             return changed
 
         return change_program(pair, edit=edit)
@@ -420,14 +420,14 @@ def untie(pair: Pair) -> Pair:
     leaf = model.leaves(own)[path]
     places = [place for place, array in enumerate(arrays_of(own)) if array is leaf]
     if not places:
-        raise LookupError(f"{pair.title()} has no leaf {path} in JAX that can be followed")
+        raise NoPlace(f"{pair.title()} has no leaf {path} in JAX that can be followed")
 
     def edit(plan: Plan) -> Plan:
         own_leaf, variable = plan.jaxpr.invars[0], plan.jaxpr.invars[1 + places[0]]
         while len(uses := users(plan.jaxpr, variable)) == 1 and uses[0].primitive.name == "copy":
             variable = uses[0].outvars[0]
         if len(uses) < 2:
-            raise LookupError(f"{pair.title()} uses {path} once in JAX")
+            raise NoPlace(f"{pair.title()} uses {path} once in JAX")
         operands = [own_leaf if operand is variable else operand for operand in uses[-1].invars]
         untied = uses[-1].replace(invars=operands)
         equations = [untied if equation is uses[-1] else equation for equation in plan.jaxpr.eqns]

@@ -537,7 +537,8 @@ def find_map(case: Case) -> Proposal:
     loader = pair.weights if callable(pair.weights) else None
     if own is None and loader is None:
         raise Refused(
-            "the JAX side has no variables: give weights=, a function from PyTorch's state dict to them, or jax_init="
+            "the JAX side has no variables: give the module itself, (variables, function), weights=, a function from "
+            "PyTorch's state dict to them, or jax_init="
         )
     leaves = case.model.leaves(case.loaded if own is None else own)
     try:
@@ -735,6 +736,9 @@ def align_outputs(expected: Mapping[str, Any], actual: Mapping[str, Any], channe
     names = dict(zip(expected, expected if expected.keys() == actual.keys() else actual, strict=True))
     aligned = {}
     for name, other in names.items():
+        dtype = actual[other].dtype
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise Refused(f"JAX returns {dtype}, whose rounding hides faults: make the model without it")
         ways = candidates(tuple(expected[name].shape), tuple(actual[other].shape), channels_last)
         aligned[name] = Output(other, ways[0] if ways else None, tuple(ways))
     return aligned

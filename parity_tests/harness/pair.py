@@ -140,6 +140,13 @@ class Pair:
             module = module()
         if not isinstance(module, nn.Module):
             raise Refused(f"the function of the PyTorch side makes a {type(module).__name__}, not a torch.nn.Module")
+        weights = [*module.parameters(), *module.buffers()]
+        if any(weight.is_meta or nn.parameter.is_lazy(weight) for weight in weights):
+            raise Refused(
+                "the PyTorch module has weights without values (lazy, or on the meta device): run it once, or load them"
+            )
+        if not weights:
+            raise Refused("the PyTorch module has no weights: put a layer that has some in front of what is compared")
         return hold_real(getattr(module, "_orig_mod", module))  # the one that torch.compile was given
 
     def sizes(self) -> tuple[int, ...]:

@@ -319,7 +319,8 @@ def mean_step(module: nn.Module, optimizer: torch.optim.Optimizer, losses: Itera
     """Take a step with the sum of the gradients of all losses; there is one loss unless the pair says otherwise."""
     for loss in losses:
         loss.backward()
-    optimizer.step()
+    with blame("torch_optimizer="):
+        optimizer.step()
 
 
 class GivenGradient(torch.autograd.Function):

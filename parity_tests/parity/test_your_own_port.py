@@ -27,7 +27,7 @@ from torch.nn import functional
 from jax_cnn.config import UserError
 from parity_tests import command
 from parity_tests.command import ReportConfig, find_users_frame, load_pair, plant
-from parity_tests.harness import Inputs, Pair, Result, examine
+from parity_tests.harness import Batch, Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
@@ -528,6 +528,10 @@ def batches_of(*batches: Any) -> dict[str, Any]:
 
 SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"torch_module": lambda size: LINEAR}, "torch_module= fails: TypeError"),
+    ({"torch_module": nn.LazyLinear(2)}, "weights without values"),
+    ({"torch_module": nn.ReLU()}, "the PyTorch module has no weights"),
+    ({"jax_model": lambda x: x}, "the JAX side has no variables: give the module itself"),
+    ({"jax_model": linen.Dense(2, dtype=jnp.bfloat16)}, "JAX returns bfloat16"),
     ({"inputs": ROWS.tolist()}, "inputs= is a list without rows: give an array"),
     ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
     ({"jax_inputs": lambda inputs: ROWS}, "jax_inputs= gives a ndarray"),
@@ -584,7 +588,16 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
 )
 def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
     with pytest.raises(Refused, match=words):
-        examine(pair, names=("parameters", "data", "schedule", "optimizer", "trajectory"))
+        examine(pair, names=("parameters", "data", "outputs", "schedule", "optimizer", "trajectory"))
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_batches_without_targets_tell_by_their_inputs_whether_the_order_is_another(shuffled: bool) -> None:
+    def batches(seed: int, epoch: int) -> Any:
+        yield Batch(np.full((4, 3), epoch * shuffled, np.float32))
+
+    pair = Pair(LINEAR, DENSE, ROWS, torch_batches=batches, jax_batches=batches)
+    assert [found.check for found in examine(pair, names=("data",)).divergences] == ["data"] * (not shuffled)
 
 
 @pytest.mark.parametrize(("order", "found"), [([2, 0, 1, 3], set()), ([2, 0, 3, 1], {"outputs"})])
