@@ -6,6 +6,7 @@ port needs another. Nothing is guessed in silence: what a default chose stands i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -235,7 +236,7 @@ def find_slip(pair: Pair) -> str:
     if not (pair.jax_init is None or pair.jax_init == "model" or callable(pair.jax_init)):
         return f'jax_init= is {name_of(pair.jax_init)}: give "model", or a function from a key to JAX\'s variables'
     for name in ("micro_batches", "schedule_steps"):
-        if not isinstance(given := getattr(pair, name), int) or given < 1:
+        if not isinstance(given := getattr(pair, name), Integral) or given < 1:
             return f"{name}={given!r}: give a whole number, 1 or more"
     if not isinstance(pair.precision_factor, int | float | None):
         return f"precision_factor={pair.precision_factor!r} is no number"
@@ -248,7 +249,7 @@ def find_slip(pair: Pair) -> str:
     if isinstance(pair.jax_inputs, str) and pair.jax_inputs not in ("same", "channels_last"):
         return f'jax_inputs={pair.jax_inputs!r} is unknown: give "same", "channels_last" or a function'
     if sizes is not None and not (
-        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, int) and size > 0 for size in sizes)
+        isinstance(sizes, tuple | list) and sizes and all(isinstance(size, Integral) and size > 0 for size in sizes)
     ):
         return f"batch_sizes={sizes!r} is no tuple of sizes, such as (8, 5)"
     return ""
