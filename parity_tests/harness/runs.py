@@ -550,8 +550,8 @@ class JaxRun:
                 arrays = [cast(array, self.dtype) for name in entry.torch if (array := get(name)) is not None]
                 if len(arrays) == len(entry.torch):
                     for path, leaf in convert(entry, arrays):
-                        with jax.enable_x64(True):  # `jnp.array` would compile a program for each shape
-                            carried = jax.device_put(np.array(leaf), may_alias=False)
+                        with jax.enable_x64(True):
+                            carried = jnp.array(leaf)
                         yield path, carried
 
     def _to_arrays(self, batch: Nest) -> Nest:

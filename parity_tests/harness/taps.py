@@ -1207,13 +1207,13 @@ def make_sweep(traced: Traced, names: Collection[str] | None = None) -> Callable
     run_program = compiled(rewrite(program))
 
     @functools.cache
-    def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return jnp.zeros(shape, dtype)
 
     def fill(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
         blank = {name: zeros(traced.taps[name].shape, traced.taps[name].dtype) for name in names if name not in given}
         # A model may keep its own dtype in a part of a float64 run.
-        return blank | {name: np.asarray(given[name], traced.taps[name].dtype) for name in names if name in given}
+        return blank | {name: jnp.asarray(given[name], traced.taps[name].dtype) for name in names if name in given}
 
     def flags(given: Mapping[str, bool]) -> dict[str, np.ndarray]:
         return {name: np.asarray(given.get(name, False)) for name in steered}
