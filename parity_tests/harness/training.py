@@ -52,7 +52,6 @@ TRAJECTORY_BOUND = Bound(1e-7, "float64 rounding, amplified over the steps; wors
 VALUE_BOUND = Bound(1e-10, "float64 rounding; worst seen 1e-14")
 FLOAT32_ROUNDING = 4 * 2.0**-23
 MOSTLY_ROUNDING = 1e-5  # a tensor of whose step a larger part is rounding says nothing of the others
-LONG_TAIL = 12.0  # how many times the largest of two runs an amplified rounding may be that stays so small a part
 NOISE_FACTOR = 8.0  # how many times the reference's own change, when its weights move by rounding, is rounding
 ONLY_ROUNDING = 1e-12  # gradients this small, relative to the largest one of the network, are terms that cancel
 
@@ -423,13 +422,11 @@ def measure_noise(setup: Setup, batches: Sequence[Nest], training: bool, unit: f
                     noise[key] = max(noise.get(key, 0.0), largest_error(moved[name], still[name]))
         noise["loss", ""] = max(noise.get(("loss", ""), 0.0), abs(nudged_loss - loss))
         del nudged, pairs, moved, still  # their memory is needed for the next run
-    # Of millions of weights, Adam turns the rounding of a few into a step. In which tensor they are is chance, and how
-    # far they move too: it goes with 1 / |gradient|, and the largest of many such values has a long tail (Fréchet).
+    # Of millions of weights, Adam turns the rounding of a few into a step. In which tensor they are is chance.
     start, trained = setup.start, tensors_of(plain.module)
     moves = {name: largest_error(trained[name], start[name]) for part, name in noise if part == "weights"}
     shares = [noise["weights", name] / move for name, move in moves.items() if move]
     share = max((share for share in shares if share < MOSTLY_ROUNDING), default=0.0)
-    share = min(LONG_TAIL * share, max(share, MOSTLY_ROUNDING / NOISE_FACTOR))
     return noise | {("weights", name): max(noise["weights", name], share * move) for name, move in moves.items()}
 
 
