@@ -29,6 +29,9 @@ for variable in ("JAX_COMPILATION_CACHE_DIR", "MPLCONFIGDIR", "TORCHINDUCTOR_CAC
 # Keep even programs that compile at once: outside of jit each operation is a program, and every process that compares
 # would compile hundreds of them again.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# A program says of each operation where it stands in the source. One line is enough: to write down the whole stack of
+# calls takes a tenth of the time.
+os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "0"
 os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.gettempdir()  # pytest keeps the `tmp_path` of three sessions
 temporary_files = Path(session_folder.name, "tmp")
 temporary_files.mkdir()

@@ -24,6 +24,8 @@ BOUND = 1e-10  # absolute, on float64 weights after 6 steps; worst seen on eight
 # Two batches of 16 and ten images left over, which eight devices cannot share; two evaluation batches, one not full.
 SIZES = ("--batch-size", "16", "--limit-train", "42", "--limit-test", "260")
 SMALL = ("--precision", "float64", "--epochs", "2", *SIZES, "--device", "cpu")
+# How devices share batches and processes meet does not depend on the network, and this one compiles in a second.
+NETWORK = ("--model", "mlp", "--hidden", 20)
 PARTIAL_SUMS = 14 * 14 * 32 - 32 + 7 * 7 * 64 - 64  # two bias gradients are exchanged before their sum over the map
 
 Train = Callable[..., Path]  # flags -> the folder of the results
@@ -74,7 +76,7 @@ def last_epoch(results: Path) -> dict[str, float]:
 
 
 def test_eight_devices_train_what_one_trains(train: Train) -> None:
-    one, eight = train(), train("--devices", 8)
+    one, eight = train(*NETWORK), train(*NETWORK, "--devices", 8)
     assert distance(eight, one) <= BOUND
     for figure in ("train_loss", "test_loss", "test_accuracy"):
         assert last_epoch(eight)[figure] == pytest.approx(last_epoch(one)[figure], rel=1e-12)
@@ -86,13 +88,12 @@ def test_eight_devices_train_what_one_trains(train: Train) -> None:
 
 def test_two_processes_train_what_one_trains(train: Train, data_dir: Path, tmp_path: Path) -> None:
     meeting = ("--coordinator", free_address(), "--num-processes", 2, "--data-dir", data_dir)
-    network = ("--model", "mlp", "--hidden", 20)  # how processes meet does not depend on it
-    second = start(*SMALL, *network, *meeting, "--process-id", 1, "--out-dir", tmp_path / "second")
-    first = start(*SMALL, *network, *meeting, "--process-id", 0, "--out-dir", tmp_path / "first")
+    second = start(*SMALL, *NETWORK, *meeting, "--process-id", 1, "--out-dir", tmp_path / "second")
+    first = start(*SMALL, *NETWORK, *meeting, "--process-id", 0, "--out-dir", tmp_path / "first")
     for process in (first, second):
         _, errors = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0, errors
-    assert distance(tmp_path / "first", train(*network)) <= BOUND
+    assert distance(tmp_path / "first", train(*NETWORK)) <= BOUND
     assert not list((tmp_path / "second").iterdir())  # only the first writes
 
 
