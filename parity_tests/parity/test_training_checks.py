@@ -3,6 +3,8 @@
 The faults are those that people met when they carried a training to JAX.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 from parity_tests.harness import checks, examine, training
 from parity_tests.harness.capture import Case
 from parity_tests.harness.checks import setup_of
-from parity_tests.harness.compare import Divergence
+from parity_tests.harness.compare import Divergence, Wrong
 from parity_tests.harness.pair import Pair
 from parity_tests.harness.runs import BatchPair, JaxRun, Setup, TorchRun, tensors_of
 from parity_tests.harness.training import Sides, drift, precision
@@ -499,9 +501,40 @@ def test_differences_as_large_as_the_references_own_noise_are_no_alarm() -> None
     assert any("not tried beyond step" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("errors", "runs", "kept"),
+    [((7.0,), 1, 0), ((20.0,), 3, 0), ((999.0,), 5, 1), ((1001.0,), 1, 1), ((20.0, 1001.0), 1, 2), ((math.nan,), 1, 1)],
+)
+def test_more_runs_of_the_reference_tell_what_is_rounding_only_in_a_case_of_doubt(
+    errors: tuple[float, ...], runs: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise that the runs show grows from 1 to 5; `runs` of them are asked for."""
+    asked: list[int] = []
+
+    def measure_noise(*_: Any) -> Iterator[dict[tuple[str, str], float]]:
+        for noise in range(1, training.MOST_NUDGES):
+            asked.append(noise)
+            yield {("weights", str(number)): float(noise) for number in range(len(errors))}
+
+    monkeypatch.setattr(training, "measure_noise", measure_noise)
+    wrong = [Wrong("weights", str(number), error, "") for number, error in enumerate(errors)]
+    found = training.above_noise(wrong, build_normed(), draw_batches((8,)), [], False, 2.0**-53)
+    assert (len(asked), len(found)) == (runs, kept)
+
+
+def test_the_noise_of_more_runs_is_not_smaller() -> None:
+    batches = [batch for _, batch in draw_batches((8,))]
+    noises = list(training.measure_noise(build_normed(), batches, False, 2.0**-53))
+    assert len(noises) == training.MOST_NUDGES - 1
+    for noise, more in itertools.pairwise(noises):
+        assert noise.keys() == more.keys()
+        assert all(more[key] >= noise[key] for key in noise)
+    assert noises[0] != noises[-1]
+
+
 def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_in_the_others() -> None:
     setup, batches = build_normed(), [batch for _, batch in draw_batches((8,))]
-    noise, run = training.measure_noise(setup, batches, False, 2.0**-53), TorchRun(setup)
+    noise, run = next(training.measure_noise(setup, batches, False, 2.0**-53)), TorchRun(setup)
     run.step(batches)
     start = setup.start
     moves = {name: np.abs(array - start[name]).max() for name, array in tensors_of(run.module).items()}
