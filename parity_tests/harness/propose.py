@@ -378,7 +378,7 @@ def loose_cell(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
         found[fitting[0]] = free[fitting[0]]
     near = [path for path in free if parent(path) == parent(next(iter(found)))]
     gates, hidden = shapes[1]
-    biases = {(gates,), (hidden,)} if unit.make is gru else {(gates,)}
+    biases = {(gates,), (2, gates), (hidden,)} if unit.make is gru else {(gates,), (2, gates)}
     for path in near[min(map(near.index, found)) if len(near) > MOST_LEAVES else 0 :]:
         if path not in found and free[path] in biases and len(found) < MOST_LEAVES:
             found[path] = free[path]

@@ -27,8 +27,8 @@ WEIGHT = ("kernel", "w", "weight", "W")
 SCALE = ("scale", "weight", "gamma", "w", "g")
 BIAS = ("bias", "b", "offset", "beta")
 TABLE = ("embedding", "embeddings", "weight", "table", "w")
-MEAN = ("mean", "running_mean", "~/mean_ema/average")
-VARIANCE = ("var", "running_var", "~/var_ema/average")
+MEAN = ("mean", "running_mean", "moving_mean", "~/mean_ema/average")
+VARIANCE = ("var", "running_var", "moving_variance", "~/var_ema/average")
 INPUT_WEIGHT = ("dense_i/kernel", "weight_ih", "w_ih", "w_i")
 STATE_WEIGHT = ("dense_h/kernel", "weight_hh", "w_hh", "w_h")
 JOINT_WEIGHT = ("linear/w", "w_joint")  # [inputs + hidden, gates]; the first is Haiku's
@@ -36,7 +36,7 @@ ROLES = {
     "query": ("query", "q", "q_proj", "query_proj", "to_q"),
     "key": ("key", "k", "k_proj", "key_proj", "to_k"),
     "value": ("value", "v", "v_proj", "value_proj", "to_v"),
-    "out": ("out", "out_proj", "output_proj", "o", "o_proj", "proj", "c_proj", "to_out", "linear"),
+    "out": ("out", "out_proj", "output_proj", "o", "o_proj", "proj", "c_proj", "to_out", "linear", "attention_output"),
 }
 KNOWN = {*WEIGHT, *SCALE, *BIAS, *TABLE, *MEAN, *VARIANCE}
 PARAMETRIZED = "parametrizations.weight."
@@ -984,7 +984,7 @@ def packed_gates(cell: Layer, how: str, gates: str, order: str | None, forget_bi
 def packed_biases(
     cell: Layer, how: str, gates: str, signs: Sequence[str], reorder: Callable[..., Array], added: Mapping[str, float]
 ) -> list[Entry]:
-    """Carry the two biases of each gate: to two leaves, or their sum to one."""
+    """Carry the two biases of each gate: to two leaves, to one that holds both, or their sum to one."""
     if "bias_ih" not in cell.tensors:
         return []
     tensors = cell.tensor("bias_ih"), cell.tensor("bias_hh")
@@ -999,6 +999,13 @@ def packed_biases(
     if one is None:
         return []
     size = cell.tensors["weight_hh"][1]
+    place = cell.leaves[one]
+
+    def stack(by_input: Array, by_state: Array) -> tuple[Array, ...]:
+        return (library_of([by_input]).stack([reorder(by_input), reorder(by_state)]).reshape(place),)
+
+    if math.prod(place) == 2 * len(gates) * size:
+        return [Entry(tensors, (one,), stack, how)]
 
     def convert(by_input: Array, by_state: Array) -> tuple[Array, ...]:
         library = library_of([by_input])

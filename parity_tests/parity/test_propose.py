@@ -463,6 +463,27 @@ def normalised_weights() -> Pair:
     return port(reference, LinenNet(normalised), values(2, 7, 3))
 
 
+def names_of_keras() -> Pair:
+    """Return a norm with statistics and an attention, with the names and the shapes that Keras gives their leaves."""
+
+    def run(tree: Any, x: Any) -> Any:
+        norm, layer = tree["bn"], tree["att"]
+        x = (x - norm["moving_mean"]) / jnp.sqrt(norm["moving_variance"] + 1e-5) * norm["gamma"] + norm["beta"]
+        parts = (layer[role] for role in ("query", "key", "value"))
+        q, k, v = (jnp.einsum("btd,dhf->bthf", x, part["kernel"]) + part["bias"] for part in parts)
+        weights = jax.nn.softmax(jnp.einsum("bqhf,bkhf->bhqk", q, k) / jnp.sqrt(3.0))
+        found, out = jnp.einsum("bhqk,bkhf->bqhf", weights, v), layer["attention_output"]
+        return jnp.einsum("bqhf,hfd->bqd", found, out["kernel"]) + out["bias"]
+
+    sizes = {f"bn/{name}": (6,) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    sizes |= {f"att/{role}/kernel": (6, 2, 3) for role in ("query", "key", "value")}
+    sizes |= {f"att/{role}/bias": (2, 3) for role in ("query", "key", "value")}
+    sizes |= {"att/attention_output/kernel": (2, 3, 6), "att/attention_output/bias": (6,)}
+    layers = {"bn": nn.BatchNorm1d(6), "att": nn.MultiheadAttention(6, 2, batch_first=True)}
+    reference = TorchNet(lambda net, x: net.att(*[net.bn(x.mT).mT] * 3)[0], **layers)
+    return port(reference, in_functions(sizes, run), values(2, 5, 6))
+
+
 SURE: dict[str, Callable[[], Pair]] = {
     function.__name__: function
     for function in (
@@ -480,6 +501,7 @@ SURE: dict[str, Callable[[], Pair]] = {
         attention,
         attention_in_a_stack,
         mobile,
+        names_of_keras,
     )
 }
 
@@ -582,6 +604,24 @@ def lstm_of_a_function() -> Pair:
     return replace(LAYERS["lstm_with_another_order_of_gates"](), weights=None)
 
 
+def gru_with_both_biases_in_one_leaf() -> Pair:
+    """Return a cell as Keras has it: update, reset and new gate, and two rows of biases."""
+
+    def run(tree: Any, xs: Any) -> Any:
+        def step(state: Any, x: Any) -> Any:
+            parts = x @ tree["kernel"] + tree["bias"][0], state @ tree["recurrent_kernel"] + tree["bias"][1]
+            (z, r, n), (z_state, r_state, n_state) = (jnp.split(part, 3, -1) for part in parts)
+            z = jax.nn.sigmoid(z + z_state)
+            state = z * state + (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + r_state) * n_state)
+            return state, state
+
+        return lax.scan(step, jnp.zeros((len(xs), 4), xs.dtype), xs.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    gru = nn.GRU(3, 4, batch_first=True)
+    sizes = {"kernel": (3, 12), "recurrent_kernel": (4, 12), "bias": (2, 12)}
+    return port(TorchNet(lambda net, x: net.gru(x)[0], gru=gru), in_functions(sizes, run), values(2, 5, 3))
+
+
 class FlaxProjection(linen.Module):
     """A matrix that is no layer's, and may be the other way round."""
 
@@ -643,6 +683,11 @@ ASKED: dict[str, tuple[Callable[[], Pair], list[str], str]] = {
         lstm_of_a_function,
         ["layer: lstm(''), or layer: lstm('', order='igfo')"],
         "'layer': lstm('', order='ifog'),",
+    ),
+    "two biases in one leaf": (
+        gru_with_both_biases_in_one_leaf,
+        ["gru: gru('kernel', 'recurrent_kernel', 'bias')"],
+        "'gru': gru('kernel', 'recurrent_kernel', 'bias', order='zrn'),",
     ),
     "a square matrix that is no layer's": (partial(projection, transposed=False), MATRIX, "'': '',"),
     "a square matrix, transposed": (partial(projection, transposed=True), MATRIX, "same('', transposed=True)"),
