@@ -484,6 +484,13 @@ def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     return tuple(found)
 
 
+def is_whole(unit: Unit, option: Option) -> bool:
+    """Return whether all tensors of a unit are carried: a norm's bias has no place where a single factor stands."""
+    own = {layer.tensor(name) for layer in unit.layers for name in layer.tensors}
+    leaves = [leaf for entry in option.entries for leaf in entry.jax]
+    return own <= {name for entry in option.entries for name in entry.torch} and len({*leaves}) == len(leaves)
+
+
 def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
     """Return the rules that may hold instead of the usual one, because neither shape nor name of a leaf tells."""
     known = place.kind in LAYERS_WITH_A_LAYOUT  # a layer of a library
@@ -729,7 +736,7 @@ def align(
         if i and j:
             unit, place = units[rows[i - 1]], places[columns[j - 1]]
             if found := fits.get((rows[i - 1], columns[j - 1]), ()):
-                score = (1.0 if unit.tied else 3.0) + likeness(unit, place)
+                score = (1.0 if unit.tied else 3.0 if is_whole(unit, found[0]) else 2.5) + likeness(unit, place)
                 moves.append((best[i - 1, j - 1] + score, 1, 1, found))
             for count in (2, 3):
                 if j >= count and (found := splits(unit, [places[n] for n in columns[j - count : j]])):

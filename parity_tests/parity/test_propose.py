@@ -484,6 +484,23 @@ def names_of_keras() -> Pair:
     return port(reference, in_functions(sizes, run), values(2, 5, 6))
 
 
+class Scaled(linen.Module):
+    """A layer with a factor of its own beside it, as ConvNeXt's blocks have one."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        """Compute [batch, 6]."""
+        return x + self.param("layer_scale", linen.initializers.ones, (6,)) * linen.Dense(6)(x)
+
+
+def factor_before_a_norm() -> Pair:
+    """Return a port whose norm comes behind a factor of as many values as the norm's scale has."""
+    own = {"fc": nn.Linear(6, 6), "layer_scale": nn.Parameter(torch.ones(6))}
+    block = TorchNet(lambda net, x: x + net.layer_scale * net.fc(x), **own)
+    jax_side = LinenNet(lambda x: linen.Dense(4)(linen.LayerNorm(epsilon=1e-5)(Scaled()(x))))
+    return port(nn.Sequential(block, nn.LayerNorm(6), nn.Linear(6, 4)), jax_side, values(2, 6))
+
+
 SURE: dict[str, Callable[[], Pair]] = {
     function.__name__: function
     for function in (
@@ -502,6 +519,7 @@ SURE: dict[str, Callable[[], Pair]] = {
         attention_in_a_stack,
         mobile,
         names_of_keras,
+        factor_before_a_norm,
     )
 }
 
