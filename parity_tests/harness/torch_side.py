@@ -593,7 +593,7 @@ class Otherwise(TorchFunctionMode):
         if self.eps is not None:
             args, kwargs = tuple(map(self.change, args)), {name: self.change(leaf) for name, leaf in kwargs.items()}
         elif (label := getattr(func, "__name__", "")) == "batch_norm" and "training" in kwargs:
-            kwargs["training"] = not kwargs["training"]
+            kwargs |= {"training": not kwargs["training"], "momentum": 0.0}  # the running statistics stay as they are
             self.changed = f"the statistics of {'the batch' if kwargs['training'] else 'evaluation mode'}"
         elif label == "gelu":
             exact = kwargs.get("approximate") == "tanh"

@@ -380,7 +380,9 @@ def test_stride_average_pool_dropout_and_batch_normalisation_are_compared() -> N
 
 def test_a_wrong_eps_in_the_normalisation_is_found_there() -> None:
     pair = port(lambda tree, images: apply(tree, images, eps=1e-3))  # Keras's eps; Flax's default is PyTorch's 1e-5
-    assert "output of norm" in places(pair, *STAGE_CHECKS)
+    (found,) = examine(pair, names=STAGE_CHECKS).divergences
+    assert found.where == "output of norm"
+    assert "equal with 0.001 in the place of 1e-05" in found.problem
 
 
 class Configured(nn.Sequential):
