@@ -80,6 +80,7 @@ from parity_tests.harness.taps import (
 )
 from parity_tests.harness.torch_side import (
     EPSILONS,
+    FIRST,
     Otherwise,
     Rounded,
     TorchCapture,
@@ -1603,7 +1604,9 @@ class History(NamedTuple):
             if before is None or (self.is_known(before) and not moved) or self.values[before].shape != argument.shape:
                 break  # JAX has the right value, but takes another
             place, actual = before, instead
-        return Origin(place, difference(actual, self.values[place], 0.0).problem, tuple(self.unseen_before(place)))
+        problem, cause = difference(actual, self.values[place], 0.0).problem, cause_of(actual, *self.calls[place])
+        problem = f"{problem}; {cause}" if problem and cause else problem
+        return Origin(place, problem, tuple(self.unseen_before(place)))
 
     def is_known(self, name: str) -> bool:
         """Return whether JAX has this value."""
@@ -1626,11 +1629,13 @@ class History(NamedTuple):
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
                 return name
         several = 2 * len(np.unique(array)) > array.size  # a mask would be a part of everything
-        return next((name for name in larger if several and np.isin(array, self.values[name]).all()), None)
+        parts = (name for name in larger if several and not name.endswith(FIRST))
+        return next((name for name in parts if np.isin(array, self.values[name]).all()), None)
 
     def holder(self, array: np.ndarray, place: str) -> str | None:
         """Return a value before a place that holds this one, where nothing is seen inside, as in an LSTM; or None."""
-        before = [name for name in behind_last_given(self.comparison, place) if name not in self.calls]
+        behind = behind_last_given(self.comparison, place)
+        before = [name for name in behind if name not in self.calls or name.endswith(FIRST)]
         return next((name for name in before if np.isin(array, self.values[name]).all()), None)
 
     def arguments(self, place: str) -> Iterator[tuple[list[str], np.ndarray]]:

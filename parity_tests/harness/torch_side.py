@@ -828,17 +828,24 @@ def sum_of_products(outputs: Any, cotangents: Any) -> torch.Tensor | None:
     return total
 
 
+FIRST = "[0]"  # behind the name of a call: the first of its outputs
+
+
 def calls_in(
     module: nn.Module, inputs: Call, names: Collection[str], *, training: bool
 ) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
-    """Return function, positional and keyword arguments of these calls in a float64 run of the reference."""
-    watch, model = Watch(calls_of=names), fresh_copy(module, training, torch.float64)
+    """Return function, positional and keyword arguments of these calls in a float64 run of the reference.
+
+    The first of several outputs stands for its call: `attention[0]`.
+    """
+    keys = {name: name.removesuffix(FIRST) for name in names}
+    watch, model = Watch(calls_of={*keys.values()}), fresh_copy(module, training, torch.float64)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with watch.attach(model):
         run(model, inputs, lambda outputs: None, torch.float64, watch)
     for buffer, before in buffers:  # the calls run again with the statistics that they had
         buffer.copy_(before)
-    return watch.kept_calls
+    return {name: watch.kept_calls[key] for name, key in keys.items() if key in watch.kept_calls}
 
 
 # The reference's own errors: where it is less exact than float64, so that float64 cannot judge a port of it. Some

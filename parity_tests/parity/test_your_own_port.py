@@ -385,6 +385,21 @@ def test_a_wrong_eps_in_the_normalisation_is_found_there() -> None:
     assert "equal with 0.001 in the place of 1e-05" in found.problem
 
 
+def test_a_wrong_eps_before_an_attention_is_found_in_a_function_without_names() -> None:
+    def apply(tree: Any, x: jax.Array) -> jax.Array:
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        x = x * tree["norm.weight"] + tree["norm.bias"]
+        q, k, v = jnp.split(x @ tree["att.in_proj_weight"].T + tree["att.in_proj_bias"], 3, -1)
+        x = jax.nn.softmax(q @ k.swapaxes(1, 2) / 2) @ v
+        return jnp.tanh(x @ tree["att.out_proj.weight"].T + tree["att.out_proj.bias"])
+
+    layers = {"norm": nn.LayerNorm(4), "att": nn.MultiheadAttention(4, 1, batch_first=True)}
+    reference = TorchNet(lambda net, x: torch.tanh(net.att(*[net.norm(x)] * 3)[0]), **layers)
+    (found,) = examine(Pair(reference, apply, values(4, 5, 4), dict), names=("outputs",)).divergences
+    assert found.where == "output of norm"
+    assert "equal with 1e-06 in the place of 1e-05" in found.problem
+
+
 class Configured(nn.Sequential):
     """Three convolutions of a library that lets nobody ask a module for its settings."""
 
