@@ -1534,11 +1534,18 @@ class Inside:
         self.channels_last = channels_last
         self.by_size: dict[int, list[np.ndarray]] = {}
         self.sums: dict[int, np.ndarray] = {}
+        self.shaped: dict[tuple[int, ...], list[np.ndarray]] = {}
         for value in values:
             self.by_size.setdefault(value.size, []).append(value)
 
-    def of_shape(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the values that fit a shape of PyTorch's, in every layout in which they do."""
+    def of_shape(self, shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Return the values that fit a shape of PyTorch's, in every layout in which they do, each once."""
+        if shape not in self.shaped:
+            self.shaped[shape] = list({value.tobytes(): value for value in self.views(shape)}.values())
+        return self.shaped[shape]
+
+    def views(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the values in every layout that fits a shape of PyTorch's; many are only copies of others."""
         for value in self.by_size.get(prod(shape), []):
             for way in candidates(shape, value.shape, self.channels_last):
                 yield np.asarray(way.to_torch(value))

@@ -28,7 +28,7 @@ from jax_cnn.config import UserError
 from parity_tests import command
 from parity_tests.command import ReportConfig, find_users_frame, load_pair, plant
 from parity_tests.harness import Batch, Inputs, Pair, Result, examine
-from parity_tests.harness.capture import Case, has_training_mode
+from parity_tests.harness.capture import Case, Inside, has_training_mode
 from parity_tests.harness.compare import Refused
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
@@ -398,6 +398,12 @@ def test_a_wrong_eps_before_an_attention_is_found_in_a_function_without_names() 
     (found,) = examine(Pair(reference, apply, values(4, 5, 4), dict), names=("outputs",)).divergences
     assert found.where == "output of norm"
     assert "equal with 1e-06 in the place of 1e-05" in found.problem
+
+
+def test_copies_of_a_value_are_tried_once_for_the_terms_of_a_sum() -> None:
+    value = values(2, 3)
+    inside = Inside([value, value.copy(), value.T.copy(), 2 * value], channels_last=False)
+    assert len([*inside.of_shape((2, 3))]) == 2
 
 
 class Configured(nn.Sequential):
