@@ -1003,7 +1003,10 @@ def of_one_recurrent_module(matches: Sequence[Match]) -> bool:
 
 
 def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
-    """Give square weights the layout that the others show by their shapes, where all leaves of the same name agree."""
+    """Give square weights the layout that the others show by their shapes, where all leaves of the same name agree.
+
+    Leaves with another number of axes may have another layout: theirs is only tried first.
+    """
     shown: dict[tuple[int, str], set[bool]] = {}
     entries = [entry for one in matches if len(one.options) == 1 for entry in one.options[0].entries]
     for entry in (*given.entries, *entries):
@@ -1015,10 +1018,14 @@ def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     for one in matches:
         path = one.options[0].entries[0].jax[0]
         known = shown.get((len(given.leaves[path]), last_name(path)), set())
+        anywhere = {turn for (_, name), found in shown.items() if name == last_name(path) for turn in found}
         turns = [turns_of(option.entries[0], given) for option in one.options]
         kept = tuple(option for option, turn in zip(one.options, turns, strict=True) if turn is None or {turn} == known)
         if len(known) == 1 and 0 < len(kept) < len(one.options):
             one = one._replace(options=kept, evidence=f"{one.evidence}, layout of the other layers")
+        elif not known and len(anywhere) == 1:
+            unlike = [turn is not None and {turn} != anywhere for turn in turns]
+            one = one._replace(options=tuple(one.options[n] for n in sorted(range(len(turns)), key=unlike.__getitem__)))
         settled.append(one)
     return settled
 

@@ -475,10 +475,10 @@ def names_of_keras() -> Pair:
         found, out = jnp.einsum("bhqk,bkhf->bqhf", weights, v), layer["attention_output"]
         return jnp.einsum("bqhf,hfd->bqd", found, out["kernel"]) + out["bias"]
 
-    sizes = {f"bn/{name}": (6,) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
-    sizes |= {f"att/{role}/kernel": (6, 2, 3) for role in ("query", "key", "value")}
-    sizes |= {f"att/{role}/bias": (2, 3) for role in ("query", "key", "value")}
-    sizes |= {"att/attention_output/kernel": (2, 3, 6), "att/attention_output/bias": (6,)}
+    sizes: dict[str, tuple[int, ...]] = {"att/attention_output/kernel": (2, 3, 6), "att/attention_output/bias": (6,)}
+    sizes |= {f"bn/{name}": (6,) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    for role in ("query", "key", "value"):
+        sizes |= {f"att/{role}/kernel": (6, 2, 3), f"att/{role}/bias": (2, 3)}
     layers = {"bn": nn.BatchNorm1d(6), "att": nn.MultiheadAttention(6, 2, batch_first=True)}
     reference = TorchNet(lambda net, x: net.att(*[net.bn(x.mT).mT] * 3)[0], **layers)
     return port(reference, in_functions(sizes, run), values(2, 5, 6))
@@ -744,6 +744,15 @@ def test_layers_of_other_shapes_show_the_layout_of_square_ones(path: str, sizes:
     square = np.asarray(proposal.map.to_leaves(tensors)[path.format("out")])
     expected = np.stack([tensors[f"{i}.out.weight"].T for i in (0, 1)]) if stacked else tensors["out.weight"]
     np.testing.assert_array_equal(square, expected)
+
+
+def test_leaves_with_more_axes_are_tried_first_in_the_layout_of_the_others() -> None:
+    """The outputs decide, but those of a faulty port cannot."""
+    widths = {"up": (4, 8), "down": (8, 4), "out": (4, 4)}
+    module = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in widths.items()})
+    sizes = {"up.weights": (8, 4), "down.weights": (4, 8), "out.weights": (2, 2, 4)}
+    (question,) = propose(module, {path: shape(*size) for path, size in sizes.items()}).ambiguous
+    assert question.startswith("out.weight: linear('out.weights', transposed=False), or"), question
 
 
 class OwnLinear(eqx.Module):
