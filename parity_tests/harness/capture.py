@@ -93,7 +93,7 @@ from parity_tests.harness.torch_side import (
     fresh_copy,
     reference_error,
 )
-from parity_tests.harness.weights import CannotCarry, WeightMap, check_complete, from_function, parent, size_of
+from parity_tests.harness.weights import UNUSED, CannotCarry, WeightMap, check_complete, from_function, parent, size_of
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -243,7 +243,26 @@ class Case:
                 self.pair = pair
             else:
                 self.notes.append("no row of the inputs is zero, because PyTorch gives NaN for it")
+        self.check_probe()
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
+
+    def check_probe(self) -> None:
+        """Refuse inputs that can show nothing.
+
+        Raises:
+            Refused: the reference gives NaN, or is given one number only.
+        """
+        arrays = self.pair.draw_inputs(self.seed, self.sizes[0]).arrays()
+        if all(array.size > 1 and np.ptp(array.astype(np.float32)) == 0 for array in arrays):
+            raise Refused("inputs= gives the same number everywhere, which shows nothing: give some that vary")
+        weights_hold_nan = any(
+            np.isnan(array).any() for array in self.tensors.values()
+        )  # told by the check of transfer
+        if weights_hold_nan or not has_nan(self.first_outputs()):
+            return
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays):
+            raise Refused("inputs= holds NaN or infinities, and PyTorch gives NaN for them: give an example without")
+        raise Refused("PyTorch gives NaN for inputs like the example: give inputs=, a function that draws others")
 
     # --- The JAX side ---
 
@@ -306,7 +325,7 @@ class Case:
         key = jax.random.key(self.seed)
         shapes = jax.eval_shape(self.initialise, key)
         trained = self.model.trainable(shapes)
-        drawn = {id(leaf) for path, leaf in self.model.leaves(shapes).items() if path in trained}
+        drawn = {id(leaf) for path, leaf in self.model.leaves(shapes).items() if path in trained - self.left_out}
         leaves, structure = jax.tree.flatten(shapes)
 
         def make(key: jax.Array) -> dict[int, jax.Array]:
@@ -344,15 +363,22 @@ class Case:
         self.keep_own_values(unused)
         gaps = proposal.gaps._replace(
             torch=tuple(name for name in proposal.gaps.torch if name not in tables),
-            jax=tuple(path for path in proposal.gaps.jax if path not in self.whole_numbers),
+            jax=tuple(path for path in proposal.gaps.jax if path not in self.no_weights),
         )
         return proposal._replace(map=replace(proposal.map, unused=unused), gaps=gaps)
 
     @property
-    def whole_numbers(self) -> frozenset[str]:
-        """Return the leaves of the JAX model that are no weights, such as an order of channels or a mask."""
+    def left_out(self) -> frozenset[str]:
+        """Return what the user declares as unused: names of either side."""
+        declared = self.pair.weights if isinstance(self.pair.weights, Mapping) else {}
+        return frozenset(name for name, rule in declared.items() if rule is UNUSED)
+
+    @property
+    def no_weights(self) -> frozenset[str]:
+        """Return the leaves of the JAX model that are no weights, as an order of channels, or that JAX alone has."""
         leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
-        return frozenset(path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
+        whole = (path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
+        return frozenset(whole) | (self.left_out & leaves.keys())
 
     def find_tables(self, names: Collection[str]) -> frozenset[str]:
         """Return the tensors that a port may compute itself: those that no seed and no training changes.
@@ -549,12 +575,14 @@ def find_map(case: Case) -> Proposal:
                 return Proposal(
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
+            alone = case.left_out & leaves.keys()
+            leaves = {path: leaf for path, leaf in leaves.items() if path not in alone}
             order, flattened = torch_order(case)
             calls, flattened_last = jax_order(case, own)
             return propose(
                 module_with(pair, {}, "float64", case.seed),  # its own values may be those that JAX holds
                 leaves,
-                pair.weights,
+                {name: to for name, to in (pair.weights or {}).items() if name not in alone},
                 order,
                 calls,
                 lambda other: distance(case, other),

@@ -100,7 +100,7 @@ def parameters(case: Case) -> Iterator[Divergence]:
     weight_map = case.weight_map
     own = case.own_variables
     leaves = weight_map.leaves if own is None else case.model.leaves(own)
-    paths = [path for path in leaves if path not in case.whole_numbers]
+    paths = [path for path in leaves if path not in case.no_weights]
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
     for name in gaps.torch:
@@ -116,7 +116,10 @@ def parameters(case: Case) -> Iterator[Divergence]:
         )
     for path in gaps.jax:
         size = size_of(weight_map.leaves[path])
-        yield Divergence("parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts})")
+        hint = "" if callable(case.pair.weights) else f"; if JAX alone has it, declare weights={{{path!r}: unused()}}"
+        yield Divergence(
+            "parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts}){hint}"
+        )
     for path in gaps.twice:
         yield Divergence("parameters", path, "two tensors of PyTorch's fill it")
     with exact_arithmetic("float64"):
@@ -256,6 +259,10 @@ def loss(case: Case) -> Iterator[Divergence]:
             expected = torch_objective(pair)(leaves, targets)
             check_loss("torch_loss", expected)
             reals = {name: leaf for name, leaf in flat(leaves).items() if is_real(leaf)}
+            if not expected.requires_grad:
+                raise Refused("torch_loss= does not depend on the outputs: nothing of it could be compared")
+            if torch.isnan(expected):
+                raise Refused("torch_loss= gives NaN: give targets= that it takes")
             grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
             value, actual_grads = jax_loss_of(case, batch, flat(results))
         where = f"loss, batch of {size}"

@@ -218,16 +218,15 @@ def find_slip(pair: Pair) -> str:
         return f"the JAX model is the class {pair.jax_model.__name__}: give a model, {pair.jax_model.__name__}(...)"
     if pair.inputs is None:
         return "inputs= is None: give an example of what PyTorch takes"
-    if (pair.torch_loss is None) != (pair.jax_loss is None):
-        return "the pair declares the loss of one side only: give torch_loss and jax_loss, or neither"
-    if pair.torch_optimizer is not None and pair.jax_optimizer is None:
-        return "the pair declares PyTorch's optimizer alone: give jax_optimizer= too"
     for name, what in FUNCTIONS.items():
         given = getattr(pair, name)
         if given is not None and (not callable(given) or (isinstance(given, type) and name.endswith("loss"))):
             return f"{name}= is {name_of(given)}: give a function {what}"
     if not (pair.jax_optimizer is None or callable(pair.jax_optimizer) or hasattr(pair.jax_optimizer, "init")):
         return f"jax_optimizer= is {name_of(pair.jax_optimizer)}: give an optax transformation"
+    for what in ("loss", "optimizer", "schedule", "batches"):
+        if (getattr(pair, f"torch_{what}") is None) != (getattr(pair, f"jax_{what}") is None):
+            return f"the pair declares one of torch_{what}= and jax_{what}= only: give both, or neither"
     for name in ("stages", "jax_kwargs", "jax_training_kwargs", "torch_kwargs"):
         if not isinstance(getattr(pair, name), Mapping):
             return f"{name}= is {name_of(getattr(pair, name))}: give a mapping"
@@ -235,6 +234,8 @@ def find_slip(pair: Pair) -> str:
         return f"weights= is {name_of(pair.weights)}: give a mapping of names, or a function from PyTorch's state dict"
     if not (pair.jax_init is None or pair.jax_init == "model" or callable(pair.jax_init)):
         return f'jax_init= is {name_of(pair.jax_init)}: give "model", or a function from a key to JAX\'s variables'
+    if not isinstance(pair.training, bool | None):
+        return f"training={pair.training!r}: give True, False or None"
     for name in ("micro_batches", "schedule_steps"):
         if not isinstance(given := getattr(pair, name), Integral) or given < 1:
             return f"{name}={given!r}: give a whole number, 1 or more"
@@ -323,8 +324,8 @@ def redraw(
         drawn[: min(batch, size)] = rows[: min(batch, size)]
         return drawn.astype(array.dtype)
     is_mask = mask or (np.isin(array, (0, 1)).all() and array.min() < array.max())
-    if not np.issubdtype(array.dtype, np.floating) or is_mask:
-        return rows
+    if not np.issubdtype(array.dtype, np.floating) or is_mask or not np.isfinite(array).all():
+        return rows  # a mask that is added has infinities
     spread = float(array.std()) or 1.0
     drawn = float(array.mean()) * (array.std() > 0) + spread * rng.standard_normal(rows.shape)
     if array.min() >= 0 and array.max() > 0:

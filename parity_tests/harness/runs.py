@@ -468,8 +468,13 @@ class JaxRun:
         kept = []
         for draw in gradients:
             leaves = dict(self._carry(draw, set(self.names)))
+            alone = {name for name in self.names if name not in leaves}  # what only JAX has
             with jax.enable_x64(True):
-                leaves |= {name: jnp.zeros_like(leaves[name]) for name in self.silent}
+                leaves |= {
+                    name: jnp.zeros_like(param)
+                    for name, param in zip(self.names, self.params, strict=True)
+                    if name in self.silent | alone
+                }
             kept.append([leaves[name] for name in self.names])
             del leaves
             if self.programs.take_step is update_step:

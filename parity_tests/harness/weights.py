@@ -1024,7 +1024,10 @@ def packed_biases(
 
 
 def unused() -> Rule:
-    """Carry a tensor nowhere, because the port makes it itself or has no use for it."""
+    """Carry a tensor nowhere, because the port makes it itself or has no use for it.
+
+    As the value of a leaf's path, it leaves what JAX alone has as JAX made it.
+    """
     return UNUSED
 
 

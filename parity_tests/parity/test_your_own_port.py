@@ -29,7 +29,7 @@ from parity_tests import command
 from parity_tests.command import ReportConfig, find_users_frame, load_pair, plant
 from parity_tests.harness import Batch, Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case, Inside, has_training_mode
-from parity_tests.harness.compare import Refused
+from parity_tests.harness.compare import Refused, order_between
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
 from parity_tests.parity.networks import LinenNet, TorchNet, linear, nested, network, values
@@ -323,6 +323,11 @@ def test_sequences_are_turned_where_the_pair_says_so() -> None:
     assert not examine(replace(pair, jax_inputs="channels_last"), names=("parameters", "outputs")).divergences
 
 
+def test_a_mask_that_is_added_keeps_its_infinities() -> None:
+    mask = np.where(np.tri(4), 0, -np.inf).astype(np.float32)
+    np.testing.assert_array_equal(Pair(nn.Identity, None, (values(4, 3), mask)).draw_inputs(0, 4).args[1], mask)
+
+
 def test_keyword_arguments_keep_their_order() -> None:
     example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
     assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
@@ -536,6 +541,7 @@ def test_either_slope_at_a_kink_is_right_and_so_is_a_more_exact_one(module: Any,
 LINEAR: Any = nn.Linear(3, 2)
 DENSE, ROWS = linen.Dense(2), np.ones((2, 3), np.float32)
 FIELDS: dict[str, Any] = {"torch_module": LINEAR, "jax_model": DENSE, "inputs": ROWS}
+OPTIMIZERS: dict[str, Any] = {"torch_optimizer": lambda module: torch.optim.SGD(module.parameters(), 0.1)}
 OF_ANOTHER = torch.optim.SGD(LINEAR.parameters(), 0.1)
 
 
@@ -557,6 +563,9 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"jax_model": linen.Dense(2, dtype=jnp.bfloat16)}, "JAX returns bfloat16"),
     ({"inputs": ROWS.tolist()}, "inputs= is a list without rows: give an array"),
     ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
+    ({"inputs": ROWS * np.array([1, 1, np.nan], np.float32)}, "inputs= holds NaN or infinities"),
+    ({"inputs": lambda rng, size: np.ones((size, 3), np.float32)}, "the same number everywhere, which shows nothing"),
+    ({"torch_module": TorchNet(lambda net, x: net.fc(x).log(), fc=LINEAR)}, "NaN for inputs like the example"),
     ({"jax_inputs": lambda inputs: ROWS}, "jax_inputs= gives a ndarray"),
     ({"jax_kwargs": {"train": 1}}, "the JAX model fails: TypeError: Dense.__call__"),
     ({"jax_init": {}}, 'jax_init= is a dict: give "model"'),
@@ -570,9 +579,13 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"torch_loss": lambda outputs: outputs, "jax_loss": first_of}, "torch_loss= fails: TypeError"),
     ({"torch_loss": first_of, "jax_loss": lambda *of: of[0]}, r"jax_loss= gives values of the shape \[8, 2\]"),
     ({"torch_loss": first_of, "jax_loss": lambda *of: of}, "jax_loss= gives a tuple"),
+    ({"torch_loss": lambda *of: torch.ones(()), "jax_loss": first_of}, "does not depend on the outputs"),
+    ({"torch_loss": lambda *of: first_of(*of) * torch.nan, "jax_loss": first_of}, "torch_loss= gives NaN"),
+    ({"training": "yes"}, "training='yes': give True, False or None"),
+    ({"jax_optimizer": optax.sgd(0.1)}, "one of torch_optimizer= and jax_optimizer= only: give both"),
     ({"jax_optimizer": 0.1}, "jax_optimizer= is a float: give an optax"),
-    ({"jax_optimizer": optax.sgd}, r"jax_optimizer= fails: TypeError: sgd\(\) missing"),
-    ({"jax_optimizer": optax.adamw(0.1, mask={"kernel": True})}, "jax_optimizer= fails: ValueError"),
+    (OPTIMIZERS | {"jax_optimizer": optax.sgd}, r"jax_optimizer= fails: TypeError: sgd\(\) missing"),
+    (OPTIMIZERS | {"jax_optimizer": optax.adamw(0.1, mask={"kernel": True})}, "jax_optimizer= fails: ValueError"),
     (
         {"torch_optimizer": lambda module: OF_ANOTHER, "jax_optimizer": optax.sgd(0.1)},
         "torch_optimizer= makes one of other parameters",
@@ -596,7 +609,7 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
         (Pair(LINEAR, DENSE, ROWS, {"": ROWS}), "weights: '' leads to a ndarray: give the path of a JAX module"),
         (
             Pair(LINEAR, DENSE, ROWS, torch_optimizer=cast(Any, torch.optim.SGD)),
-            "PyTorch's optimizer alone: give jax_optimizer= too",
+            "one of torch_optimizer= and jax_optimizer= only: give both",
         ),
         (Pair(LINEAR, DENSE, ROWS, torch_optimizer=1, jax_optimizer=1), "give a function that makes one for a module"),  # type: ignore[arg-type]
         (
@@ -611,7 +624,7 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
 )
 def test_a_slip_in_a_declaration_is_told_in_words(pair: Pair, words: str) -> None:
     with pytest.raises(Refused, match=words):
-        examine(pair, names=("parameters", "data", "outputs", "schedule", "optimizer", "trajectory"))
+        examine(pair, names=("parameters", "data", "outputs", "loss", "schedule", "optimizer", "trajectory"))
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
@@ -1217,17 +1230,18 @@ class Shifted(nn.Module):
         return self.fc(x[:, :3]) + self.shift
 
 
-def test_what_a_port_does_not_need_is_told_in_one_line_for_all_layers_and_keeps_its_own_values() -> None:
+def test_what_one_side_does_not_need_is_told_in_one_line_for_all_layers_and_keeps_its_own_values() -> None:
     def net(tree: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x[:, :3] @ tree["0.fc.weight"].T)[:, :3] @ tree["2.fc.weight"].T
 
-    own = {f"{i}.fc.weight": np.ones((4, 3)) for i in (0, 2)}
+    own = {f"{i}.fc.weight": np.ones((4, 3)) for i in (0, 2)} | {"spare": np.ones(2)}
     reference = nn.Sequential(Shifted(), nn.Tanh(), Shifted())
     pair = Pair(reference, (own, net), np.ones((4, 3), np.float32))
     found = examine(pair, names=("parameters",)).divergences
-    assert [each.where for each in found] == ["0.shift", "2.shift"]
-    assert all("weights={'{i}.shift': unused()}" in str(each) for each in found)
-    result = examine(replace(pair, weights={"{i}.shift": unused()}), names=("parameters", "outputs", "trajectory"))
+    assert [each.where for each in found] == ["0.shift", "2.shift", "spare"]
+    assert ["weights={'{i}.shift': unused()}" in str(each) for each in found] == [True, True, False]
+    declared = replace(pair, weights={"{i}.shift": unused(), "spare": unused()})
+    result = examine(declared, names=("parameters", "outputs", "optimizer", "trajectory"))
     assert not result.divergences, "\n".join(map(str, result.divergences))
 
 
@@ -1379,6 +1393,7 @@ def test_another_order_of_the_same_values_is_named(move: Callable[[jax.Array], j
     (found,) = examine(Pair(reference, LinenNet(port), values(4, 6, 3)), names=("outputs",)).divergences
     assert found.where == "output of flip"
     assert words in found.problem
+    assert not order_between(np.arange(3.0) + 1e-12, np.arange(3.0))
 
 
 class WithoutMode(linen.Module):
