@@ -435,7 +435,7 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         for item, note in items:
             names = by_note.setdefault(note, [])
             names += [] if item.name in names else [item.name]
-        sides = [f"{shorten(names)} {note}" if len(by_note) > 1 else note for note, names in by_note.items()]
+        sides = [f"{shorten(names)} {note}" if len(by_note) > 1 and note else note for note, names in by_note.items()]
         worst = max((item for item, _ in items), key=lambda item: item.error).problem
         rest = "nothing else differs: look at the learning rate, eps and what else makes the step of the moments"
         cause = [*counts, text, *sides, rest if not text and not counts and tensors.keys() == {"weights"} else ""]

@@ -602,6 +602,9 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
         actual2, expected2, old2 = steps[1][name, path]
         keeps = [slope(new - new2, old - old2) or 0.0 for new, new2 in ((actual, actual2), (expected, expected2))]
         share = slope(actual - keeps[0] * old, expected - keeps[1] * old)
+        part = share and share * (1 - keeps[1]) / ((1 - keeps[0]) or 1.0)  # of the batch's own statistics
+        size = 1 / (1 - part) if part and part < 1 - 1e-9 else 0.5
+        biased = f"{size - 1:.0f}/{size:.0f} of PyTorch's" if abs(size - round(size)) < 1e-3 else ""  # in each norm
         if abs(keeps[0] - keeps[1]) > 1e-6:
             sense = ": the momentum is meant in the other sense" if abs(keeps[0] + keeps[1] - 1) < 1e-6 else ""
             if abs(keeps[0] * (1 - keeps[1]) - keeps[1]) < 1e-6:
@@ -609,16 +612,14 @@ def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, l
             if abs(keeps[0] - 1) < 1e-12:
                 sense = ": a JAX function returns new statistics as (outputs, variables)"
             text = f"JAX keeps {keeps[0]:.4g} of the old value, PyTorch {keeps[1]:.4g}{sense}"
+            note = f"takes the biased variance of the batch too, {biased}" if biased else ""
+        elif biased:
+            text, note = "JAX takes the biased variance of the batch", biased
         elif share and abs(share - 1) > 1e-9:
-            size = 1 / (1 - share) if share < 1 else 0.5
-            if abs(size - round(size)) < 1e-3:  # another number in each norm, and one cause
-                note = f"{size - 1:.0f}/{size:.0f} of PyTorch's"
-                causes.setdefault(name, [("JAX takes the biased variance of the batch", note)])
-                continue
-            text = f"JAX takes {share:.6g} times PyTorch's share of the batch"
+            text, note = f"JAX takes {share:.6g} times PyTorch's share of the batch", ""
         else:
             continue
-        causes.setdefault(name, [(text, "")])
+        causes.setdefault(name, [(text, note)])
     return causes
 
 
