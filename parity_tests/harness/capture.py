@@ -1064,9 +1064,11 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
     if not any_problem(inherited, local):
         return comparison
-    comparison = exchange_operations(sweeper, excuse_rounding(sweeper, comparison))
+    comparison = excuse_rounding(sweeper, comparison)
+    moved = find_moved(sweeper, comparison)
+    comparison = comparison if moved else exchange_operations(sweeper, comparison)
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, comparison))
-    comparison = comparison._replace(idle=idle)
+    comparison = tell_once(sweeper, comparison._replace(idle=idle), moved)
     try:
         comparison = comparison._replace(causes={**find_causes(sweeper, comparison), **comparison.causes})
         return comparison._replace(origins=find_origins(sweeper, comparison))
@@ -1433,6 +1435,69 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
             del sweeper.functions[place]
             comparison = comparison._replace(functions=kept, unseen={**comparison.unseen, place: ""})
     return comparison
+
+
+def find_moved(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
+    """Return the stages that JAX computes in another place of the network, as norms behind the layers, and where.
+
+    JAX cannot compute a stage before another one from which PyTorch computes it, unless one of the two has moved.
+    """
+    stages = {name: stage for name, stage in sweeper.stages.items() if stage.sure}
+    places, moved = {name: number for number, name in enumerate(sweeper.traced.taps)}, dict[str, str]()
+    for after in [name for name, value in comparison.local.values.items() if value.problem and name in stages]:
+        for before in inputs_of(comparison, after) & stages.keys():
+            if places[stages[after].jax] > places[stages[before].jax]:
+                continue
+            if "norm" in stages[after].kind.lower() and "norm" not in stages[before].kind.lower():
+                moved[after] = f"JAX computes {before} from it, PyTorch it from {before}"
+            else:
+                moved[before] = f"JAX computes it behind {after}, PyTorch {after} from it"
+    return moved
+
+
+def tell_once(sweeper: Sweeper, comparison: Comparison, moved: Mapping[str, str]) -> Comparison:
+    """Take back differences that another one explains: those after a cast to 16 bits, or around a stage that moved.
+
+    What either side computes from such a stage goes on with another value.
+    """
+    stages, taps, local = sweeper.stages, sweeper.traced.taps, comparison.local
+    both = {**stages, **sweeper.functions}
+    dtypes = {name: taps[stage.jax].dtype for name, stage in both.items()}
+    narrow = {name for name, dtype in dtypes.items() if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4}
+    sources = narrow | moved.keys()
+    if not sources:
+        return comparison
+
+    def errors_without(free: Collection[str]) -> dict[str, float]:
+        given = {*stages} - {*free}
+        return errors_of(*sweeper.side(sweeper.run(lambda name: name in given, lambda name: False)))
+
+    explained = {name for name in {*both, *local.outputs} if inputs_of(comparison, name) & sources}
+    if moved:
+        explained |= {name for name, stage in both.items() if not stage.sure}  # its neighbours told what it is
+        before, after = errors_without(()), errors_without(moved)
+        explained |= {name.removeprefix("output ") for name in before if abs(after[name] - before[name]) > EQUAL}
+    rounded = "what follows from it is rounded too, and was not judged"
+    limits = dict.fromkeys(explained - moved.keys(), np.inf)
+    silent = {name for name in moved if name in local.values and not local.values[name].problem}
+    whole = {name: comparison.inherited.values[name] for name in silent}
+    local = local._replace(values=excuse({**local.values, **whole}, limits), outputs=excuse(local.outputs, limits))
+    return comparison._replace(
+        local=local,
+        functions=excuse(comparison.functions, limits),
+        born=(*comparison.born, *(limits.keys() & both.keys())),
+        causes={**comparison.causes, **dict.fromkeys(narrow - explained, rounded), **moved},
+    )
+
+
+def inputs_of(comparison: Comparison, name: str) -> set[str]:
+    """Return the nearest stages from which PyTorch computes a value."""
+    seen, ends = set[str](), [name]
+    while ends:
+        new = set(comparison.sources.get(ends.pop(), ())) - seen
+        seen |= new
+        ends += new - comparison.stages.keys()
+    return seen & comparison.stages.keys()
 
 
 def errors_of(side: Side, functions: Mapping[str, Difference] | None = None) -> dict[str, float]:

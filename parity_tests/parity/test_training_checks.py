@@ -555,7 +555,10 @@ def test_the_rounding_that_an_optimizer_amplifies_in_one_tensor_excuses_as_much_
         ({"keep": 1.0}, ["JAX keeps 1 of the old value, PyTorch 0.9: a JAX function returns new statistics as"]),
         (
             {"keep": 0.2, "biased": True},
-            ["JAX keeps 0.2 of the old value, PyTorch 0.9", "norm.running_var takes the biased variance of the batch too"],
+            [
+                "JAX keeps 0.2 of the old value, PyTorch 0.9",
+                "norm.running_var takes the biased variance of the batch too",
+            ],
         ),
         ({"biased": True}, ["norm.running_var after step 1, batch of 8: ", "the biased variance of the batch; 7/8 of"]),
     ],

@@ -854,6 +854,42 @@ def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_to
     assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
 
 
+@pytest.mark.parametrize("pre", [True, False])
+def test_a_norm_in_another_place_is_told_once_and_not_again_where_it_is_used(pre: bool) -> None:
+    """PyTorch's TransformerEncoderLayer has its norms behind the residual sums by default."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer, norm in ((net.one, net.norm1), (net.two, net.norm2)):
+            x = x + layer(norm(x)).tanh() if pre else norm(x + layer(x).tanh())
+        return net.head(x)
+
+    def port(x: jax.Array) -> jax.Array:
+        for name, number in (("one", 1), ("two", 2)):
+            layer, norm = linen.Dense(6, name=name), linen.LayerNorm(epsilon=1e-5, name=f"norm{number}")
+            x = norm(x + jnp.tanh(layer(x))) if pre else x + jnp.tanh(layer(norm(x)))
+        return linen.Dense(3, name="head")(x)
+
+    layers = {"one": nn.Linear(6, 6), "two": nn.Linear(6, 6), "norm1": nn.LayerNorm(6), "norm2": nn.LayerNorm(6)}
+    reference = TorchNet(forward, **layers, head=nn.Linear(6, 3))
+    found = examine(Pair(reference, LinenNet(port), values(4, 6)), names=("outputs", "gradients")).divergences
+    assert [each.where for each in found] == ["output of norm1", "output of norm2"]
+    assert ("JAX computes it behind one" if pre else "JAX computes one from it") in found[0].problem
+
+
+def test_a_layer_of_16_bits_is_told_once_and_not_where_its_value_is_used() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        y = jnp.tanh(linen.Dense(6, name="one", dtype=jnp.bfloat16)(x))
+        return linen.Dense(3, name="head")(linen.LayerNorm(epsilon=1e-5, name="norm")(x + y))
+
+    reference = TorchNet(
+        lambda net, x: net.head(net.norm(x + net.one(x).tanh())),
+        **{"one": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "head": nn.Linear(6, 3)},
+    )
+    (found,) = examine(Pair(reference, LinenNet(port), values(4, 6)), names=("outputs", "gradients")).divergences
+    assert found.where == "output of one"
+    assert found.problem.startswith("JAX's dtype is bfloat16, PyTorch's float64; what follows from it is rounded too")
+
+
 @pytest.mark.parametrize("by", ["modules", "functions"])
 def test_two_operations_in_the_other_order_are_told_once(by: str) -> None:
     def port(x: jax.Array) -> jax.Array:
