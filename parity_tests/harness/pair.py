@@ -224,7 +224,7 @@ def find_slip(pair: Pair) -> str:
             return f"{name}= is {name_of(given)}: give a function {what}"
     if not (pair.jax_optimizer is None or callable(pair.jax_optimizer) or hasattr(pair.jax_optimizer, "init")):
         return f"jax_optimizer= is {name_of(pair.jax_optimizer)}: give an optax transformation"
-    for what in ("loss", "optimizer", "schedule", "batches"):
+    for what in ("loss", "optimizer", "batches"):
         if (getattr(pair, f"torch_{what}") is None) != (getattr(pair, f"jax_{what}") is None):
             return f"the pair declares one of torch_{what}= and jax_{what}= only: give both, or neither"
     for name in ("stages", "jax_kwargs", "jax_training_kwargs", "torch_kwargs"):
