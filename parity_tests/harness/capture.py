@@ -112,6 +112,9 @@ EQUAL = 1e-9  # relative: values of both sides that differ less are one value, w
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 MOST_PAIRS = 2_000  # values of JAX's that are tried for the two arguments of one operation
+NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
+TIMES_BESIDE_ZERO = 3  # such inputs are drawn
+SORTING = ("topk", "sort", "argsort", "argmax", "argmin")
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
@@ -243,8 +246,32 @@ class Case:
                 self.pair = pair
             else:
                 self.notes.append("no row of the inputs is zero, because PyTorch gives NaN for it")
+        elif not callable(pair.inputs) and self.chooses_at_zero(outputs):
+            self.pair = replace(pair, inputs=partial(draw_like, pair.inputs, zeros=False))
+            self.notes.append(
+                "no row of the inputs is zero: PyTorch chooses between equal values there, as a top-k does"
+            )
         self.check_probe()
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
+
+    def chooses_at_zero(self, outputs: Mapping[str, Any]) -> bool:
+        """Return whether the reference sorts, and beside an input of 0 it has other outputs: at 0, values are equal."""
+        inputs = self.cast(self.pair.draw_inputs(self.seed, self.sizes[-1]), "float64")
+        rng = np.random.default_rng(self.seed)
+
+        def beside(leaf: np.ndarray) -> np.ndarray:
+            zeros = (leaf == 0) * np.issubdtype(leaf.dtype, np.floating)
+            return np.where(zeros, NEARLY_ZERO * rng.normal(size=leaf.shape), leaf) if zeros.any() else leaf
+
+        for _ in range(TIMES_BESIDE_ZERO):
+            with Sorts() as sorts:
+                again = flat(self.torch_outputs(inputs.map(beside)))
+            if not sorts.seen:
+                return False
+            floats = [name for name, leaf in outputs.items() if torch.is_tensor(leaf) and leaf.is_floating_point()]
+            if any(relative_error(again[name].numpy(), outputs[name].numpy()) > JUMP for name in floats):
+                return True
+        return False
 
     def check_probe(self) -> None:
         """Refuse inputs that can show nothing.
@@ -591,6 +618,17 @@ def find_map(case: Case) -> Proposal:
             )
     except CannotCarry as error:
         raise Refused(str(error)) from error
+
+
+class Sorts(TorchFunctionMode):
+    """Notes whether a function is called that chooses between values: which of equal ones comes first is not said."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        self.seen |= getattr(func, "__name__", "") in SORTING
+        return func(*args, **(kwargs or {}))
 
 
 class Sizes(TorchFunctionMode):
@@ -1098,7 +1136,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         for kind, errors in allowed.items()
     }
     comparison = excuse_tiny(sweeper, excuse_constants(sweeper, take_back(sweeper, comparison, limits)))
-    comparison = excuse_kinks(sweeper, excuse_tables(sweeper, comparison))
+    comparison = excuse_ties(sweeper, excuse_kinks(sweeper, excuse_tables(sweeper, comparison)))
     small = [
         difference.error
         for side in (comparison.inherited, comparison.local)
@@ -1218,6 +1256,29 @@ def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     sweeper.case.shared["kinks"] = True
     note = "an activation has two slopes where its input is exactly 0: JAX takes the one, PyTorch the other"
     return comparison._replace(notes=(*comparison.notes, note))
+
+
+def excuse_ties(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Take back differences of gradients by how a maximum along an axis shares its gradient among equal values.
+
+    `torch.max` gives it to one of them, `jnp.max` to all. Equal are the values of a channel whose scale is 0: both
+    sides run again with the scales of 0 moved. A max-pool gives it to the first value on both sides.
+    """
+    gradients = [part for side in (comparison.inherited, comparison.local) for part in (side.gradients, side.weights)]
+    ties = any(re.search(r"(^|\.)(max|min)(#\d+)?\[0\]$", name) for name in comparison.order)
+    pools = any("MaxPool" in kind for kind in sweeper.reference.kinds.values())
+    wrong = has_problem(comparison.inherited.outputs) or has_problem(comparison.local.values)
+    if not ties or pools or wrong or not has_problem(comparison.inherited.weights) or sweeper.dtype != "float64":
+        return comparison
+    other = copy.copy(sweeper)
+    moved = {name: np.where(array == 0, 1.0, array) for name, array in sweeper.case.tensors.items() if array.ndim == 1}
+    other.load(sweeper.seed, {**sweeper.case.tensors, **moved})
+    if has_problem(other.side(other.steered(False, False))[0].weights):
+        return comparison
+    everything = {name: np.inf for part in gradients for name in part}
+    note = "PyTorch's max gives the gradient to one of several equal values, JAX's to all: compared without equal ones"
+    limits: Limits = {"outputs": {}, "values": {}} | dict.fromkeys(("gradients", "weights"), everything)
+    return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
 
 
 def excuse_own_errors(sweeper: Sweeper, comparison: Comparison) -> Comparison:

@@ -264,7 +264,7 @@ def loss(case: Case) -> Iterator[Divergence]:
             if torch.isnan(expected):
                 raise Refused("torch_loss= gives NaN: give targets= that it takes")
             grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
-            value, actual_grads = jax_loss_of(case, batch, flat(results))
+            value, actual_grads = jax_loss_of(case, batch, flat(results), size)
         where = f"loss, batch of {size}"
         found = list(compare("loss", {where: value}, {where: np.asarray(expected.detach())}, LOSS_BOUND))
         yield from found
@@ -290,14 +290,16 @@ def is_real(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def jax_loss_of(case: Case, batch: Batch, results: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def jax_loss_of(
+    case: Case, batch: Batch, results: Mapping[str, Any], size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return JAX's loss of PyTorch's outputs, and its gradients by them in PyTorch's layouts."""
     call = case.cast(case.jax_inputs(as_inputs(batch.inputs)), "float64")
     tensors = {name: jnp.asarray(array, jnp.float64) for name, array in case.tensors.items()}
     shapes = jax.eval_shape(case.run(training=False), tensors, jax.tree.map(to_jnp, (call.args, call.kwargs)))
     aligned = align_outputs(results, flat(shapes), case.channels_last)
     if any(len(output.ways) > 1 for output in aligned.values()):
-        aligned = Sweeper(case, case.sizes[0], False, verify=False, inside=False).outputs
+        aligned = Sweeper(case, size, False, verify=False, inside=False).outputs
     names = {output.jax: name for name, output in aligned.items()}
     constants = {
         output.jax: jnp.asarray(output.carry.to_jax(results[name].numpy()))
@@ -362,8 +364,11 @@ def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tup
         return
     stages = [name for name, difference in comparison.local.gradients.items() if difference.problem]
     weights = [name for name, difference in comparison.local.weights.items() if difference.problem]
-    for name in reversed(stages):
-        yield f"gradient by the output of {name}", comparison.local.gradients[name].problem
+    told, last_first = set[str](), [*reversed(stages)]
+    for name in sorted(last_first, key=lambda name: name in comparison.local.outputs):  # a module's own name first
+        if (problem := comparison.local.gradients[name].problem) not in told:
+            told.add(problem)
+            yield f"gradient by the output of {name}", problem
     for name in weights:
         yield f"gradient by {name}", comparison.local.weights[name].problem
     if not stages and not weights:

@@ -854,6 +854,46 @@ def test_a_fault_in_front_of_a_sum_is_named_once_and_a_second_fault_behind_it_to
     assert (rows["gelu"], rows["second"], rows["add"]) == (BORN, INHERITED, SAME_LOCALLY)
 
 
+def routed(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the two experts that a gate without a bias chooses."""
+    chosen = functional.one_hot(net.gate(x).topk(2).indices, 4).to(x.dtype).mean(1)
+    return torch.stack([expert(x) for expert in net.experts], -1) @ chosen[..., None]
+
+
+def test_which_of_equal_values_a_top_k_chooses_is_no_fault() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        chosen = jax.nn.one_hot(lax.top_k(linen.Dense(4, use_bias=False, name="gate")(x), 2)[1], 4).mean(1)
+        return jnp.stack([linen.Dense(3, name=f"experts_{i}")(x) for i in range(4)], -1) @ chosen[..., None]
+
+    layers = {"gate": nn.Linear(6, 4, bias=False), "experts": nn.ModuleList([nn.Linear(6, 3) for _ in range(4)])}
+    result = examine(Pair(TorchNet(routed, **layers), LinenNet(port), values(4, 6)), names=("outputs",))
+    assert not result.divergences, "\n".join(map(str, result.divergences))
+    assert any("chooses between equal values" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_how_a_maximum_over_an_axis_shares_its_gradient_among_equal_values_is_no_fault(stopped: bool) -> None:
+    """As in a PointNet: the probe has a channel whose scale is 0."""
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(8, name="fc")(x)
+        x = linen.LayerNorm(epsilon=1e-5, name="norm")(lax.stop_gradient(x) if stopped else x).max(1)
+        return linen.Dense(3, name="head")(x)
+
+    layers = {"fc": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "head": nn.Linear(8, 3)}
+    reference = TorchNet(lambda net, x: net.head(net.norm(net.fc(x)).max(1)[0]), **layers)
+    result = examine(Pair(reference, LinenNet(port), values(4, 5, 6)), names=("outputs", "gradients"))
+    assert bool(result.divergences) == stopped, "\n".join(map(str, result.divergences))
+
+
+def test_the_layout_of_outputs_is_found_for_each_size_of_batch() -> None:
+    """Outputs with the time first, of as many steps as the larger batch has examples."""
+    reference = TorchNet(lambda net, x: net.fc(x).transpose(0, 1), fc=nn.Linear(3, 5))
+    port = LinenNet(lambda x: linen.Dense(5, name="fc")(x).swapaxes(0, 1))
+    losses: dict[str, Any] = dict.fromkeys(("torch_loss", "jax_loss"), lambda outputs, _: (outputs[0] ** 2).sum())
+    assert examine(Pair(reference, port, values(4, 8, 3), **losses), names=("loss",)).passed == ["loss"]
+
+
 @pytest.mark.parametrize("pre", [True, False])
 def test_a_norm_in_another_place_is_told_once_and_not_again_where_it_is_used(pre: bool) -> None:
     """PyTorch's TransformerEncoderLayer has its norms behind the residual sums by default."""
