@@ -114,7 +114,7 @@ LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 MOST_PAIRS = 2_000  # values of JAX's that are tried for the two arguments of one operation
 NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
 TIMES_BESIDE_ZERO = 3  # such inputs are drawn
-SORTING = ("topk", "sort", "argsort", "argmax", "argmin")
+CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "grad")  # a derivative has one of two slopes at a kink
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
@@ -249,13 +249,14 @@ class Case:
         elif not callable(pair.inputs) and self.chooses_at_zero(outputs):
             self.pair = replace(pair, inputs=partial(draw_like, pair.inputs, zeros=False))
             self.notes.append(
-                "no row of the inputs is zero: PyTorch chooses between equal values there, as a top-k does"
+                "no row of the inputs is zero: PyTorch chooses there, as a top-k between equal values, or a derivative "
+                "between two slopes"
             )
         self.check_probe()
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     def chooses_at_zero(self, outputs: Mapping[str, Any]) -> bool:
-        """Return whether the reference sorts, and beside an input of 0 it has other outputs: at 0, values are equal."""
+        """Return whether the reference chooses, as by sorting, and has other outputs beside an input of 0."""
         inputs = self.cast(self.pair.draw_inputs(self.seed, self.sizes[-1]), "float64")
         rng = np.random.default_rng(self.seed)
 
@@ -264,9 +265,9 @@ class Case:
             return np.where(zeros, NEARLY_ZERO * rng.normal(size=leaf.shape), leaf) if zeros.any() else leaf
 
         for _ in range(TIMES_BESIDE_ZERO):
-            with Sorts() as sorts:
+            with Choices() as choices:
                 again = flat(self.torch_outputs(inputs.map(beside)))
-            if not sorts.seen:
+            if not choices.seen:
                 return False
             floats = [name for name, leaf in outputs.items() if torch.is_tensor(leaf) and leaf.is_floating_point()]
             if any(relative_error(again[name].numpy(), outputs[name].numpy()) > JUMP for name in floats):
@@ -620,14 +621,14 @@ def find_map(case: Case) -> Proposal:
         raise Refused(str(error)) from error
 
 
-class Sorts(TorchFunctionMode):
-    """Notes whether a function is called that chooses between values: which of equal ones comes first is not said."""
+class Choices(TorchFunctionMode):
+    """Notes whether a function is called that chooses: which of equal values comes first is not said."""
 
     seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
-        self.seen |= getattr(func, "__name__", "") in SORTING
+        self.seen |= getattr(func, "__name__", "") in CHOOSING
         return func(*args, **(kwargs or {}))
 
 

@@ -868,7 +868,29 @@ def test_which_of_equal_values_a_top_k_chooses_is_no_fault() -> None:
     layers = {"gate": nn.Linear(6, 4, bias=False), "experts": nn.ModuleList([nn.Linear(6, 3) for _ in range(4)])}
     result = examine(Pair(TorchNet(routed, **layers), LinenNet(port), values(4, 6)), names=("outputs",))
     assert not result.divergences, "\n".join(map(str, result.divergences))
-    assert any("chooses between equal values" in note for note in result.notes)
+    assert any("PyTorch chooses there" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_which_of_two_slopes_a_derivative_in_a_forward_has_is_no_fault(stopped: bool) -> None:
+    """As in the gradient penalty of a WGAN: at the row of zeros, a bias of 0 leaves leaky ReLU at its kink."""
+
+    def penalty(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        score = net.score(functional.leaky_relu(net.fc(x), 0.2))
+        return (torch.autograd.grad(score.sum(), x, create_graph=True)[0].norm(2, dim=1) - 1) ** 2
+
+    def port(variables: Any, x: jax.Array) -> jax.Array:
+        def score(x: jax.Array) -> jax.Array:
+            hidden = jax.nn.leaky_relu(x @ variables["fc.weight"].T + variables["fc.bias"], 0.2)
+            return (hidden @ variables["score.weight"].T + variables["score.bias"]).sum()
+
+        slope = jax.grad(score)(x)
+        return (jnp.linalg.norm(lax.stop_gradient(slope) if stopped else slope, axis=1) - 1) ** 2
+
+    reference = TorchNet(penalty, fc=nn.Linear(6, 8), score=nn.Linear(8, 1))
+    result = examine(Pair(reference, port, values(8, 6), dict), names=("outputs", "gradients"))
+    assert bool(result.divergences) == stopped, "\n".join(map(str, result.divergences))
 
 
 @pytest.mark.parametrize("stopped", [False, True])
