@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # the process that only hands out the tests need not load the
 
 MOST_WORKERS = 4  # each loads both frameworks, which takes about 3 GB
 LONGEST = (  # a minute and more
-    *("test_parity.py", "test_checkpoint.py", "test_faults.py", "test_adapters.py", "test_notebook.py"),
+    *("test_parity.py", "test_checkpoint.py", "test_faults.py", "test_adapters.py"),
     *("test_trainers.py", "test_devices.py", "test_comparison.py"),
 )
 

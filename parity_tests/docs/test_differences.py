@@ -149,6 +149,7 @@ print(one / 2, f"{1.5e-8:.1e}")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("data_dir")
 def test_every_example_prints_what_the_page_says() -> None:
     assert PAGE.count("\n```text\n") > 20
