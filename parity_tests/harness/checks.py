@@ -465,13 +465,12 @@ def epoch_of(case: Case, epoch: int) -> Iterator[tuple[Batch, Batch]]:
 
 
 def batches_of(case: Case, steps: int) -> list[BatchPair]:
-    """Return the batches of these steps; a large network takes fewer, and smaller ones.
+    """Return the batches of these steps; a large network takes fewer.
 
     They have one size, if no data pipelines are given: another is one more program to compile, and its gradients are
     compared elsewhere.
     """
-    steps, size = (steps, case.sizes[0]) if case.small else (FEW_STEPS, min(case.sizes))
-    return training_batches(case, steps * case.pair.micro_batches, (size,))
+    return training_batches(case, (steps if case.small else FEW_STEPS) * case.pair.micro_batches, case.sizes[:1])
 
 
 def for_torch(case: Case, batch: Batch) -> Any:
