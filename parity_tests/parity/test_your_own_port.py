@@ -908,6 +908,16 @@ def test_how_a_maximum_over_an_axis_shares_its_gradient_among_equal_values_is_no
     assert bool(result.divergences) == stopped, "\n".join(map(str, result.divergences))
 
 
+def test_complex_inputs_that_vary_in_one_part_only_are_compared() -> None:
+    reference = TorchNet(lambda net, z: net.fc(z.imag), fc=nn.Linear(4, 3))
+
+    def port(variables: Any, z: jax.Array) -> jax.Array:
+        return z.imag @ variables["fc.weight"].T + variables["fc.bias"]
+
+    inputs = (1 + 1j * values(4, 4)).astype(np.complex64)
+    assert examine(Pair(reference, port, inputs, dict), names=("outputs",)).passed == ["outputs"]
+
+
 def test_the_layout_of_outputs_is_found_for_each_size_of_batch() -> None:
     """Outputs with the time first, of as many steps as the larger batch has examples."""
     reference = TorchNet(lambda net, x: net.fc(x).transpose(0, 1), fc=nn.Linear(3, 5))
