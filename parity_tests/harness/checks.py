@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy  # its statistics load where `initialisation` uses them: they take two seconds
 import torch
 from jax import numpy as jnp
-from scipy import stats
 from torch import nn
 
 from parity_tests.harness import training
@@ -613,7 +613,7 @@ def compare_distributions(
         problem = find_difference_of_distributions(np.stack(in_jax[name, path]), np.stack(draws), level)
         if not problem and (name, path) in evenness:
             ours, theirs = np.transpose(evenness[name, path])
-            if (p_value := stats.ks_2samp(ours, theirs).pvalue) < level:
+            if (p_value := scipy.stats.ks_2samp(ours, theirs).pvalue) < level:
                 even = "JAX's" if ours.mean() < theirs.mean() else "PyTorch's"
                 problem = f"singular values differ: p = {p_value:.1e} < {level:.1e}; {even} are more even (orthogonal?)"
         if problem:
@@ -651,9 +651,9 @@ def find_difference_of_distributions(actual: np.ndarray, expected: np.ndarray, l
     if np.ptp(actual) == 0:
         return f"JAX's values are all {actual[0]:g}, PyTorch's are not"
     p_values = {
-        "distribution (Kolmogorov-Smirnov)": stats.ks_2samp(actual, expected).pvalue,
-        "mean (Welch's t)": stats.ttest_ind(actual, expected, equal_var=False).pvalue,
-        "mean square (Welch's t)": stats.ttest_ind(actual**2, expected**2, equal_var=False).pvalue,
+        "distribution (Kolmogorov-Smirnov)": scipy.stats.ks_2samp(actual, expected).pvalue,
+        "mean (Welch's t)": scipy.stats.ttest_ind(actual, expected, equal_var=False).pvalue,
+        "mean square (Welch's t)": scipy.stats.ttest_ind(actual**2, expected**2, equal_var=False).pvalue,
         "largest value": probability_beyond(actual, expected),
         "smallest value": probability_beyond(-actual, -expected),
     }
