@@ -44,8 +44,10 @@ from parity_tests.support import (
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 STATE_DICT = Path("weights.pth")  # the same, as PyTorch saves it
 COUNT = 300  # images: a full batch and a smaller one
-# The worst difference of a probability between the frameworks, over the 10,000 test images after five epochs: 7.2e-7.
-AGREEMENT = 1e-6
+# Allowed difference of a probability between the frameworks. It depends on the processor, which decides how JAX sums:
+# the worst over the 10,000 test images was 7.2e-7 with AVX-512 (after five epochs), and 1.8e-6 with AVX2 (five seeds,
+# trained like the network here), nearly all of it JAX's rounding. A pixel that is off by one changes 3.6e-4 or more.
+AGREEMENT = 5e-6
 
 PORTRAIT = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")  # a photograph before a flag
 
@@ -117,7 +119,7 @@ def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
 def test_a_pixel_that_is_off_by_one_exceeds_the_bound(data: FashionMNIST, network: Network) -> None:
     pixels = data.test_images[:COUNT].copy()
     pixels[:, 14, 14] ^= 1
-    with pytest.raises(AssertionError, match=r"> 1\.0e-06"):
+    with pytest.raises(AssertionError, match=r"> 5\.0e-06"):
         assert_agreement(network(pixels), network(data.test_images[:COUNT]))
 
 
