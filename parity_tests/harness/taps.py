@@ -1208,7 +1208,7 @@ def make_sweep(traced: Traced, names: Collection[str] | None = None) -> Callable
 
     @functools.cache
     def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Array:
-        return jnp.zeros(shape, dtype)
+        return jax.device_put(np.zeros(shape, dtype))  # jnp.zeros would compile a program for each shape
 
     def fill(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
         blank = {name: zeros(traced.taps[name].shape, traced.taps[name].dtype) for name in names if name not in given}
