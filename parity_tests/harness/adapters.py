@@ -92,6 +92,14 @@ def adapt(
         return adapt_equinox(variables, function, kwargs)
     if function is not None:
         return adapt_function(function, kwargs)._replace(variables=variables)
+    if hasattr(jax_model, "stateless_call"):
+        raise Refused(
+            f"the JAX model is Keras's {type(jax_model).__name__}: give (variables, function), such as "
+            "({v.path: v.value for v in model.variables}, function), and let the function return "
+            "model.stateless_call(...)[0]"
+        )
+    if is_a(jax_model, "torch.nn", "Module"):
+        raise Refused(f"the JAX model is PyTorch's {type(jax_model).__name__}: give the port of it in JAX")
     if callable(jax_model):
         return adapt_function(jax_model, kwargs)
     raise Refused(f"the JAX model is a {type(jax_model).__name__}: give a module, a function, or (variables, function)")
