@@ -111,7 +111,8 @@ NOISE = "the reference draws random numbers, and JAX would draw others: make the
 EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
 LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
-MOST_PAIRS = 2_000  # values of JAX's that are tried for the two arguments of one operation
+MOST_PAIRS = 2_000  # values of JAX's that are tried for two arguments of one operation
+MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
 TIMES_BESIDE_ZERO = 3  # such inputs are drawn
 CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "grad")  # a derivative has one of two slopes at a kink
@@ -836,7 +837,13 @@ class Sweeper:
             run = case.run(training)
             stacks = find_stacks(case.weight_map)
             self.traced: Traced = trace(
-                run, self.tensors, self.call, context=case.model.context, verify=False, stacks=stacks
+                run,
+                self.tensors,
+                self.call,
+                context=case.model.context,
+                verify=False,
+                stacks=stacks,
+                tensors=sorted(self.tensors),  # as JAX sorts a dictionary
             )
             self.shapes = flat(self.traced.outputs)
             case.coarse |= bool(self.traced.float32_constants)
@@ -1105,6 +1112,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     moved = find_moved(sweeper, comparison)
     comparison = comparison if moved else exchange_operations(sweeper, comparison)
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, comparison))
+    comparison = comparison if moved else exchange_unseen(sweeper, comparison)
     comparison = tell_once(sweeper, comparison._replace(idle=idle), moved)
     try:
         comparison = comparison._replace(causes={**find_causes(sweeper, comparison), **comparison.causes})
@@ -1475,19 +1483,20 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
 
     The value may be used again later, as in a residual sum, where its difference would look like another one. If
     PyTorch's value disturbs what comes after, JAX's function is not the one that it was taken for. Nor is it sure to be
-    if nothing there gets better and JAX does not have the operations before it: a formula may be written otherwise.
+    if nothing there gets better and JAX does not have all operations around it: a formula may be written otherwise.
     """
     for _ in range(UNSWAPPED):
         wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
         ends = [*wrong, *([""] if has_problem(comparison.local.outputs) else [])]
-        place = next((place for end in ends if (place := sharpen(comparison, end)) in comparison.functions), None)
-        if place is None:
+        found = ((sharpen(comparison, end), end) for end in ends)
+        place, end = next((pair for pair in found if pair[0] in comparison.functions), ("", ""))
+        if not place:
             break
         side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
         before, after = errors_of(comparison.local, comparison.functions), errors_of(side, functions)
         differing = {name for name, difference in comparison.functions.items() if difference.problem} - {place}
         better = any(after[name] < 0.1 * before[name] for name in differing | wrong_places(comparison.local))
-        sure = better or not has_gap(comparison, place)
+        sure = better or not has_gap(comparison, end)
         if sure and wrong_places(side) <= wrong_places(comparison.local):
             comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
         else:
@@ -1495,6 +1504,48 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
             del sweeper.functions[place]
             comparison = comparison._replace(functions=kept, unseen={**comparison.unseen, place: ""})
     return comparison
+
+
+def exchange_unseen(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Tell a stage once that JAX computes behind the next operation, such as a norm behind a residual sum.
+
+    JAX has no value that is taken for this operation. The stage is what PyTorch's operations make in the other order.
+    """
+    seen = {**sweeper.stages, **sweeper.functions}
+    wrong = [name for name, value in comparison.local.values.items() if value.problem][:UNSWAPPED]
+    pairs = [(name, other) for other in comparison.order for name in wrong if name in comparison.sources.get(other, ())]
+    pairs = [(name, other) for name, other in pairs if other not in seen and {name, other}.isdisjoint(comparison.born)]
+    if not pairs:
+        return comparison
+    names = set(itertools.chain(*pairs))
+    calls = calls_in(sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), names, training=sweeper.training)
+    actual = take(sweeper.steered(True, True, functions=comparison.born).values, sweeper.stages)
+    for name, other in pairs:
+        if not {name, other} <= calls.keys() or sweeper.reference.values[other].shape != seen[name].shape:
+            continue
+        with alone(sweeper), suppress(Exception):  # as where an operation takes several values, or other shapes
+            (given,) = flat(calls[name][1]).values()
+            later = run_with(calls[other], sweeper.reference.values[name], given.numpy())
+            if not is_same(actual[name], run_with(calls[name], given.numpy(), later)):
+                continue
+            sweeper.functions[other] = seen[name]
+            comparison = comparison._replace(
+                born=(*comparison.born, other),
+                causes={**comparison.causes, name: f"JAX computes {other} before it"},
+            )
+    side, functions = sweeper.side(sweeper.steered(True, True, functions=comparison.born))
+    moved = {name: np.inf for name in names if name in comparison.born}
+    limits: Limits = {"outputs": {}, "values": moved, "gradients": moved, "weights": {}}
+    return take_back(sweeper, comparison._replace(local=side, functions=functions), limits)
+
+
+def run_with(call: tuple[Callable[..., Any], Any, Any], given: np.ndarray, instead: np.ndarray) -> np.ndarray:
+    """Return the first value that an operation of the reference gives with another one of its arguments."""
+    function, *nest = call
+    tensors = {key: leaf for key, leaf in flat(nest).items() if isinstance(leaf, torch.Tensor)}
+    keys = [key for key, leaf in tensors.items() if np.array_equal(leaf.numpy(), given)]
+    args, kwargs = map_leaves(partial(put, keys, instead), nest)
+    return next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
 
 def find_moved(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
@@ -1676,8 +1727,14 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     actual |= {name: carried(outputs[aligned[name].jax], aligned[name].carry) for name in ends}
     history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
     with alone(sweeper):
-        origins = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
-    return {name: origin for name, origin in origins.items() if origin is not None}
+        traced = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
+    origins = {name: origin for name, origin in traced.items() if origin is not None}
+    # A difference that may be born in the place of another one is told there, once.
+    told = {origin.place: origin for origin in origins.values()}
+    return {
+        name: next((told[place] for part in origin.gap if (place := part.partition(" (")[0]) in told), origin)
+        for name, origin in origins.items()
+    }
 
 
 class Inside:
@@ -1733,10 +1790,10 @@ def is_same(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two values are the same but for rounding."""
     if one.shape != other.shape:
         return False
-    limit = EQUAL * largest(other[np.isfinite(other)])
-    with np.errstate(invalid="ignore"):
-        if one.size and abs(one.flat[0] - other.flat[0]) > limit:  # most are told apart by their first value
-            return False
+    one, other = np.clip(one, -MASK, MASK), np.clip(other, -MASK, MASK)  # masks have several constants
+    limit = EQUAL * largest(other[np.abs(other) < MASK])
+    if one.size and abs(one.flat[0] - other.flat[0]) > limit:  # most are told apart by their first value
+        return False
     return np.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True)
 
 
@@ -1761,12 +1818,18 @@ class History(NamedTuple):
             if before is None and (holder := self.holder(argument, place)) is not None:
                 return Origin(holder, difference(instead, argument, 0.0).problem, ())
             moved = before not in self.comparison.stages and bool(order_between(instead, argument))
-            if before is None or (self.is_known(before) and not moved) or self.values[before].shape != argument.shape:
+            if before is None or (self.is_known(before) and not moved):
                 break  # JAX has the right value, but takes another
-            place, actual = before, instead
+            if (laid_out := lay_out(instead, argument, self.values[before])) is None:
+                break
+            place, actual = before, laid_out
+        unseen = self.unseen_before(place)
+        if (sooner := self.find_sooner(place, unseen) if unseen else None) is not None:
+            return sooner
         problem, cause = difference(actual, self.values[place], 0.0).problem, cause_of(actual, *self.calls[place])
         problem = f"{problem}; {cause}" if problem and cause else problem
-        return Origin(place, problem, tuple(self.unseen_before(place)))
+        gap = (name for name in unseen if not any(self.right_steps(name)))
+        return Origin(place, problem, tuple(f"{name}{self.comparison.unseen.get(name, '')}" for name in gap))
 
     def is_known(self, name: str) -> bool:
         """Return whether JAX has this value."""
@@ -1824,25 +1887,24 @@ class History(NamedTuple):
                     yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
     def tries_of_two(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield what `tries` does where both arguments are JAX's, as in a loop: the one that is made first."""
+        """Yield what `tries` does where two arguments are JAX's, as in a loop: the one that is made first."""
         known = list(self.arguments(place)) if place in self.calls else []
         makers = [self.maker(argument, place) for _, argument in known]
-        if len(known) != 2 or None in makers:
+        made = sorted((self.comparison.order.index(name), n) for n, name in enumerate(makers) if name is not None)
+        if not 1 < len(known) <= MOST_ARGUMENTS:
             return
         function, *nest = self.calls[place]
         values = [
             [value for value in self.inside.of_shape(argument.shape) if not is_same(value, argument)]
             for _, argument in known
         ]
-        first = int(np.argmin([self.comparison.order.index(name) for name in makers if name is not None]))
-        for both in itertools.islice(itertools.product(*values), MOST_PAIRS):
-            instead = nest
-            for (keys, _), value in zip(known, both, strict=True):
-                instead = map_leaves(partial(put, keys, value), instead)
-            args, kwargs = instead
-            with suppress(Exception):
-                result = next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
-                yield known[first][1], both[first], result
+        for (_, first), (_, second) in itertools.combinations(made, 2):
+            for one, other in itertools.islice(itertools.product(values[first], values[second]), MOST_PAIRS):
+                instead = map_leaves(partial(put, known[first][0], one), nest)
+                args, kwargs = map_leaves(partial(put, known[second][0], other), instead)
+                with suppress(Exception):
+                    result = next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
+                    yield known[first][1], one, result
 
     def find_argument(self, place: str, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Return an argument, and a value of JAX's from which the operation makes JAX's value instead; or None."""
@@ -1855,13 +1917,14 @@ class History(NamedTuple):
         )
         return next(found, None)
 
-    def is_right(self, place: str) -> bool:
-        """Return whether PyTorch's operation makes one of JAX's values of another one that PyTorch does not have."""
-        results = (result for _, instead, result in self.tries(place) if not is_same(result, instead))
-        return any(self.inside.has(result) for result in results if len(np.unique(result)) > 1)
+    def right_steps(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield an argument, a value of JAX's in its place, and JAX's value that PyTorch's operation makes of that."""
+        for argument, instead, result in self.tries(place):
+            if not is_same(result, instead) and len(np.unique(result)) > 1 and self.inside.has(result):
+                yield argument, instead, result
 
-    def unseen_before(self, place: str) -> Iterator[str]:
-        """Yield the operations that a value depends on up to those whose value JAX has, with what is known of each."""
+    def unseen_before(self, place: str) -> list[str]:
+        """Return the operations that a value depends on up to those whose value JAX has."""
         waiting, seen = [place], set[str]()
         while waiting:
             name = waiting.pop()
@@ -1870,9 +1933,41 @@ class History(NamedTuple):
                 if before is not None and before not in seen and not self.is_known(before):
                     seen.add(before)
                     waiting.append(before)
-        for name in self.comparison.order:
-            if name in seen and not self.is_right(name):
-                yield f"{name}{self.comparison.unseen.get(name, '')}"
+        return [name for name in self.comparison.order if name in seen]
+
+    def find_sooner(self, place: str, unseen: Collection[str]) -> Origin | None:
+        """Return where a difference is born before a place, by an operation that is right but gets another value."""
+        for name in [*unseen, place]:
+            for argument, instead, result in self.right_steps(name):
+                if any(is_alike(result, value) for value in self.values.values()):
+                    continue  # of another layer
+                if (before := self.maker(argument, name)) is None:
+                    continue
+                if before in unseen and (laid_out := lay_out(instead, argument, self.values[before])) is not None:
+                    return self.trace_back(before, laid_out)
+                if any(is_alike(instead, value) for value in self.values.values()):
+                    return Origin(name, difference(result, self.values[name], 0.0).problem, ())
+        return None
+
+
+def is_alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two values are the same in some order."""
+    return one.size == other.size and is_same(np.sort(one, axis=None), np.sort(other, axis=None))
+
+
+def lay_out(instead: np.ndarray, argument: np.ndarray, value: np.ndarray) -> np.ndarray | None:
+    """Return what stands instead of an argument in the layout that the value had before it became the argument."""
+    if argument.shape == value.shape and np.array_equal(argument, value, equal_nan=True):
+        return instead
+    if argument.size != value.size or instead.shape != argument.shape:
+        return None
+    for axes in itertools.permutations(range(argument.ndim)):
+        if np.array_equal(argument.transpose(axes).reshape(value.shape), value, equal_nan=True):
+            return instead.transpose(axes).reshape(value.shape)
+    for axes in itertools.permutations(range(value.ndim)):
+        if np.array_equal(value.transpose(axes).reshape(argument.shape), argument, equal_nan=True):
+            return instead.reshape([value.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+    return None
 
 
 def put(keys: Collection[str], value: np.ndarray, key: str, leaf: Any) -> Any:
@@ -1905,6 +2000,7 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
         case.pair.stages,
         case.channels_last,
         find_holders(case.weight_map),
+        traced.meetings,
     )
     stages = {}
     for name, stage in in_torch.items():

@@ -152,6 +152,10 @@ def kind_of(stage: Stage) -> str:
 # Matching
 
 
+# Modules that end with the operation in which their weights take part.
+LAYERS = r"(Linear|Conv\dd|ConvTranspose\dd|Norm(\dd)?|Embedding)$"
+
+
 class Matcher:
     """The matches found so far. Each stage has one partner at most, and partners can be carried into each other."""
 
@@ -200,6 +204,7 @@ def match(
     declared: Mapping[str, str] | None = None,
     channels_last: bool = True,
     holders: Mapping[str, Collection[str]] | None = None,
+    meetings: Mapping[str, Any] | None = None,
 ) -> dict[str, Match]:
     """Return the JAX stage for each PyTorch stage that has one.
 
@@ -210,6 +215,7 @@ def match(
         declared: PyTorch stage or pattern -> JAX stage or pattern: `layer{i}.{j}` -> `stages_{i}/blocks_{j}`.
         channels_last: images have their channels last in JAX.
         holders: PyTorch module -> paths of all JAX modules that hold its weights.
+        meetings: JAX stage -> the tensors that meet another value there, and all that the stage is made of.
 
     Raises:
         Refused: a declared stage does not exist, or has another number of values.
@@ -219,6 +225,7 @@ def match(
     match_outputs(matcher)
     match_owners(matcher, owners)
     match_recurrent(matcher, holders or {})
+    match_meetings(matcher, meetings or {})
     match_names(matcher)
     bare = Bare(matcher, owners)
     bare.match_between()
@@ -303,6 +310,25 @@ def match_owners(matcher: Matcher, owners: Mapping[str, str]) -> None:
         if len(others) == len(called) > 1:
             for stages, theirs in zip(called, others, strict=True):
                 matcher.add_nests(stages, theirs, "weights", sure=True)
+
+
+def match_meetings(matcher: Matcher, meetings: Mapping[str, Any]) -> None:
+    """Match the output of a layer with the value in which the last of its weights meets what the others have made.
+
+    A plain function has no modules, and a module may use weights of its own.
+    """
+    for owner, calls in group_calls(matcher.torch.values()).items():
+        first, *more = calls[min(calls)]
+        if more or not re.search(LAYERS, first.kind):
+            continue
+        is_own = re.compile(rf"{re.escape(owner)}\.(\w+|parametrizations\.\w+\.\w+)").fullmatch
+        own = {place: set(filter(is_own, meeting.met)) for place, meeting in meetings.items()}
+        whole = set[str]().union(*own.values())
+        places = [place for place in matcher.jax if own.get(place) and whole <= meetings[place].tensors]
+        places = [place for place in places if matcher.fit(first, matcher.jax[place])]
+        if len(places) == len(calls):
+            for stages, place in zip(calls.values(), places, strict=True):
+                matcher.add(stages[0], matcher.jax[place], "weights", sure=True)
 
 
 def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) -> None:

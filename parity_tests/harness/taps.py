@@ -258,6 +258,20 @@ class TapInfo(NamedTuple):
     steps: int | None
 
 
+class Made(NamedTuple):
+    """What a variable of a program is made of: of tensors alone, or also of other values that met these tensors."""
+
+    alone: bool
+    tensors: frozenset[str]
+
+
+class Meeting(NamedTuple):
+    """The tensors that meet another value in an operation, and all that its result is made of."""
+
+    met: frozenset[str]
+    tensors: frozenset[str]
+
+
 class Plan(NamedTuple):
     """The work of the walk in one jaxpr, at one place where it is called.
 
@@ -402,12 +416,20 @@ class Planner:
         self.notes: dict[str, None] = {}
         self.calls: list[tuple[str, str]] = []
         self.first_places: dict[str, str] = {}
+        self.meetings: dict[str, Meeting] = {}
         self.holds: dict[int, bool] = {}
         parents = {path[:end] for path in modules for end in range(len(path)) if path[end] == "/"} | {""}
         self.libraries = {path for path, module in modules.items() if module.library}
         self.closed = self.libraries - parents
 
-    def plan(self, jaxpr: Jaxpr, scope: str | None, steps: tuple[int, ...] = (), steered: bool = True) -> Plan:
+    def plan(
+        self,
+        jaxpr: Jaxpr,
+        scope: str | None,
+        steps: tuple[int, ...] = (),
+        steered: bool = True,
+        made: dict[Any, Made] | None = None,
+    ) -> Plan:
         """Plan the walk through one jaxpr.
 
         Args:
@@ -415,14 +437,17 @@ class Planner:
             scope: the path of the module that it is part of; None outside of the model.
             steps: the lengths of the scans around it.
             steered: whether values in it can be replaced.
+            made: what its variables are made of; it is filled.
         """
         plan = Plan(jaxpr, {}, {})
+        made = {} if made is None else made
         scopes = [find_scope(equation, scope) for equation in jaxpr.eqns]
         entered = [self.enters(equation, at) for equation, at in zip(jaxpr.eqns, scopes, strict=True)]
-        functions = self.find_functions(jaxpr, scopes, entered)
-        idle = find_idle_taps(jaxpr)
+        functions, values = self.find_functions(jaxpr, scopes, entered)
+        idle, meetings = find_idle_taps(jaxpr), list[tuple[int, Meeting]]()
         for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
             parameters = equation.params
+            met = meet(equation, made)
             if index in idle:
                 continue
             if equation.primitive is tap_p:
@@ -431,9 +456,13 @@ class Planner:
                 name = join(at or "", parameters["name"])
                 plan.taps[index] = self.add(name, "", "checkpoint_name", equation, steps, steered)
             elif entered[index]:
-                plan.inner[index] = self.plan_inner(equation, at, steps, steered)
+                plan.inner[index] = self.plan_inner(equation, at, steps, steered, made)
+                continue
             elif index in functions:
                 plan.taps[index] = self.add(functions[index], "", "function", equation, steps, steered)
+            if met and index in values:
+                meetings.append((values[index], Meeting(met, made[equation.outvars[0]].tensors)))
+        self.meetings |= {plan.taps[index]: meeting for index, meeting in meetings}
         return plan
 
     def enters(self, equation: JaxprEqn, scope: str | None) -> bool:
@@ -460,7 +489,14 @@ class Planner:
             )
         return self.holds[id(jaxpr)]
 
-    def plan_inner(self, equation: JaxprEqn, scope: str | None, steps: tuple[int, ...], steered: bool) -> list[Plan]:
+    def plan_inner(
+        self,
+        equation: JaxprEqn,
+        scope: str | None,
+        steps: tuple[int, ...],
+        steered: bool,
+        made: dict[Any, Made],
+    ) -> list[Plan]:
         """Plan the walk through the jaxprs of one equation."""
         name, jaxprs = equation.primitive.name, list(inner_jaxprs(equation))
         for closed in jax.tree.leaves([*equation.params.values()], is_leaf=lambda part: isinstance(part, ClosedJaxpr)):
@@ -483,7 +519,12 @@ class Planner:
         if name in CUSTOM:
             self.notes[f"{name}{in_scope(scope)} has a rule of its own: the values inside it are recorded only"] = None
             return [self.plan(jaxprs[0], scope, steps, False)]
-        return [self.plan(jaxprs[0], scope, steps, steered)]
+        given = zip(jaxprs[0].invars, equation.invars, strict=True)
+        inside = {one: made[other] for one, other in given if isinstance(other, Var) and other in made}
+        plan = self.plan(jaxprs[0], scope, steps, steered, inside)
+        results = zip(jaxprs[0].outvars, equation.outvars, strict=True)
+        made |= {other: inside[one] for one, other in results if isinstance(one, Var) and one in inside}
+        return [plan]
 
     def is_stack(self, equation: JaxprEqn) -> bool:
         """Say whether a scan goes through stacked layers: all floats that it is given for each step are such leaves."""
@@ -513,10 +554,13 @@ class Planner:
         """Where code is that is not the user's: JAX and what it wraps functions in, the libraries, this harness."""
         return (*BEHIND_JAX, folder_of("jax"), *library_folders(), HARNESS)
 
-    def find_functions(self, jaxpr: Jaxpr, scopes: Sequence[str | None], entered: Sequence[bool]) -> dict[int, str]:
+    def find_functions(
+        self, jaxpr: Jaxpr, scopes: Sequence[str | None], entered: Sequence[bool]
+    ) -> tuple[dict[int, str], dict[int, int]]:
         """Return the index of the equation that gives a function's value -> the function's name.
 
-        Neighbouring equations that come from one call in the user's source are one function.
+        Neighbouring equations that come from one call in the user's source are one function. The second part says for
+        each equation which one gives the value of its function.
         """
         groups: list[tuple[Any, list[int]]] = []
         for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
@@ -532,12 +576,26 @@ class Planner:
             else:
                 groups.append(((at, site), [index]))
         last_uses = find_last_uses(jaxpr)
-        functions = {}
+        functions, values = {}, dict[int, int]()
         for key, indices in groups:
             value = find_value(jaxpr, indices, last_uses)
             if value is not None:
                 functions[value] = join(key[0], key[1].label)
-        return functions
+                values |= dict.fromkeys(indices, value)
+        return functions, values
+
+
+def meet(equation: JaxprEqn, made: dict[Any, Made]) -> frozenset[str]:
+    """Return the tensors that meet another value in an equation, or rows of them; note what it makes.
+
+    A sum of two values, as at the end of a residual branch, is made of none of their tensors.
+    """
+    given = [made.get(one, Made(False, frozenset())) for one in equation.invars if isinstance(one, Var)]
+    met = frozenset[str]().union(*(one.tensors for one in given if one.alone))
+    others = {one.tensors for one in given if not one.alone}
+    behind = next(iter(others)) if len(others) == 1 else frozenset[str]()
+    made |= dict.fromkeys(equation.outvars, Made(not others, behind | met))
+    return met if others or equation.primitive.name == "gather" else frozenset()
 
 
 def join(scope: str, label: str) -> str:
@@ -940,6 +998,7 @@ class Traced:
         plain: the function without taps, of the arguments' arrays; None if the model has taps of its own.
         inner_constants: of the jaxprs inside that are walked.
         moved: what takes the places of constants, by their ids; the factor of tiny ones.
+        meetings: the tensors that meet other values at a tap, outside of a library's layers.
     """
 
     taps: dict[str, TapInfo]
@@ -952,6 +1011,7 @@ class Traced:
     plain: Callable[..., Any] | None
     inner_constants: list[Any] = field(default_factory=list)
     moved: Mapping[int, Any] = field(default_factory=dict)
+    meetings: Mapping[str, Meeting] = field(default_factory=dict)
 
     @property
     def float32_constants(self) -> dict[int, Any]:
@@ -1029,6 +1089,7 @@ def trace(
     context: Context = nullcontext,
     verify: bool = True,
     stacks: Collection[tuple[int, ...]] = (),
+    tensors: Collection[str] = (),
 ) -> Traced:
     """Trace a function once, with the outputs of all modules tapped and the functions between them named.
 
@@ -1039,6 +1100,7 @@ def trace(
             without a library, in which taps are placed by hand.
         verify: compare the function with and without taps (`Traced.verify`).
         stacks: the shapes of leaves that stack layers. A scan through them is run layer by layer.
+        tensors: the names of the first arrays among the arguments.
 
     Raises:
         Refused: no module of a library ran, or the outputs differ by more than rounding.
@@ -1053,7 +1115,9 @@ def trace(
     with session(object()), context() as modules:
         closed, shape = jax.make_jaxpr(lambda *arrays: on_arrays(*arrays), return_shape=True)(*arrays)
     planner = Planner(modules or {}, stacks)
-    plan = planner.plan(closed.jaxpr, None)
+    made = dict.fromkeys(closed.jaxpr.constvars, Made(True, frozenset()))
+    made |= {one: Made(True, frozenset({name})) for one, name in zip(closed.jaxpr.invars, tensors, strict=False)}
+    plan = planner.plan(closed.jaxpr, None, made=made)
     if modules is not None and modules.required and not planner.calls:
         raise Refused("the JAX model ran without calling a module that can be seen: none of its values has a name")
     traced = Traced(
@@ -1066,6 +1130,7 @@ def trace(
         [np.shape(array) for array in arrays],
         on_arrays if modules is None or modules.places_taps else None,
         planner.constants,
+        meetings=planner.meetings,
     )
     if verify:
         traced.verify(*args)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import equinox as eqx
 import haiku as hk
@@ -560,6 +561,8 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"torch_module": nn.LazyLinear(2)}, "weights without values"),
     ({"torch_module": nn.ReLU()}, "the PyTorch module has no weights"),
     ({"jax_model": lambda x: x}, "the JAX side has no variables: give the module itself"),
+    ({"jax_model": LINEAR}, "the JAX model is PyTorch's Linear: give the port"),
+    ({"jax_model": Mock(spec=["stateless_call"])}, r"the JAX model is Keras's Mock: give \(variables, function\)"),
     ({"jax_model": linen.Dense(2, dtype=jnp.bfloat16)}, "JAX returns bfloat16"),
     ({"inputs": ROWS.tolist()}, "inputs= is a list without rows: give an array"),
     ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
@@ -1410,6 +1413,46 @@ def test_a_fault_in_a_port_without_names_is_found_in_its_operation(place: str) -
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == f"output of {place}"
     assert "; or in" not in found.problem
+
+
+def attending() -> nn.Module:
+    """Return an attention of 4 heads with 2 heads of keys, in front of it a token and positions, behind it a norm."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([net.start.expand(len(x), -1, -1), net.fc(x)], 1) + net.table
+        query, keys = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (net.query, net.keys))
+        keys = keys.repeat_interleave(2, 1)
+        heads = (query @ keys.mT).softmax(-1) @ keys
+        return net.head(x + net.norm(net.out(heads.transpose(1, 2).flatten(2))))
+
+    sizes = {"fc": (3, 8), "query": (8, 8), "keys": (8, 4), "out": (8, 8), "head": (8, 2)}
+    tables = {"start": nn.Parameter(torch.randn(1, 1, 8)), "table": nn.Parameter(torch.randn(5, 8))}
+    return TorchNet(forward, **{name: nn.Linear(*size) for name, size in sizes.items()}, norm=nn.LayerNorm(8), **tables)
+
+
+@pytest.mark.parametrize("faults", [set(), {"add", "softmax"}, {"repeat_interleave", "norm"}])
+def test_faults_between_the_layers_of_a_function_are_told_once_each_in_their_operations(faults: set[str]) -> None:
+    def port(state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        def layer(name: str, x: jax.Array) -> jax.Array:
+            return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+        def norm(x: jax.Array) -> jax.Array:
+            x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+            return x * state["norm.weight"] + state["norm.bias"]
+
+        rows, table = layer("fc", x), state["table"] if "add" not in faults else state["table"].at[0].set(0)
+        start = jnp.broadcast_to(state["start"], (len(x), 1, 8))
+        x = jnp.concatenate([start + table[:1], rows + table[1:]], 1)
+        query, keys = (layer(name, x).reshape(*x.shape[:2], -1, 2) for name in ("query", "keys"))
+        keys = jnp.tile(keys, (1, 1, 2, 1)) if "repeat_interleave" in faults else jnp.repeat(keys, 2, 2)
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, keys), -1)
+        weights = weights.mT if "softmax" in faults else weights
+        rows = layer("out", jnp.einsum("bhqk,bkhd->bqhd", weights, keys).reshape(x.shape))
+        return layer("head", norm(x + rows) if "norm" in faults else x + norm(rows))
+
+    found = places(Pair(attending, port, values(4, 4, 3), lambda state: state, batch_sizes=(5,)))
+    order = ("add", "repeat_interleave", "softmax", "norm")
+    assert found == [f"output of {place}" for place in order if place in faults]
 
 
 def scaled_and_normed() -> nn.Module:
