@@ -1108,7 +1108,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
     if not any_problem(inherited, local):
         return comparison
-    comparison = excuse_rounding(sweeper, comparison)
+    comparison = exchange_names(sweeper, excuse_rounding(sweeper, comparison))
     moved = find_moved(sweeper, comparison)
     comparison = comparison if moved else exchange_operations(sweeper, comparison)
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, comparison))
@@ -1405,6 +1405,24 @@ def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, flo
 
     before, after = parts(sweeper), parts(other)
     return {kind: movement(before[kind], after[kind]) for kind in before}
+
+
+def exchange_names(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Match two functions the other way round where JAX computes either in the place of the other, as two gathers."""
+    wrong = [name for name, found in comparison.functions.items() if found.problem][:UNSWAPPED]
+    actual = take(sweeper.steered(True, True).values, sweeper.functions) if len(wrong) > 1 else {}
+    expected, exchanged = sweeper.reference.values, False
+    for one, other in itertools.combinations(wrong, 2):
+        if is_same(actual[one], expected[other]) and is_same(actual[other], expected[one]):
+            stages, exchanged = sweeper.functions, True
+            stages[one], stages[other] = (
+                stages[one]._replace(jax=stages[other].jax, carry=stages[other].carry),
+                stages[other]._replace(jax=stages[one].jax, carry=stages[one].carry),
+            )
+    if not exchanged:
+        return comparison
+    side, functions = sweeper.side(sweeper.steered(True, True))
+    return comparison._replace(local=side, functions=functions)
 
 
 def exchange_operations(sweeper: Sweeper, comparison: Comparison) -> Comparison:
@@ -1818,8 +1836,13 @@ class History(NamedTuple):
             if before is None and (holder := self.holder(argument, place)) is not None:
                 return Origin(holder, difference(instead, argument, 0.0).problem, ())
             moved = before not in self.comparison.stages and bool(order_between(instead, argument))
-            if before is None or (self.is_known(before) and not moved):
-                break  # JAX has the right value, but takes another
+            if before is None:
+                break
+            if self.is_known(before) and not moved:  # JAX has the right value, but takes another
+                if before in self.comparison.stages or self.has(instead):
+                    break
+                problem = difference(instead, argument, 0.0).problem
+                return Origin(before, f"{problem}; JAX has PyTorch's value too, and goes on with this one", ())
             if (laid_out := lay_out(instead, argument, self.values[before])) is None:
                 break
             place, actual = before, laid_out
@@ -1834,6 +1857,10 @@ class History(NamedTuple):
     def is_known(self, name: str) -> bool:
         """Return whether JAX has this value."""
         return name in self.comparison.stages or self.inside.has(self.values[name])
+
+    def has(self, value: np.ndarray) -> bool:
+        """Return whether PyTorch has this value of JAX's, in some order."""
+        return any(is_alike(value, other) for other in self.values.values())
 
     def maker(self, array: np.ndarray, place: str) -> str | None:
         """Return the first operation before a place that gave this value, in whatever order of its axes, or None.
@@ -1939,13 +1966,13 @@ class History(NamedTuple):
         """Return where a difference is born before a place, by an operation that is right but gets another value."""
         for name in [*unseen, place]:
             for argument, instead, result in self.right_steps(name):
-                if any(is_alike(result, value) for value in self.values.values()):
+                if self.has(result):
                     continue  # of another layer
                 if (before := self.maker(argument, name)) is None:
                     continue
                 if before in unseen and (laid_out := lay_out(instead, argument, self.values[before])) is not None:
                     return self.trace_back(before, laid_out)
-                if any(is_alike(instead, value) for value in self.values.values()):
+                if self.has(instead):
                     return Origin(name, difference(result, self.values[name], 0.0).problem, ())
         return None
 

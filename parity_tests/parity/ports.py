@@ -125,7 +125,7 @@ def gelu_function(sound: bool) -> Pair:
     return Pair(network(block=block, out=nn.Linear(6, 3)), net, values(2, 6))
 
 
-@port("P16", ("gradients", "gradient by small."))
+@port("P16", ("gradients", "gradient by the output of small"))
 def small_gradient(sound: bool) -> Pair:
     """A wrong gradient that is small beside the others is wrong all the same (huggingface/transformers#16058)."""
 

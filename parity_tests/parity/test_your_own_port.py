@@ -1455,6 +1455,31 @@ def test_faults_between_the_layers_of_a_function_are_told_once_each_in_their_ope
     assert found == [f"output of {place}" for place in order if place in faults]
 
 
+def paired() -> nn.Module:
+    """Return what pairs of rows give: an activation, a matrix and a sum with factors."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.fc(x)
+        pairs = functional.silu(torch.cat([x[:, [1, 0, 3]], x[:, [2, 3, 0]]], -1)) @ net.mix
+        return net.out((pairs * net.shares).sum(1))
+
+    tables = {"mix": nn.Parameter(torch.randn(12, 5)), "shares": nn.Parameter(torch.randn(3, 5))}
+    return TorchNet(forward, fc=nn.Linear(3, 6), out=nn.Linear(5, 2), **tables)
+
+
+@pytest.mark.parametrize("place", ["cat", "silu", "sum"])
+def test_a_fault_is_told_of_no_operation_that_is_right_but_gets_another_value(place: str) -> None:
+    def port(state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        x = x @ state["fc.weight"].T + state["fc.bias"]
+        rows, others = (np.array([1, 0, 3]), np.array([2, 3, 0]))[:: -1 if place == "cat" else 1]
+        pairs = jnp.concatenate([x[:, rows], x[:, others]], -1)
+        mixed = (jax.nn.gelu if place == "silu" else jax.nn.silu)(pairs) @ state["mix"]
+        total = jnp.einsum("bpf,pf->bf", mixed, state["shares"])
+        return (total / 3 if place == "sum" else total) @ state["out.weight"].T + state["out.bias"]
+
+    assert places(Pair(paired, port, values(4, 4, 3), lambda state: state, batch_sizes=(5,))) == [f"output of {place}"]
+
+
 def scaled_and_normed() -> nn.Module:
     """Return a layer that scales its inputs by a table, and a batch normalisation behind it."""
     return TorchNet(
