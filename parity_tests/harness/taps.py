@@ -265,6 +265,9 @@ class Made(NamedTuple):
     tensors: frozenset[str]
 
 
+UNSEEN = "no tap"  # stands for the operations that have none
+
+
 class Meeting(NamedTuple):
     """The tensors that meet another value in an operation, and all that its result is made of."""
 
@@ -417,6 +420,7 @@ class Planner:
         self.calls: list[tuple[str, str]] = []
         self.first_places: dict[str, str] = {}
         self.meetings: dict[str, Meeting] = {}
+        self.met_unseen: frozenset[str] = frozenset()
         self.holds: dict[int, bool] = {}
         parents = {path[:end] for path in modules for end in range(len(path)) if path[end] == "/"} | {""}
         self.libraries = {path for path, module in modules.items() if module.library}
@@ -462,6 +466,8 @@ class Planner:
                 plan.taps[index] = self.add(functions[index], "", "function", equation, steps, steered)
             if met and index in values:
                 meetings.append((values[index], Meeting(met, made[equation.outvars[0]].tensors)))
+            else:  # as where nothing uses the value
+                self.met_unseen |= met
         self.meetings |= {plan.taps[index]: meeting for index, meeting in meetings}
         return plan
 
@@ -1130,7 +1136,7 @@ def trace(
         [np.shape(array) for array in arrays],
         on_arrays if modules is None or modules.places_taps else None,
         planner.constants,
-        meetings=planner.meetings,
+        meetings={**planner.meetings, UNSEEN: Meeting(planner.met_unseen, frozenset())},
     )
     if verify:
         traced.verify(*args)
