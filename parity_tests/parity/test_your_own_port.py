@@ -1480,6 +1480,15 @@ def test_a_fault_is_told_of_no_operation_that_is_right_but_gets_another_value(pl
     assert places(Pair(paired, port, values(4, 4, 3), lambda state: state, batch_sizes=(5,))) == [f"output of {place}"]
 
 
+def test_a_layer_that_jax_computes_in_vain_is_not_told_beside_the_one_that_leaves_it_out() -> None:
+    def port(state: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        x @ state["fc.weight"].T + state["fc.bias"]
+        return x @ state["out.weight"].T + state["out.bias"]
+
+    pair = Pair(network(fc=nn.Linear(4, 4), out=nn.Linear(4, 2)), port, values(4, 4), lambda state: state)
+    assert places(replace(pair, batch_sizes=(5,))) == ["output of out"]
+
+
 def scaled_and_normed() -> nn.Module:
     """Return a layer that scales its inputs by a table, and a batch normalisation behind it."""
     return TorchNet(
