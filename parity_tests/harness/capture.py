@@ -1957,7 +1957,8 @@ class History(NamedTuple):
             name = waiting.pop()
             for _, argument in self.arguments(name) if name in self.calls else ():
                 before = self.maker(argument, name)
-                if before is not None and before not in seen and not self.is_known(before):
+                known = before is None or self.is_known(before) or self.inside.has(argument)
+                if before is not None and before not in seen and not known:
                     seen.add(before)
                     waiting.append(before)
         return [name for name in self.comparison.order if name in seen]

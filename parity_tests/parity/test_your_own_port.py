@@ -1617,6 +1617,28 @@ def test_an_operation_is_named_of_whose_value_a_part_is_used() -> None:
     assert "cumsum" in str(found), found
 
 
+def attending_at_once() -> nn.Module:
+    """Return an attention with fused queries, keys and values."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in net.qkv(x).chunk(3, -1))
+        return net.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    return TorchNet(forward, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8))
+
+
+def test_an_attention_without_a_scale_is_told_in_the_attention_and_not_in_the_layers_around_it() -> None:
+    def port(x: jax.Array) -> jax.Array:
+        q, k, v = (linen.DenseGeneral((2, 4), name=name)(x) for name in ("query", "key", "value"))
+        shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return linen.DenseGeneral(8, axis=(-2, -1), name="out")(jnp.einsum("bhqk,bkhd->bqhd", shares, v))
+
+    pair = Pair(attending_at_once, LinenNet(port), values(4, 5, 8), batch_sizes=(3,))
+    (found,) = examine(pair, names=("outputs",)).divergences
+    assert found.where == "output of scaled_dot_product_attention"
+    assert "; or in" not in found.problem
+
+
 def shuffled() -> nn.Module:
     """Return a pool, and channels that become rows and columns."""
     return TorchNet(
