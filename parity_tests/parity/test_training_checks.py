@@ -338,6 +338,13 @@ def test_a_fault_of_the_optimizer_is_named(name: str) -> None:
         assert text in found, found
 
 
+def test_the_epsilon_of_clipping_is_not_told_beside_another_fault() -> None:
+    decayed = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3, weight_decay=0.1))
+    (found,) = training.optimizer(build_normed(**both(ADAM, decayed, torch_step=step(norm=0.5))), 0, [])
+    assert "weights" in found.where
+    assert "times the weight" in str(found)
+
+
 # --- Steps in lockstep, and a change of framework ---
 
 IN_TRAINING = (
