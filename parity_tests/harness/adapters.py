@@ -47,6 +47,7 @@ class Model(NamedTuple):
         with_params: puts that tree back in.
         context: while a program is traced inside, the outputs of all modules go through `tap`. It yields the modules
             that run.
+        constants: the paths of arrays that are no variables of the library, such as a mask in an NNX module.
     """
 
     library: str
@@ -59,6 +60,7 @@ class Model(NamedTuple):
     params: Callable[[Any], Any]
     with_params: Callable[[Any, Any], Any]
     context: Callable[[], AbstractContextManager[Modules]]
+    constants: frozenset[str] = frozenset()
 
 
 def adapt(
@@ -451,8 +453,11 @@ def adapt_linen(module: Any, kwargs: Keywords) -> Model:
     fixed = [name for name in optional if getattr(module, name) is not None]
 
     def init(key: jax.Array, inputs: Call) -> Any:
+        from flax import linen as nn
+
         keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-        return module.init(keys, *inputs.args, **{**kwargs.of(type(module).__call__, False, fixed), **inputs.kwargs})
+        options = {**kwargs.of(type(module).__call__, False, fixed), **inputs.kwargs}
+        return nn.Module.init(module, keys, *inputs.args, **options)  # a port may have an `init` of its own, of a key
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
         options = {**kwargs.of(type(module).__call__, training, fixed), **inputs.kwargs}
@@ -544,6 +549,7 @@ def adapt_nnx(model: Any, function: Callable[..., Any] | None, kwargs: Keywords)
     call = function or type(model).__call__
     call_model = function or (lambda running, *args, **kwargs: running(*args, **kwargs))
     graph, initial = nnx.split(model)
+    constants = leaves_of(initial).keys() - leaves_of(nnx.filter_state(initial, nnx.Variable)).keys()
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
         # Without a copy, variables that are not differentiated could not be written to inside a gradient.
@@ -580,6 +586,7 @@ def adapt_nnx(model: Any, function: Callable[..., Any] | None, kwargs: Keywords)
         params=lambda variables: nnx.filter_state(variables, nnx.Param),
         with_params=with_params,
         context=watch,
+        constants=frozenset(constants),
     )
 
 

@@ -93,7 +93,16 @@ from parity_tests.harness.torch_side import (
     fresh_copy,
     reference_error,
 )
-from parity_tests.harness.weights import UNUSED, CannotCarry, WeightMap, check_complete, from_function, parent, size_of
+from parity_tests.harness.weights import (
+    UNUSED,
+    CannotCarry,
+    WeightMap,
+    check_complete,
+    from_function,
+    parent,
+    size_of,
+    squeezed,
+)
 
 STAGE_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 5.0e-15 of the tensor's largest value")
 SMALL = 1e-3  # a tensor smaller than this, in units of the largest of its kind, is judged in units of that one
@@ -405,7 +414,13 @@ class Case:
         """Return the leaves of the JAX model that are no weights, as an order of channels, or that JAX alone has."""
         leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
         whole = (path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
-        return frozenset(whole) | (self.left_out & leaves.keys())
+        return frozenset(whole) | self.alone(leaves)
+
+    def alone(self, leaves: Mapping[str, Any]) -> frozenset[str]:
+        """Return the leaves that JAX alone has: declared as unused, or constants of a shape that PyTorch has not."""
+        shapes = {squeezed(tensor.shape) for tensor in self.tensors.values()}
+        other = (path for path in self.model.constants if squeezed(leaves[path].shape) not in shapes)
+        return (self.left_out | frozenset(other)) & leaves.keys()
 
     def find_tables(self, names: Collection[str]) -> frozenset[str]:
         """Return the tensors that a port may compute itself: those that no seed and no training changes.
@@ -602,7 +617,7 @@ def find_map(case: Case) -> Proposal:
                 return Proposal(
                     weight_map, (), (), "", check_complete(weight_map, list(weight_map.tensors), list(leaves))
                 )
-            alone = case.left_out & leaves.keys()
+            alone = case.alone(leaves)
             leaves = {path: leaf for path, leaf in leaves.items() if path not in alone}
             order, flattened = torch_order(case)
             calls, flattened_last = jax_order(case, own)

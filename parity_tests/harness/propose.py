@@ -28,6 +28,7 @@ from parity_tests.harness.weights import (
     attention,
     cells_below,
     check_complete,
+    complex_parts,
     conv,
     conv1d,
     conv_transpose,
@@ -72,6 +73,7 @@ SYNONYMS = {
 LAYERS_WITH_A_LAYOUT = {"Linear", "Dense", "DenseGeneral", "LinearGeneral", "Conv", "ConvTranspose", "Einsum"}
 ORDERS = (("ifgo", "igfo", "ifog"), ("rzn", "zrn", "-zrn"))  # of the gates of LSTMs and GRUs, as libraries pack them
 OTHER_LETTERS = {4: {"c": "g"}, 3: {"u": "z", "h": "n"}}  # of gates, by how many a cell has
+IMAGINARY = {"re": "im", "real": "imag", "r": "i"}  # words for the two parts of a complex leaf
 MOST_LEAVES = 4  # of a cell whose gates are packed: two weights and two biases
 CLOSE = 10.0  # one map must be this many times nearer than another to be preferred
 MOST_ORDERED = 4  # layers of which every order is tried; of more, two neighbours are exchanged
@@ -468,9 +470,10 @@ def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     """Return the ways to carry a unit to a place, the usual one first; none if it does not fit."""
     shape = next(iter(unit.layers[0].tensors.values()))
     size = math.prod(shape) * len(unit.layers)
-    if unit.make not in (lstm, gru, attention) and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
+    compound = unit.make in (lstm, gru, attention, complex_parts)
+    if not compound and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
         return ()
-    if len(place.targets) > 1 and unit.make not in (lstm, gru):
+    if len(place.targets) > 1 and unit.make not in (lstm, gru, complex_parts):
         return ()
     rules = [unit.make(*place.targets), *other_rules(unit, place, shape)]
     found: list[Option] = []
@@ -854,21 +857,36 @@ def left_over(
     homes = {side.owner(name): parent(entry.jax[0]) for entry in reversed(entries) for name in entry.torch}
     carried = {name for entry in entries for name in entry.torch} | given.unused
     filled = {path for entry in entries for path in entry.jax}
+    free = {path: shape for path, shape in leaves.items() if path not in filled}
+    imaginary = dict(parts_apart(free))
     units, places = [], []
     for position, name in enumerate(sorted(side.shapes, key=lambda name: used.get(name, math.inf))):
-        owner = side.owner(name)
+        owner, shape = side.owner(name), side.shapes[name]
         make = rule_for_tensor(side.modules[owner], name.rpartition(".")[2])
+        if shape[-1:] == (2,) and shape not in free.values() and shape[:-1] in map(free.get, imaginary):
+            make = complex_parts
         if name not in carried and make not in (lstm, gru, attention):
             local = name.removeprefix(f"{owner}.").removeprefix(PARAMETRIZED)
-            layer = Layer(owner, {local: side.shapes[name]}, (), leaves, side.modules[owner], {local: name})
+            layer = Layer(owner, {local: shape}, (), leaves, side.modules[owner], {local: name})
             around, inside = scope_of(name, [front for front, _ in scopes], ".")
             if home := owner and homes.get(owner):
                 inside = f"{scope_of(home, [front for _, front in scopes], '/')[1]}/{local}"
             units.append(Unit(name, (layer,), make, position, around, inside))
-    for position, path in enumerate(path for path in leaves if path not in filled):
+    imaginary = imaginary if any(unit.make is complex_parts for unit in units) else {}
+    for position, path in enumerate(path for path in free if path not in imaginary.values()):
         scope = scope_of(path, [front for _, front in scopes], "/")
-        places.append(Place(path, {path: leaves[path]}, position, "", *scope))
+        own = [path, imaginary[path]] if path in imaginary else [path]
+        places.append(Place(path, {leaf: free[leaf] for leaf in own}, position, "", *scope))
     return units, places
+
+
+def parts_apart(leaves: Mapping[str, Shape]) -> Iterator[tuple[str, str]]:
+    """Yield the leaves that hold the real and the imaginary part of a complex tensor, by a word of their names."""
+    for path, shape in leaves.items():
+        for word in re.finditer("(?<![a-z])(re|real|r)(?![a-z])", path.lower()):
+            other = path[: word.start()] + IMAGINARY[word[0]] + path[word.end() :]
+            if leaves.get(other) == shape:
+                yield path, other
 
 
 # What shapes, names and order leave open

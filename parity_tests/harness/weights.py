@@ -626,9 +626,6 @@ def place(layer: Layer, name: str, leaf: str, how: str) -> Entry:
     """Carry a tensor as it is, up to axes of length 1, or with its channels moved from the front to the back."""
     shape, target = layer.tensors[name], layer.leaves[leaf]
 
-    def squeezed(sizes: Shape) -> Shape:
-        return tuple(size for size in sizes if size != 1)
-
     def convert(value: Array) -> tuple[Array, ...]:
         return (value.reshape(target),)
 
@@ -642,6 +639,11 @@ def place(layer: Layer, name: str, leaf: str, how: str) -> Entry:
     elif (*front[1:], front[0]) == squeezed(target):
         return Entry((layer.tensor(name),), (leaf,), move, how)
     raise layer.problem(f"{name} {shape} cannot fill {leaf} {target}")
+
+
+def squeezed(sizes: Shape) -> Shape:
+    """Return a shape without its axes of length 1."""
+    return tuple(size for size in sizes if size != 1)
 
 
 def embedding(to: str | None = None) -> Rule:
@@ -676,6 +678,21 @@ def same(to: str | None = None, *, transposed: bool = False) -> Rule:
 
     how = call("same", transposed=transposed or None)
     return Rule(carry, paths(to), how)
+
+
+def complex_parts(*to: str) -> Rule:
+    """Carry a complex tensor, which is seen with a last axis of 2, to two leaves: its real and its imaginary part."""
+
+    def carry(layer: Layer) -> list[Entry]:
+        name, shape = next(iter(layer.tensors.items()))
+        if len(layer.paths) != 2 or shape[-1:] != (2,) or not layer.leaves.keys() >= {*layer.paths}:
+            raise layer.problem(f"{name} {shape} has no real and imaginary part, or no two leaves for them")
+        half = Layer(layer.name, {name: shape[:-1]}, layer.paths, layer.leaves)
+        inner = [place(half, name, leaf, how) for leaf in layer.paths]
+        return [split_entry(layer.tensor(name), inner, lambda value: [value[..., 0], value[..., 1]], how)]
+
+    how = "complex_parts()"
+    return Rule(carry, paths(*to), how)
 
 
 def attention(to: str | None = None) -> Rule:

@@ -33,7 +33,7 @@ from parity_tests.harness.capture import Case, Inside, has_training_mode
 from parity_tests.harness.compare import Refused, order_between
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
-from parity_tests.parity.networks import LinenNet, TorchNet, linear, nested, network, values
+from parity_tests.parity.networks import LinenNet, NnxNet, TorchNet, linear, nested, network, values
 from parity_tests.support import ROOT, run_command
 
 LONGEST_EXAMPLE = 25  # lines that declare a pair, with both networks
@@ -651,6 +651,34 @@ def test_whole_numbers_in_a_model_are_no_weights_and_a_wrong_one_shows_in_output
     assert {divergence.check for divergence in result.divergences} == found, result.divergences
 
 
+class MadeByItself(LinenNet):
+    """A module whose `init` takes a key alone."""
+
+    def init(self, key: jax.Array) -> Any:  # type: ignore[override]
+        """Return its variables."""
+        return super().init(key, jnp.zeros((1, 3)))
+
+
+def test_a_linen_module_may_have_an_init_of_its_own() -> None:
+    net = MadeByItself(lambda x: linen.Dense(4)(x))
+    assert not examine(Pair(nn.Linear(3, 4), net, values(8, 3)), names=("outputs",)).divergences
+
+
+def test_an_array_of_an_nnx_model_that_is_no_variable_is_no_weight() -> None:
+    """Neither does it take the place of a parameter with as many values."""
+
+    def reference() -> nn.Module:
+        token = nn.Parameter(torch.randn(9))
+        return TorchNet(lambda net, x: net.fc(x.cumsum(-1)) + net.token[:4], token=token, fc=nn.Linear(3, 4))
+
+    def port(net: Any, x: jax.Array) -> jax.Array:
+        return net.fc(x @ net.mask.T) + net.token[0, :4]
+
+    parts = {"mask": jnp.tril(jnp.ones((3, 3))), "token": nnx.Param(jnp.zeros((1, 9)))}
+    net = NnxNet(port, fc=nnx.Linear(3, 4, rngs=nnx.Rngs(0)), **parts)
+    assert not examine(Pair(reference, net, values(8, 3)), steps=2).divergences
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int, is_complex: bool) -> None:
@@ -664,12 +692,9 @@ def test_complex_parameters_are_real_ones_with_a_last_axis_of_2(sign: int, is_co
         modes = tree["modes"] if is_complex else tree["re"] + 1j * tree["im"]
         return linear(tree["mix"], (jnp.exp(-modes if sign == 1 else -jnp.conj(modes)) * x).imag)
 
-    def load(state: Any) -> Any:
-        tree = nested(state)
-        return {"re": tree["modes"][..., 0], "im": tree["modes"][..., 1], "mix": tree["mix"]}
-
-    own = {"modes": jnp.ones(4, complex), "mix": {"weight": jnp.ones((2, 4)), "bias": jnp.ones(2)}}
-    pair = Pair(reference, (own, port) if is_complex else port, values(8, 4), None if is_complex else load)
+    modes = {"modes": jnp.ones(4, complex)} if is_complex else {"re": jnp.ones(4), "im": jnp.ones(4)}
+    own = {**modes, "mix": {"weight": jnp.ones((2, 4)), "bias": jnp.ones(2)}}
+    pair = Pair(reference, (own, port), values(8, 4))
     result = examine(pair, steps=2)
     assert {found.check for found in result.divergences} == (set() if sign == 1 else {"outputs"})
     assert ("JAX's weights are complex" in result.not_checked.get("optimizer", "")) == is_complex
