@@ -497,7 +497,8 @@ def is_whole(unit: Unit, option: Option) -> bool:
 def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
     """Return the rules that may hold instead of the usual one, because neither shape nor name of a leaf tells."""
     known = place.kind in LAYERS_WITH_A_LAYOUT  # a layer of a library
-    square = len(shape) == 2 and shape[0] == shape[1]
+    stacks = (leaf for leaf in place.leaves.values() if len(leaf) > 2)
+    square = len(shape) == 2 and (shape[0] == shape[1] or any(leaf[1] == leaf[-1] == shape[1] for leaf in stacks))
     rules: list[Rule] = []
     if unit.make is linear and unit.flatten:
         rules.append(linear(place.path, flatten=unit.flatten))

@@ -470,19 +470,33 @@ def matrix(
         if leaf is None:
             raise layer.problem("there is no leaf for the weight")
         outputs, inputs = shape if stored == "out, in" else shape[::-1]
-        turned = is_transposed(layer, leaf, inputs, outputs, transposed)
+        target = layer.leaves[leaf]
+        by_name = target[-1:] != (inputs,) or leaf.rpartition("/")[2] != AS_IT_IS
+        parts = count_kernels(target, inputs, outputs) if (by_name if transposed is None else transposed) else 1
+        turned = parts > 1 or is_transposed(layer, leaf, inputs, outputs, transposed)
         if flatten is not None and math.prod(flatten) != inputs:
             raise layer.problem(f"flatten={flatten} are {math.prod(flatten)} values, and the layer takes {inputs}")
-        target = layer.leaves[leaf]
 
         def convert(weight: Array) -> tuple[Array, ...]:
             weight = weight if stored == "out, in" else weight.T
             if flatten is not None:
                 weight = np_moveaxis(weight.reshape(outputs, *flatten), 1, -1).reshape(outputs, inputs)
-            return ((weight.T if turned else weight).reshape(target),)
+            weight = weight.reshape(parts, outputs // parts, inputs)
+            return ((weight.swapaxes(1, 2) if turned else weight).reshape(target),)
 
         entries.append(Entry((layer.tensor("weight"),), (leaf,), convert, how))
     return entries + vector(layer, "bias", BIAS, how, path)
+
+
+def splits_of(shape: Shape) -> list[tuple[int, int]]:
+    """Return the numbers of rows and columns of the matrices that a shape can be."""
+    return [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, max(len(shape), 1))]
+
+
+def count_kernels(shape: Shape, inputs: int, outputs: int) -> int:
+    """Return how many kernels [in, …] a leaf stacks, such as [3, in, heads, features]; 1 if it is one kernel."""
+    stacks = len(shape) > 2 and shape[1] == inputs and math.prod(shape) == inputs * outputs
+    return shape[0] if stacks and (inputs, outputs) not in splits_of(shape) else 1
 
 
 def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed: bool | None) -> bool:
@@ -492,7 +506,7 @@ def is_transposed(layer: Layer, leaf: str, inputs: int, outputs: int, transposed
         CannotCarry: the leaf has neither shape, or not the one asked for.
     """
     shape = layer.leaves[leaf]
-    splits = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, max(len(shape), 1))]
+    splits = splits_of(shape)
     fits = {turned for turned, pair in ((True, (inputs, outputs)), (False, (outputs, inputs))) if pair in splits}
     if not fits or transposed not in {None, *fits}:
         raise layer.problem(f"a weight with {inputs} inputs and {outputs} outputs cannot fill {leaf} {shape}")

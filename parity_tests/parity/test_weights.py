@@ -222,6 +222,19 @@ def three_layers(*sizes: Any) -> linen.Module:
     return LinenNet(three)
 
 
+class Stack(linen.Module):
+    """Three kernels in one leaf [3, in, out, …], the outputs joined."""
+
+    shape: tuple[int, ...]
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute the outputs."""
+        kernel = self.param("kernel", linen.initializers.zeros, self.shape)
+        bias = self.param("bias", linen.initializers.zeros, (3, *self.shape[2:]))
+        return (jnp.einsum("bi,pi...->bp...", x, kernel) + bias).reshape(len(x), -1)
+
+
 def three_torch_layers() -> nn.Module:
     """Return three linear layers whose outputs are joined."""
     layers = {name: nn.Linear(6, 4) for name in "qkv"}
@@ -364,6 +377,10 @@ LAYERS: dict[str, Callable[[], Pair]] = {
     "three_layers_joined_in_one": lambda: pair(
         three_torch_layers(), in_linen(linen.Dense, 12), (2, 6), joined("layer", "q", "k", "v")
     ),
+    "three_layers_in_a_stack_of_kernels": lambda: pair(
+        three_torch_layers(), in_linen(Stack, (3, 6, 2, 2)), (2, 6), joined("layer", "q", "k", "v")
+    ),
+    "a_fused_layer_in_a_stack_of_kernels": lambda: pair(nn.Linear(6, 18), in_linen(Stack, (3, 6, 6)), (2, 6)),
     "three_layers_joined_head_by_head": lambda: pair(
         three_torch_layers(),
         LinenNet(lambda x: linen.DenseGeneral((2, 3, 2), name="layer")(x).swapaxes(1, 2)),
