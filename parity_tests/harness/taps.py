@@ -259,7 +259,7 @@ class TapInfo(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a variable of a program is made of: of tensors alone, or also of other values that met these tensors."""
+    """The origin of a variable of a program: tensors alone, or also other values that met these tensors."""
 
     alone: bool
     tensors: frozenset[str]
