@@ -71,6 +71,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often `test_a_run_that_is_killed…` kills each training")
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Seed PyTorch as pytest-randomly seeds NumPy, so that `--randomly-seed` repeats a failed run."""
+    if worker or not session.config.option.numprocesses:  # the process that only hands out the tests loads no framework
+        import torch
+
+        torch.manual_seed(session.config.getoption("randomly_seed", 0))
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of workers: one for each core to test folders, none for single files, to debug them."""
     folders = all(Path(argument).is_dir() for argument in config.args)
