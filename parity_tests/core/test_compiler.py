@@ -12,6 +12,8 @@ import pytest
 from jax_cnn import compiler
 from parity_tests.support import run_command
 
+pytestmark = pytest.mark.extended
+
 SMALL = ("--model", "mlp", "--epochs", "1", "--limit-train", "128", "--limit-test", "100", "--device", "cpu")
 WHERE = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")  # what decides where programs are kept
 UNKNOWN = "xla_cpu_option_of_another_version"

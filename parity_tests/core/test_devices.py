@@ -86,6 +86,7 @@ def test_eight_devices_train_what_one_trains(train: Train) -> None:
     assert max_distance(weights, before) > BOUND  # the check can fail
 
 
+@pytest.mark.extended
 def test_two_processes_train_what_one_trains(train: Train, data_dir: Path, tmp_path: Path) -> None:
     meeting = ("--coordinator", free_address(), "--num-processes", 2, "--data-dir", data_dir)
     second = start(*SMALL, *NETWORK, *meeting, "--process-id", 1, "--out-dir", tmp_path / "second")

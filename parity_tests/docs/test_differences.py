@@ -108,8 +108,11 @@ def check_guards(page: str, tests: Mapping[str, Set[str]]) -> Iterator[str]:
                 yield f"{row.title}: there is no test {test} in {file}"
 
 
+LEFT_OUT = {f"pytest.mark.{mark}" for mark in ("extended", "slow", "tpu")}
+
+
 def find_default_tests(folder: Path) -> dict[str, set[str]]:
-    """Return the tests of the default run by file: all tests without the marks `slow` and `tpu`."""
+    """Return the tests of the default run by file: all tests without the marks `extended`, `slow` and `tpu`."""
     tests = {}
     for path in folder.rglob("test_*.py"):
         statements = ast.parse(path.read_text(encoding="utf-8")).body
@@ -117,8 +120,7 @@ def find_default_tests(folder: Path) -> dict[str, set[str]]:
         tests[str(path.relative_to(folder))] = {
             function.name
             for function in functions
-            if function.name.startswith("test_")
-            and not re.search(r"mark\.(slow|tpu)", " ".join(map(ast.unparse, function.decorator_list)))
+            if function.name.startswith("test_") and not LEFT_OUT & set(map(ast.unparse, function.decorator_list))
         }
     return tests
 
@@ -149,7 +151,7 @@ print(one / 2, f"{1.5e-8:.1e}")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.usefixtures("data_dir")
 def test_every_example_prints_what_the_page_says() -> None:
     assert PAGE.count("\n```text\n") > 20
@@ -201,8 +203,9 @@ def test_a_mistake_in_a_page_is_found(old: str, new: str, problem: str) -> None:
     assert bool(problems) is bool(problem)
 
 
-def test_a_slow_test_is_not_in_the_default_run(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text("def test_one(): ...\n@pytest.mark.slow\ndef test_two(): ...\n")
+@pytest.mark.parametrize("mark", ["extended", "slow"])
+def test_a_slow_test_is_not_in_the_default_run(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "test_some.py").write_text(f"def test_one(): ...\n@pytest.mark.{mark}\ndef test_two(): ...\n")
     assert find_default_tests(tmp_path) == {"test_some.py": {"test_one"}}
 
 

@@ -94,7 +94,7 @@ def lesson() -> Notebook:
     return notebook
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.usefixtures("data_dir")
 def test_the_lesson_runs_and_its_solutions_are_right(lesson: Notebook, tmp_path: Path) -> None:
     result, error = run(add_solutions(lesson), tmp_path)

@@ -229,6 +229,7 @@ def small_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, done.stdout, read_json(folder / benchmark.RESULT))
 
 
+@pytest.mark.extended
 def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_run: Run) -> None:
     result = small_run.result
     assert set(result) >= {"command", "started", "machine", "versions", "environment", "load_before", "config"}
@@ -247,6 +248,7 @@ def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_ru
     assert set(result["contest"]["floor"]["rounds_dot_seconds"]) == set(DOTS)
 
 
+@pytest.mark.extended
 def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_run: Run) -> None:
     lines = [small_run.result["contest"]["contenders"][name] for name in CONTENDING]
     losses = np.array([[answer["loss"] for answer in line["rounds"]] for line in lines])
@@ -257,6 +259,7 @@ def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_run: Ru
         assert line["cores_used"]["median"] < 1.1 * line["threads"], line["title"]
 
 
+@pytest.mark.extended
 def test_the_table_shows_the_figures_of_the_file(small_run: Run) -> None:
     parts = ("median", "low_quartile", "high_quartile")
     for name in CONTENDING:
@@ -271,6 +274,7 @@ def test_the_table_shows_the_figures_of_the_file(small_run: Run) -> None:
         assert re.findall(r"[\d.,]*\d", row) == expected
 
 
+@pytest.mark.extended
 def test_an_earlier_benchmark_is_moved_aside(small_run: Run) -> None:
     assert (small_run.folder / "earlier-1" / benchmark.RESULT).read_text() == "an earlier one"
     assert "earlier-1" in small_run.output

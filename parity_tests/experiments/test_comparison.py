@@ -37,6 +37,8 @@ from parity_tests.harness.report import to_json
 from parity_tests.product import feed_forward
 from parity_tests.support import ROOT, read_json, run_successfully
 
+pytestmark = pytest.mark.extended
+
 Json = dict[str, Any]
 
 PARITY = ROOT / "docs" / "results" / "parity" / "report.json"

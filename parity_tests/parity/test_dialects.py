@@ -91,6 +91,7 @@ def with_a_fault(dialect: Dialect, right: str, wrong: str) -> Any:
     return make(CNN, fused=False)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("dialect", "fault"),
     [

@@ -568,7 +568,10 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
     ({"inputs": ROWS * np.array([1, 1, np.nan], np.float32)}, "inputs= holds NaN or infinities"),
     ({"inputs": lambda rng, size: np.ones((size, 3), np.float32)}, "the same number everywhere, which shows nothing"),
-    ({"torch_module": TorchNet(lambda net, x: (-1 - net.fc(x) ** 2).log(), fc=LINEAR)}, "NaN for inputs like the example"),
+    (
+        {"torch_module": TorchNet(lambda net, x: (-1 - net.fc(x) ** 2).log(), fc=LINEAR)},
+        "NaN for inputs like the example",
+    ),
     ({"jax_inputs": lambda inputs: ROWS}, "jax_inputs= gives a ndarray"),
     ({"jax_kwargs": {"train": 1}}, "the JAX model fails: TypeError: Dense.__call__"),
     ({"jax_init": {}}, 'jax_init= is a dict: give "model"'),

@@ -41,6 +41,8 @@ from parity_tests.support import (
     run_successfully,
 )
 
+pytestmark = pytest.mark.extended
+
 WEIGHTS = Path("runs", "jax", "weights.safetensors")
 STATE_DICT = Path("weights.pth")  # the same, as PyTorch saves it
 COUNT = 300  # images: a full batch and a smaller one

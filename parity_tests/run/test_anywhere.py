@@ -19,7 +19,10 @@ from PIL import Image
 from jax_cnn.run.folder import FILES
 from parity_tests.support import ROOT, TIMEOUT, assert_slip
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's users, capabilities and cores")
+pytestmark = [
+    pytest.mark.extended,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's users, capabilities and cores"),
+]
 
 SMALL = ("--limit-train", 200, "--batch-size", 50, "--limit-test", 100, "--device", "cpu")  # four steps
 STRANGER = 54_321  # a user that the system does not know: no name, no home

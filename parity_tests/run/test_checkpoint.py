@@ -146,6 +146,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_run(
     assert_same_run(results, undisturbed)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("framework", "number"), [("jax", signal.SIGINT), pytest.param("torch", signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -279,6 +280,7 @@ def test_a_file_that_a_kill_left_unfinished_is_removed_by_the_next_run(tmp_path:
     assert (tmp_path / "notes.tmp").exists()  # not a file of a run
 
 
+@pytest.mark.extended
 def test_a_folder_that_is_taken_away_is_one_line(flags: Flags, results: Path, tmp_path: Path) -> None:
     line = command_line("train_torch", *flags, *OFTEN)
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -290,6 +292,7 @@ def test_a_folder_that_is_taken_away_is_one_line(flags: Flags, results: Path, tm
     assert any(load_checkpoint(path) for _, path in checkpoint_files(tmp_path / "elsewhere"))
 
 
+@pytest.mark.extended
 def test_a_loss_that_is_no_longer_a_number_stops_the_run_at_its_step(
     flags: Flags, results: Path, tmp_path: Path, framework: str
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_second_run_into_the_same_folder_keeps_the_files_of_the_first_and_give
 LOSS_BOUND = 1e-6
 
 
+@pytest.mark.extended
 def test_either_framework_starts_from_the_weights_of_the_other_and_keeps_them_in_float64(
     train_once: TrainOnce, tmp_path: Path, framework: str
 ) -> None:

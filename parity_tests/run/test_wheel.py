@@ -11,6 +11,8 @@ import pytest
 
 from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, read_json, run_in_one_process
 
+pytestmark = pytest.mark.extended
+
 # What the project's own networks need, but not the harness: a porter may have none of it.
 ONLY_FOR_TRAINING = ("flax", "torchvision", "jaxtyping", "safetensors", "platformdirs")
 
