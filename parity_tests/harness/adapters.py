@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from parity_tests.harness.compare import Refused, note_rate
@@ -305,8 +306,19 @@ def tree_model(
     init: Callable[[jax.Array, Call], Any] | None = None,
 ) -> Model:
     """Return a model whose variables are a plain tree."""
+
+    def apply_to_arrays(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
+        return apply(jax.tree.map(without_numpy, variables), inputs, training)
+
     context = watch if library != "function" else watch_function
-    return Model(library, None, init, apply, leaves_of, with_leaves, trainable_of, params_of, with_params, context)
+    return Model(
+        library, None, init, apply_to_arrays, leaves_of, with_leaves, trainable_of, params_of, with_params, context
+    )
+
+
+def without_numpy(leaf: Any) -> Any:
+    """Return an array of numbers as JAX's: NumPy's takes no index that is traced. Masks stay, they may be static."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype != bool else leaf
 
 
 # Seeing modules

@@ -70,6 +70,14 @@ def test_two_pairs_at_once_are_refused() -> None:
         ReportConfig(which="one:pair", pair="other:pair")
 
 
+def test_a_table_of_numpy_takes_an_index_that_is_traced() -> None:
+    tree = {"weight": np.ones((5, 3), np.float32), "order": np.arange(5)}
+    pair = Pair(
+        nn.Embedding(5, 3), (tree, lambda tree, i: tree["weight"][tree["order"][i]]), np.array([[1, 4], [0, 2]])
+    )
+    assert not examine(pair, names=("outputs", "trajectory")).divergences
+
+
 def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
     pair = Pair(nn.Linear(3, 2), lambda tree, x: (x @ tree["weight"].T + tree["bias"], x), np.ones((2, 3)), dict)
     with pytest.raises(Refused, match="PyTorch returns 1 array, JAX "):
