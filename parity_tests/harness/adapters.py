@@ -71,8 +71,9 @@ def adapt(
 
     Args:
         jax_model: a Linen, NNX or Equinox module, what `hk.transform` or `hk.transform_with_state` returns, a function
-            f(variables, *args, **kwargs), or (variables, function) with an Equinox or NNX model among the variables.
-            A `Model` stays as it is.
+            f(variables, *args, **kwargs), or (variables, function) with an Equinox or NNX model among the variables;
+            also (variables, module) of Linen or Haiku, and what `eqx.partition` or `nnx.split` returns. A `Model`
+            stays as it is.
         jax_kwargs: keyword arguments of the model in evaluation mode.
         jax_training_kwargs: those that are added or different in training mode.
 
@@ -81,8 +82,14 @@ def adapt(
     """
     if isinstance(jax_model, Model):
         return jax_model
+    jax_model = merge_parts(jax_model)
+    if type(jax_model) is tuple and len(jax_model) == 2:
+        variables, module = jax_model
+        if is_a(module, "flax.linen", "Module") or is_transformed(module):
+            model = adapt(module, jax_kwargs, jax_training_kwargs)
+            return model._replace(variables=collections_of(variables, is_transformed(module)))
     kwargs = Keywords(dict(jax_kwargs or {}), dict(jax_training_kwargs or {}))
-    if is_a(jax_model, "haiku", "Transformed") or is_a(jax_model, "haiku", "TransformedWithState"):
+    if is_transformed(jax_model):
         return adapt_haiku(jax_model, kwargs)
     variables, function = jax_model, None
     if type(jax_model) is tuple and len(jax_model) == 2 and is_function(jax_model[1]):
@@ -144,6 +151,31 @@ def parts_of_complex(leaf: Any) -> Any:
 def is_a(model: Any, package: str, name: str) -> bool:
     """Say whether a model is of a library's type; a library that is not loaded has no models."""
     return package in sys.modules and isinstance(model, getattr(sys.modules[package], name))
+
+
+def merge_parts(jax_model: Any) -> Any:
+    """Return the model that `nnx.split` or `eqx.partition` took apart, and any other model as it is."""
+    if type(jax_model) is not tuple:
+        return jax_model
+    graphs = [part for part in jax_model if is_a(part, "flax.nnx", "GraphDef")]
+    if graphs:
+        return sys.modules["flax.nnx"].merge(*graphs, *(part for part in jax_model if part is not graphs[0]))
+    kinds = {type(part) for part in jax_model}
+    if len(kinds) == 1 and is_a(jax_model[0], "equinox", "Module"):
+        return sys.modules["equinox"].combine(*jax_model)
+    return jax_model
+
+
+def collections_of(variables: Any, haiku: bool) -> dict[str, Any]:
+    """Return the variables of a module by collection; they may be its parameters alone, or Haiku's (params, state)."""
+    if haiku:
+        return dict(zip(("params", "state"), variables if type(variables) is tuple else (variables,), strict=False))
+    return dict(variables) if "params" in variables else {"params": variables}
+
+
+def is_transformed(part: Any) -> bool:
+    """Say whether `hk.transform` or `hk.transform_with_state` returned it."""
+    return is_a(part, "haiku", "Transformed") or is_a(part, "haiku", "TransformedWithState")
 
 
 def is_function(part: Any) -> bool:

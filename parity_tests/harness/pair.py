@@ -70,8 +70,9 @@ class Pair:
     torch_module: nn.Module | Callable[[], nn.Module]
     """The reference, or a function that makes a new one. Initial weights can be compared only if it is a function."""
     jax_model: Any
-    """A Flax Linen, NNX or Equinox module, a Haiku transform, a function f(variables, *args, **kwargs), or a tuple
-    (NNX or Equinox module, function f(module, *args, **kwargs))."""
+    """A Flax Linen, NNX or Equinox module, a Haiku transform, a function f(variables, *args, **kwargs), or a tuple:
+    (NNX or Equinox module, function f(module, *args, **kwargs)), (variables, Linen module or Haiku transform), or what
+    `nnx.split` or `eqx.partition` returned."""
     inputs: Any
     """An example of what PyTorch takes, batch first: an array, a tuple of arrays or `Inputs`; or a function
     (random number generator, batch size) that draws it."""

@@ -884,6 +884,30 @@ def test_a_cell_whose_carry_changes_its_dtype_is_refused_by_its_own_library() ->
         watch_model(adapt(LinenNet(lambda rows: nn.RNN(nn.LSTMCell(4))(rows[None])[0])), ROWS)
 
 
+def haiku_linear(rows: Array) -> Array:
+    return hk.Linear(WIDTH)(rows)
+
+
+def initialised(transformed: Any) -> tuple[Any, Any]:
+    return transformed.init(KEY, ROWS), transformed
+
+
+IN_TWO_PARTS: dict[str, Callable[[], Any]] = {
+    "linen": lambda: (nn.Dense(WIDTH).init(KEY, ROWS), nn.Dense(WIDTH)),
+    "linen's parameters": lambda: (nn.Dense(WIDTH).init(KEY, ROWS)["params"], nn.Dense(WIDTH)),
+    "nnx": lambda: nnx.split(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))),
+    "equinox": lambda: eqx.partition(eqx.nn.Linear(WIDTH, WIDTH, key=KEY), eqx.is_array),
+    "haiku": lambda: initialised(hk.transform(haiku_linear)),
+    "haiku with state": lambda: initialised(hk.transform_with_state(haiku_linear)),
+}
+
+
+@pytest.mark.parametrize("library", IN_TWO_PARTS)
+def test_a_model_in_two_parts_is_put_together(library: str) -> None:
+    pair = Pair(torch.nn.Linear(WIDTH, WIDTH), IN_TWO_PARTS[library](), ROWS)
+    assert not examine(pair, names=("outputs",)).divergences
+
+
 def test_what_is_no_model_or_no_leaf_is_refused() -> None:
     with pytest.raises(Refused, match="the JAX model is a dict"):
         adapt({"w": ROWS})
