@@ -342,6 +342,9 @@ def flattened_orders(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
     """
     flattened, turned = set[tuple[int, ...]](), set[tuple[int, ...]]()
 
+    def axes_of(variable: Any) -> int:
+        return int(variable.aval.ndim)
+
     def walk(jaxpr: Jaxpr, orders: dict[Any, tuple[int, ...]]) -> None:
         for equation in jaxpr.eqns:
             results: list[Any] = equation.outvars
@@ -372,11 +375,13 @@ def flattened_orders(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
                 within: dict[Any, tuple[int, ...]] = {}
                 if len(inner.invars) == len(equation.invars):
                     pairs = zip(inner.invars, equation.invars, strict=True)
-                    within = {one: orders[other] for one, other in pairs if isinstance(other, Var) and other in orders}
+                    known = [(one, orders[other]) for one, other in pairs if isinstance(other, Var) and other in orders]
+                    within = {one: order[len(order) - axes_of(one) :] for one, order in known}  # a scan took one
                 walk(inner, within)
                 if len(inner.outvars) == len(equation.outvars):
                     ends = zip(equation.outvars, inner.outvars, strict=True)
-                    orders |= {one: within[other] for one, other in ends if isinstance(other, Var) and other in within}
+                    known = [(one, within[other]) for one, other in ends if isinstance(other, Var) and other in within]
+                    orders |= {one: (NEW,) * (axes_of(one) - len(order)) + order for one, order in known}
 
     walk(jaxpr, {})
     as_they_are = all(list(order) == sorted(order) for order in turned if NEW not in order)

@@ -163,6 +163,21 @@ def test_a_batch_axis_of_vmap_comes_out_in_front_wherever_it_was() -> None:
     np.testing.assert_allclose(result.values["v"][:, 0], np.tanh(ROWS @ WEIGHTS["w"][0]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_the_order_in_which_images_are_flattened_is_known_behind_a_scan_through_them(order: tuple[int, ...]) -> None:
+    def program(tensors: Any, images: Array) -> Array:  # [batch, time, row, column, channel]
+        def step(state: Array, image: Array) -> tuple[Array, Array]:
+            layouts = ("NHWC", "HWIO", "NHWC")
+            state += lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layouts)
+            return state, state
+
+        last = lax.scan(step, jnp.zeros_like(images[:, 0]), jnp.moveaxis(images, 1, 0))[1][-1]
+        return last.transpose(order).reshape(len(images), -1)
+
+    kernel = jnp.ones((3, 3, 2, 2))
+    assert trace(program, WEIGHTS, np.ones((2, 3, 4, 5, 2)), verify=False).flattened_orders == {order}
+
+
 def test_a_branch_that_does_not_run_gives_zeros() -> None:
     def program(tensors: Any, rows: Array) -> Array:
         return lax.cond(rows.sum() > 1e6, lambda rows: tap("high", rows * 2), lambda rows: tap("low", rows * 3), rows)
