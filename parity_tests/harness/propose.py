@@ -506,6 +506,8 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
         rules += [unit.make(place.path, transposed=turned) for turned in (True, False)]
     if unit.make is same and any(len(size) == 2 and size[0] == size[1] for size in unit.layers[0].tensors.values()):
         rules.append(same(place.path, transposed=True))
+    if unit.make is same and len(shape) > 2:  # the kernel of a user's own convolution
+        rules.append(conv(place.path))
     if unit.make is conv_transpose and (not place.kind or shape[0] == shape[1]):
         rules += [conv_transpose(place.path, flipped=flipped) for flipped in (True, False)]
     if unit.make is conv_transpose and not place.kind and len(shape) > 1 and shape[0] == shape[1]:

@@ -776,6 +776,15 @@ def test_a_users_own_layer_is_not_taken_for_a_librarys_of_the_same_name() -> Non
     np.testing.assert_array_equal(case.weight_map.to_leaves(tensors)["weight"], tensors["weight"].T)
 
 
+def test_the_kernel_of_a_users_own_convolution_is_carried_as_a_convolutions() -> None:
+    sizes = {"weight": (4, 2, 3, 3), "bias": (4,)}
+    own = TorchNet(lambda net, x: x, **{name: nn.Parameter(torch.randn(*size)) for name, size in sizes.items()})
+    proposal = propose(nn.ModuleDict({"conv": own}), {"Conv_0/kernel": shape(3, 3, 2, 4), "Conv_0/bias": shape(4)})
+    tensors = {name: tensor.numpy() for name, tensor in own.state_dict(prefix="conv.").items()}
+    kernel = np.asarray(proposal.map.to_leaves(tensors)["Conv_0/kernel"])
+    np.testing.assert_array_equal(kernel, tensors["conv.weight"].transpose(2, 3, 1, 0))
+
+
 @pytest.mark.parametrize(
     "blocks", [partial(in_turn, heads=False), partial(in_turn, heads=True), in_a_scan], ids=["flat", "heads", "stacked"]
 )
