@@ -1,11 +1,11 @@
 """The checks of training: optimizers, steps in lockstep, a change of framework midway, statistics, schedules, float32.
 
 A difference is an alarm only if rounding cannot explain it. Where a training amplifies rounding, the reference itself
-tells by how much: it is run again with every weight moved by one unit in the last place.
+tells by how much: it is run again with every weight and every result moved by one unit in the last place.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from parity_tests.harness.runs import (
     tensors_of,
     to_torch,
 )
+from parity_tests.harness.torch_side import Rounded
 
 # Errors of weights are relative to how far the tensor has moved, all others to its largest value.
 OPTIMIZER_BOUND = Bound(1e-11, "float64 rounding on the same gradients; worst seen 2e-13")
@@ -413,7 +414,7 @@ def above_noise(
 def measure_noise(
     setup: Setup, batches: Sequence[Nest], training: bool, unit: float
 ) -> Iterator[dict[tuple[str, str], float]]:
-    """Yield how much PyTorch's own state changes, by part and name, if all weights move by a rounding error.
+    """Yield how much PyTorch's own state changes, by part and name, if weights and results are rounded otherwise.
 
     The first is the largest change of two such runs, and each later one that of one run more.
     """
@@ -423,8 +424,9 @@ def measure_noise(
         run, losses = TorchRun(setup, training=training), [0.0]
         if seed is not None:
             nudge(run.module, seed, unit)
-        for begin in range(0, len(batches), size):
-            losses = run.step(batches[begin : begin + size])
+        with nullcontext() if seed is None else Rounded(seed):
+            for begin in range(0, len(batches), size):
+                losses = run.step(batches[begin : begin + size])
         return run, losses[-1]
 
     plain, loss = train()

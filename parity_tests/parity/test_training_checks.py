@@ -508,6 +508,23 @@ def test_differences_as_large_as_the_references_own_noise_are_no_alarm() -> None
     assert any("not tried beyond step" in note for note in notes)
 
 
+def test_the_rounding_of_a_saturated_activation_is_no_alarm() -> None:
+    """Its inputs may move without moving it, but each framework rounds it otherwise: the tanh of a policy."""
+
+    def port(variables: Tree, inputs: Any) -> Any:
+        return jnp.log(1 - jnp.tanh(9 * inputs @ variables["params"]["kernel"]) ** 2 + 1e-12)
+
+    def reference() -> nn.Module:
+        layer = nn.Linear(6, 3, bias=False)
+        return TorchNet(lambda net, inputs: torch.log(1 - torch.tanh(9 * net.fc(inputs)) ** 2 + 1e-12), fc=layer)
+
+    def load(state: Tree) -> Tree:
+        return {"params": {"kernel": state["fc.weight"].T}}
+
+    setup, notes = build(reference, port, load, **SOUND["SGD"]), list[str]()
+    assert not messages(training.trajectory(setup, draw_batches((8, 5)), notes))
+
+
 @pytest.mark.parametrize(
     ("errors", "runs", "kept"),
     [((7.0,), 1, 0), ((20.0,), 3, 0), ((999.0,), 5, 1), ((1001.0,), 1, 1), ((20.0, 1001.0), 1, 2), ((math.nan,), 1, 1)],
