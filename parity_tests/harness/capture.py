@@ -235,7 +235,7 @@ class Case:
             raise Refused(slip)
         self.pair = pair = with_blame(pair)
         self.adapted = adapt(pair.jax_model, pair.jax_kwargs, pair.jax_training_kwargs)
-        model, blamed = hold_real(self.adapted), blame("the JAX model")
+        model, blamed = hold_real(self.adapted), blame("the JAX model", self.layout_hint)
         apply, init = blamed(in_float64(self.adapted.apply)), model.init and blamed(model.init)
         self.model: Model = model._replace(apply=apply, init=init)
         self.tensors = probing_tensors(pair, seed)
@@ -319,6 +319,13 @@ class Case:
         """Return whether JAX's images have their channels last."""
         way = self.pair.jax_inputs
         return way != "same" and (way is not None or self.model.library != "Equinox")
+
+    def layout_hint(self) -> str:
+        """Return what may help where the JAX model fails with inputs that were turned by default."""
+        inputs = self.pair.draw_inputs(self.seed, self.sizes[0]).arrays()
+        if self.pair.jax_inputs is not None or not self.channels_last or not any(map(is_image, inputs)):
+            return ""
+        return '; it was given images with channels last: declare jax_inputs="same" if it takes them as PyTorch does'
 
     def cast(self, inputs: Inputs, dtype: str) -> Inputs:
         """Return the inputs with floats in this dtype."""

@@ -83,8 +83,8 @@ def describe(error: Exception) -> str:
 
 
 @contextmanager
-def blame(what: str) -> Iterator[None]:
-    """Say of an error inside in what of the user's it arose; also a decorator.
+def blame(what: str, hint: Callable[[], str] = str) -> Iterator[None]:
+    """Say of an error inside in what of the user's it arose, and what may help; also a decorator.
 
     Raises:
         Refused: there was an error.
@@ -94,7 +94,7 @@ def blame(what: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"{what} fails: {describe(error)}") from error
+        raise Refused(f"{what} fails: {describe(error)}{hint()}") from error
 
 
 class Divergence(NamedTuple):

@@ -582,6 +582,10 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"jax_inputs": lambda inputs: ROWS}, "jax_inputs= gives a ndarray"),
     ({"jax_kwargs": {"train": 1}}, "the JAX model fails: TypeError: Dense.__call__"),
+    (
+        {"jax_model": LinenNet(lambda x: linen.Dense(2)(x) + jnp.ones((2, 4, 2))), "inputs": values(8, 2, 4, 3)},
+        'with channels last: declare jax_inputs="same"',
+    ),
     ({"jax_init": {}}, 'jax_init= is a dict: give "model"'),
     ({"weights": ["weight"]}, "weights= is a list: give a mapping of names"),
     ({"stages": ["weight"]}, "stages= is a list: give a mapping"),
