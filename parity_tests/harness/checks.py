@@ -395,7 +395,8 @@ def setup_of(case: Case) -> Setup:
         return check_loss("torch_loss", torch_objective(pair)(outputs, batch["targets"]))
 
     def jax_loss(variables: Any, batch: Any, training: bool) -> tuple[jax.Array, Any]:
-        results, after = model.apply(variables, Inputs(*batch["args"], **batch["kwargs"]), training)
+        inputs = Inputs(*batch["args"], **batch["kwargs"])
+        results, after = model.apply(variables, inputs.unfixed(), training)
         return check_loss("jax_loss", jax_objective(pair)(results, batch["targets"])), after
 
     variables = case.own_variables
@@ -481,7 +482,7 @@ def for_torch(case: Case, batch: Batch) -> Any:
 
 def for_jax(case: Case, batch: Batch) -> Any:
     """Return a batch as the JAX model takes it."""
-    inputs = case.cast(case.jax_inputs(as_inputs(batch.inputs)), "float64")
+    inputs = case.cast(case.jax_inputs(as_inputs(batch.inputs)), "float64").fixed()
     return {"args": inputs.args, "kwargs": inputs.kwargs, "targets": batch.targets}
 
 
@@ -781,7 +782,7 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
                     note_rate(getattr(part, name, 0.0))
         case.first_outputs(module)
         dropped.set(rates["JAX"])
-        setup, inputs = case_setup(case), Inputs(*batch["args"], **batch["kwargs"])
+        setup, inputs = case_setup(case), Inputs(*batch["args"], **batch["kwargs"]).unfixed()
         with exact_arithmetic("float64"):
             jax.eval_shape(lambda: case.model.apply(setup.variables, inputs.map(jnp.asarray), True)[0])
     finally:

@@ -26,6 +26,14 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 NOISE = 1e-3  # how far the nearly constant row of a probe varies
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Fixed:
+    """A value that is no array, and that a compiled program is made for."""
+
+    value: Any
+
+
 class Inputs:
     """The arguments of one call, batch first: `Inputs(images)`, `Inputs(ids, attention_mask=mask)`.
 
@@ -45,6 +53,17 @@ class Inputs:
 
         # JAX sorts the names of a dictionary, and a port may take the arguments by their order.
         return Inputs(*apply(self.args), **{name: apply(nest) for name, nest in self.kwargs.items()})
+
+    def fixed(self) -> "Inputs":
+        """Return the inputs for a program that JAX compiles: what is no array, such as True, is no argument of it."""
+        args, kwargs = jax.tree.map(lambda leaf: leaf if is_array(leaf) else Fixed(leaf), (self.args, self.kwargs))
+        return Inputs(*args, **kwargs)
+
+    def unfixed(self) -> "Inputs":
+        """Return the inputs as they were."""
+        both, is_fixed = (self.args, self.kwargs), lambda leaf: isinstance(leaf, Fixed)
+        args, kwargs = jax.tree.map(lambda leaf: leaf.value if is_fixed(leaf) else leaf, both, is_leaf=is_fixed)
+        return Inputs(*args, **kwargs)
 
     def arrays(self) -> list[Any]:
         """Return all arrays, in order."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from parity_tests.harness.capture import exact_arithmetic, release_memory
 from parity_tests.harness.compare import Refused, blame
+from parity_tests.harness.pair import is_array
 from parity_tests.harness.taps import compiled, rewrite
 from parity_tests.harness.torch_side import WithoutDropout, fixed_settings, fresh_copy
 
@@ -284,8 +285,12 @@ class TorchRun:
         return any("initial_lr" in group for group in self.optimizer.param_groups)
 
     def _to_tensors(self, batch: Nest) -> Nest:
-        """Turn arrays into tensors, floating-point ones in the dtype of the run."""
-        return jax.tree.map(lambda leaf: torch.from_numpy(np.array(cast(np.asarray(leaf), self.dtype))), batch)
+        """Turn arrays into tensors, floating-point ones in the dtype of the run; `False` is no array."""
+
+        def convert(leaf: Any) -> Any:
+            return torch.from_numpy(np.array(cast(np.asarray(leaf), self.dtype))) if is_array(leaf) else leaf
+
+        return jax.tree.map(convert, batch)
 
     def _take_step(self, losses: Iterator[torch.Tensor]) -> None:
         if (schedule := self.setup.pair.torch_schedule) and not self.has_scheduler():

@@ -78,6 +78,19 @@ def test_a_table_of_numpy_takes_an_index_that_is_traced() -> None:
     assert not examine(pair, names=("outputs", "trajectory")).divergences
 
 
+def test_flags_among_the_inputs_and_of_the_reference_stay_what_they_are_in_training() -> None:
+    def forward(net: Any, x: torch.Tensor, relu: bool, halve: bool) -> torch.Tensor:
+        y = net.fc(x).relu() if relu is True else net.fc(x)
+        return y if halve is False else y / 2
+
+    def port(tree: Any, x: jax.Array, relu: bool) -> jax.Array:
+        return jax.nn.relu(linear(tree["fc"], x)) if relu is True else linear(tree["fc"], x)
+
+    reference = TorchNet(forward, fc=nn.Linear(3, 2))
+    pair = Pair(reference, port, Inputs(values(4, 3), True), nested, torch_kwargs={"halve": False})
+    assert examine(pair, names=("outputs", "trajectory")).passed == ["outputs", "trajectory"]
+
+
 def test_a_port_that_returns_more_than_the_reference_is_refused() -> None:
     pair = Pair(nn.Linear(3, 2), lambda tree, x: (x @ tree["weight"].T + tree["bias"], x), np.ones((2, 3)), dict)
     with pytest.raises(Refused, match="PyTorch returns 1 array, JAX "):
