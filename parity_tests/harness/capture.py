@@ -337,6 +337,12 @@ class Case:
         own = self.own_variables
         return own is not None and any(map(is_complex, self.adapted.leaves(own).values()))
 
+    @cached_property
+    def float32_tables(self) -> list[str]:
+        """The names of the reference's tables in float32 that nothing carries to JAX: a port computes them itself."""
+        carried = self.module.state_dict().keys() - self.weight_map.unused
+        return [name for name, table in tables_of(self.module) if name not in carried and keeps_float32(table.numpy())]
+
     @property
     def can_draw(self) -> bool:
         """Return whether the JAX side draws weights of its own."""
@@ -1224,13 +1230,26 @@ def excuse_tables(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     PyTorch runs again with what nothing carries to JAX moved by one unit in the last place of float32.
     """
     case, rng = sweeper.case, np.random.default_rng(sweeper.seed)
-    own = [name for name in sorted(case.weight_map.unused & case.tensors.keys()) if keeps_float32(case.tensors[name])]
-    if not own or not any_problem(comparison.inherited):
+    if not case.float32_tables or not any_problem(comparison.inherited):
         return comparison
-    module = case.reference(case.tensors | {name: nudge_float32(case.tensors[name], rng) for name in own})
+    module = case.reference({**case.tensors})
+    for name, table in tables_of(module):
+        if name in case.float32_tables:
+            with torch.no_grad():
+                table.copy_(torch.from_numpy(nudge_float32(table.numpy(), rng)))
     with exact_arithmetic("float64"):
         moved = movement_in_torch(sweeper, sweeper.capture(module, case.cast(sweeper.inputs, "float64")))
-    return take_back_own(sweeper, comparison, moved, f"PyTorch keeps {shorten(own)} in float32: judged by the rounding")
+    note = f"PyTorch keeps {shorten(case.float32_tables)} in float32: judged by the rounding"
+    return take_back_own(sweeper, comparison, moved, note)
+
+
+def tables_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a module and its constants that are none, by name; complex ones with a last axis of 2."""
+    for front, part in module.named_modules():
+        for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():
+            if isinstance(value, torch.Tensor) and value.dtype.itemsize >= torch.float32.itemsize:
+                value = value.detach()
+                yield f"{front}.{name}".lstrip("."), torch.view_as_real(value) if value.is_complex() else value
 
 
 def nudge_float32(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

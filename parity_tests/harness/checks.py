@@ -50,7 +50,6 @@ from parity_tests.harness.compare import (
     dropped,
     flat,
     judge,
-    keeps_float32,
     largest,
     largest_error,
     map_leaves,
@@ -388,7 +387,7 @@ def setup_of(case: Case) -> Setup:
         tensors = {name: np.where(array == 0, np.float32(KINK), array) for name, array in tensors.items()}
     tables = {name: case.tensors[name] for name in case.weight_map.unused & tensors.keys()}  # the port computes them
     tensors |= {name: table for name, table in tables.items() if np.array_equal(np.float32(table), tensors[name])}
-    coarse = case.coarse or any(keeps_float32(tensors[name]) for name in tables)
+    coarse = case.coarse or bool(case.float32_tables)
 
     def torch_loss(module: nn.Module, batch: Any) -> torch.Tensor:
         outputs = module(*batch["args"], **batch["kwargs"])

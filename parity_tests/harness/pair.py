@@ -17,7 +17,7 @@ from torch import nn
 
 from parity_tests.harness.compare import Refused, blame, flat
 from parity_tests.harness.taps import in_float64
-from parity_tests.harness.torch_side import copy_module, hold_real
+from parity_tests.harness.torch_side import cast, copy_module, hold_real
 
 TorchDict = dict[str, np.ndarray]  # arrays by the names of PyTorch's tensors
 
@@ -416,8 +416,9 @@ def probing_tensors(pair: Pair, seed: int) -> TorchDict:
 
 def module_with(pair: Pair, tensors: Mapping[str, np.ndarray], dtype: str, seed: int = 0) -> nn.Module:
     """Return a reference of its own in this dtype, with these tensors, in evaluation mode."""
-    module = copy_module(pair.new_module(seed))
-    return load_tensors(module.cpu().to(getattr(torch, dtype)).eval(), tensors)
+    module = copy_module(pair.new_module(seed)).cpu()
+    module._apply(lambda tensor: cast(tensor, getattr(torch, dtype)))  # complex buffers stay complex
+    return load_tensors(module.eval(), tensors)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:

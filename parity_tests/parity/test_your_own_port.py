@@ -964,6 +964,28 @@ def test_how_a_maximum_over_an_axis_shares_its_gradient_among_equal_values_is_no
     assert bool(result.divergences) == stopped, "\n".join(map(str, result.divergences))
 
 
+def turned_in_pairs() -> nn.Module:
+    """Return a layer behind which pairs turn by a table of complex numbers of length 1, as rotary embeddings do."""
+    turns = torch.polar(torch.ones(2), torch.tensor([0.5, 2.0]))
+    return TorchNet(
+        lambda net, x: torch.view_as_real(torch.view_as_complex(net.fc(x).unflatten(1, (2, 2))) * net.turns).flatten(1),
+        fc=nn.Linear(3, 4),
+        turns=nn.Buffer(turns, persistent=False),
+    )
+
+
+@pytest.mark.parametrize("reference", [turned_in_pairs, turned_in_pairs()], ids=["function", "module"])
+def test_complex_buffers_keep_their_imaginary_part(reference: Any) -> None:
+    def port(tree: Any, x: jax.Array) -> jax.Array:
+        parts = linear(tree["fc"], x).reshape(len(x), 2, 2)
+        turned = (parts[..., 0] + 1j * parts[..., 1]) * jnp.exp(1j * jnp.array([0.5, 2.0]))
+        return jnp.stack([turned.real, turned.imag], -1).reshape(len(x), 4)
+
+    tree = {"fc": {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}}
+    result = examine(Pair(reference, (tree, port), values(4, 3)), names=("parameters", "outputs", "trajectory"))
+    assert result.passed == ["parameters", "outputs", "trajectory"], result.divergences
+
+
 def test_complex_inputs_that_vary_in_one_part_only_are_compared() -> None:
     reference = TorchNet(lambda net, z: net.fc(z.imag), fc=nn.Linear(4, 3))
 
