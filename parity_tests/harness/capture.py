@@ -1745,10 +1745,10 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
 
 
 def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
-    """Return with which eps, form of GELU or mode PyTorch's operation gives JAX's value, or an empty string."""
+    """Return with which eps, axis, form of GELU or mode PyTorch's operation gives JAX's value, or an empty string."""
     widths = map(float, actual.shape[1:])  # a library's first argument may be the eps, where PyTorch's is the width
-    for eps in (None, *EPSILONS, *widths):
-        with suppress(Exception), Otherwise(eps) as other:  # as where an operation takes no eps of 0
+    for change in (None, *EPSILONS, *widths, *range(actual.ndim)):
+        with suppress(Exception), Otherwise(change) as other:  # as where an operation takes no eps of 0
             values = flat(function(*args, **kwargs)).values()
             if other.changed and any(is_same(actual, value.numpy()) for value in values):
                 return f"equal with {other.changed}"

@@ -577,20 +577,25 @@ LARGEST_EPSILON = 1e-2
 
 
 class Otherwise(TorchFunctionMode):
-    """Runs operations with another eps, the other form of GELU or in the other mode; `changed` says what was changed.
+    """Runs operations with another eps, axis, form of GELU or mode; `changed` says what was changed.
 
     Args:
-        eps: what takes the place of each small constant; None: GELU and the mode of batch normalisation are changed.
+        change: what takes the place of each small constant, or the axis of a softmax if it is an integer; None: GELU
+            and the mode of batch normalisation are changed.
     """
 
-    def __init__(self, eps: float | None) -> None:
+    def __init__(self, change: float | None) -> None:
         super().__init__()
-        self.eps, self.changed = eps, ""
+        self.instead, self.changed = change, ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function with the change."""
         kwargs = dict(kwargs or {})
-        if self.eps is not None:
+        if isinstance(self.instead, int):
+            if (label := getattr(func, "__name__", "")).endswith("softmax"):
+                args, kwargs = (args[0], *args[2:]), kwargs | {"dim": self.instead}
+                self.changed = f"the {label} over axis {self.instead}"
+        elif self.instead is not None:
             args, kwargs = tuple(map(self.change, args)), {name: self.change(leaf) for name, leaf in kwargs.items()}
         elif (label := getattr(func, "__name__", "")) == "batch_norm" and "training" in kwargs:
             kwargs |= {"training": not kwargs["training"], "momentum": 0.0}  # the running statistics stay as they are
@@ -603,10 +608,10 @@ class Otherwise(TorchFunctionMode):
 
     def change(self, leaf: Any) -> Any:
         """Return the other eps in the place of one."""
-        if not isinstance(leaf, float) or not 0 < leaf <= LARGEST_EPSILON or leaf == self.eps:
+        if not isinstance(leaf, float) or not 0 < leaf <= LARGEST_EPSILON or leaf == self.instead:
             return leaf
-        self.changed = f"{self.eps:g} in the place of {leaf:g}"
-        return self.eps
+        self.changed = f"{self.instead:g} in the place of {leaf:g}"
+        return self.instead
 
 
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128, "torch.FloatTensor": "torch.DoubleTensor"}

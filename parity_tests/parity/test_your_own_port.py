@@ -1606,7 +1606,7 @@ def explained() -> nn.Module:
     """Return a network with the operations that a port likes to take for others."""
     layers = {f"fc{number}": nn.Linear(8, 8) for number in (1, 2, 3)}
     return TorchNet(
-        lambda net, x: net.fc3(net.rms(nn.functional.gelu(net.fc2(net.norm(net.fc1(x)))))) * 0.5,
+        lambda net, x: net.fc3(net.rms(functional.gelu(net.fc2(net.norm(net.fc1(x)).softmax(1))))) * 0.5,
         **layers,
         norm=nn.LayerNorm(8),
         rms=RootMeanSquareNorm(),
@@ -1614,22 +1614,23 @@ def explained() -> nn.Module:
 
 
 @pytest.mark.parametrize(("eps", "words"), [(1e-6, "1e-06"), (8, "8")])
-def test_another_eps_the_other_gelu_and_a_factor_are_named(eps: float, words: str) -> None:
+def test_another_eps_the_other_gelu_a_factor_and_another_axis_are_named(eps: float, words: str) -> None:
     """Flax's first argument is the eps: `LayerNorm(8)`."""
 
     def port(x: jax.Array) -> jax.Array:
         x = linen.LayerNorm(eps, name="norm")(linen.Dense(8, name="fc1")(x))
-        x = linen.RMSNorm(name="rms")(linen.gelu(linen.Dense(8, name="fc2")(x)))
+        x = linen.RMSNorm(name="rms")(linen.gelu(linen.Dense(8, name="fc2")(jax.nn.softmax(x, axis=0))))
         return linen.Dense(8, name="fc3")(x)
 
     pair = Pair(explained, LinenNet(port), values(4, 8), batch_sizes=(5,))
     found = {found.where: found.problem for found in examine(pair, names=("outputs",)).divergences}
-    assert found.keys() == {"output of norm", "output of gelu", "output of rms", "output of mul"}
+    assert found.keys() == {f"output of {place}" for place in ("norm", "gelu", "rms", "mul", "softmax")}
     for place, cause in (
         ("norm", f"equal with {words} in the place of 1e-05"),
         ("gelu", "equal with the approximation of GELU by tanh"),
         ("rms", "equal with 1e-06 in the place of 1e-05"),
         ("mul", "JAX's is 2 times PyTorch's"),
+        ("softmax", "equal with the softmax over axis 0"),
     ):
         assert cause in found[f"output of {place}"], found
 
