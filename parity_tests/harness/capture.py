@@ -188,11 +188,15 @@ class Stage(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The operation in which a difference is born, and the values before it that JAX does not have."""
+    """The operation in which a difference is born, and the values before it that JAX does not have.
+
+    Where JAX takes other parts of a stage, or in another order, `taken` is its name.
+    """
 
     place: str
     problem: str
     gap: tuple[str, ...]
+    taken: str = ""
 
 
 class Comparison(NamedTuple):
@@ -1763,8 +1767,10 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     before it.
     """
     values = sweeper.reference.values
-    places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
-    places = [name for name in places if has_gap(comparison, name)]
+    wrong = {name for name, found in comparison.local.values.items() if found.problem} | {*comparison.born}
+    uses = Counter(stage for name in wrong for stage in inputs_of(comparison, name))
+    several = {name for name in wrong if any(uses[stage] > 1 for stage in inputs_of(comparison, name))}
+    places = [name for name in comparison.order if name in several or (name in wrong and has_gap(comparison, name))]
     ends = [name for name, found in comparison.local.outputs.items() if found.problem and has_gap(comparison, "")]
     ends = [name for name in ends if name in values and sweeper.outputs[name].carry is not None]
     if not (places or ends) or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
@@ -1787,7 +1793,12 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
     with alone(sweeper):
         traced = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
-    origins = {name: origin for name, origin in traced.items() if origin is not None}
+    known = {name: origin for name, origin in traced.items() if origin is not None}
+    origins = {
+        name: next(other for other in known.values() if other.taken == origin.taken) if origin.taken else origin
+        for name, origin in known.items()
+        if origin.taken or name in ends or has_gap(comparison, name)
+    }
     # A difference that may be born in the place of another one is told there, once.
     told = {origin.place: origin for origin in origins.values()}
     return {
@@ -1880,6 +1891,11 @@ class History(NamedTuple):
             if before is None:
                 break
             if self.is_known(before) and not moved:  # JAX has the right value, but takes another
+                if before in self.comparison.stages and is_taken(instead, self.values[before]):
+                    problem = difference(actual, self.values[place], 0.0).problem
+                    return Origin(
+                        place, f"{problem}; JAX takes other parts of {before}, or in another order", (), before
+                    )
                 if before in self.comparison.stages or self.has(instead):
                     break
                 problem = difference(instead, argument, 0.0).problem
@@ -1919,9 +1935,8 @@ class History(NamedTuple):
             alike = np.array_equal(value.max(), array.max(), equal_nan=True)
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
                 return name
-        several = 2 * len(np.unique(array)) > array.size  # a mask would be a part of everything
-        parts = (name for name in larger if several and not name.endswith(FIRST))
-        return next((name for name in parts if np.isin(array, self.values[name]).all()), None)
+        parts = (name for name in larger if not name.endswith(FIRST))
+        return next((name for name in parts if is_taken(array, self.values[name])), None)
 
     def holder(self, array: np.ndarray, place: str) -> str | None:
         """Return a value before a place that holds this one, where nothing is seen inside, as in an LSTM; or None."""
@@ -2017,6 +2032,11 @@ class History(NamedTuple):
                 if self.has(instead):
                     return Origin(name, difference(result, self.values[name], 0.0).problem, ())
         return None
+
+
+def is_taken(array: np.ndarray, value: np.ndarray) -> bool:
+    """Return whether an array consists of parts of a value; a mask would be a part of everything."""
+    return 2 * len(np.unique(array)) > array.size and bool(np.isin(array, value).all())
 
 
 def is_alike(one: np.ndarray, other: np.ndarray) -> bool:

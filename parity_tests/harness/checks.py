@@ -9,6 +9,7 @@ import copy
 import inspect
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -204,8 +205,14 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
     of_functions = ((name, comparison.functions.get(name)) for name in comparison.born)
     wrong |= {name: found for name, found in of_functions if found is not None and found.problem}
-    origins = comparison.origins
+    origins, told = comparison.origins, set[str]()
     for name in comparison.order:
+        place = origins[name].place if name in origins and name not in comparison.causes else name
+        first = in_first_call(comparison, place)
+        if first in told and first != place and comparison.causes.get(first) == comparison.causes.get(place):
+            continue  # the same line of a module that is called again
+        if name in wrong:
+            told.add(place)
         if name in wrong and name in comparison.causes:
             yield f"output of {name}", f"{wrong[name].problem}; {comparison.causes[name]}"
         elif name in wrong and name not in origins:
@@ -222,6 +229,20 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
         for name, difference in comparison.inherited.outputs.items():
             if difference.problem:
                 yield f"{describe_output(name)}, end to end", f"{difference.problem}; no single stage shows it"
+
+
+def in_first_call(comparison: Comparison, name: str) -> str:
+    """Return the name that a value has in the first call of its module; a function's values are numbered through."""
+    head, bracket, place = name.partition("[")
+    head, _, number = head.partition("#")
+    if number and name in comparison.stages:
+        return head + bracket + place
+    bases = Counter(re.sub(r"#\d+$", "", base) for base in {other.partition("[")[0] for other in comparison.order})
+    each, rest = divmod(bases[head], max(1, bases[head.rpartition(".")[0]]))
+    if not number or rest or not each:
+        return name
+    call = (int(number) - 1) % each + 1
+    return (head if call == 1 else f"{head}#{call}") + bracket + place
 
 
 def or_before(comparison: Comparison, place: str) -> str:
@@ -361,7 +382,9 @@ def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tup
             if difference.problem and name.rpartition(".")[0] in right:
                 yield f"gradient by {name}", difference.problem
         return
-    stages = [name for name, difference in comparison.local.gradients.items() if difference.problem]
+    differing = {name for name, difference in comparison.local.gradients.items() if difference.problem}
+    again = {name for name in differing if (first := in_first_call(comparison, name)) != name and first in differing}
+    stages = [name for name in comparison.local.gradients if name in differing - again]
     weights = [name for name, difference in comparison.local.weights.items() if difference.problem]
     told, last_first = set[str](), [*reversed(stages)]
     for name in sorted(last_first, key=lambda name: name in comparison.local.outputs):  # a module's own name first

@@ -1657,6 +1657,32 @@ def test_another_order_of_the_same_values_is_named(move: Callable[[jax.Array], j
     assert not order_between(np.arange(3.0) + 1e-12, np.arange(3.0))
 
 
+def gated_twice() -> nn.Module:
+    """Return a layer that is called twice, with halves of which one is the gate of the other."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        part, gate = net.fc(x).chunk(2, -1)
+        return part.tanh() * gate.sigmoid()
+
+    block = TorchNet(forward, fc=nn.Linear(4, 8))
+    return TorchNet(lambda net, x: net.out(net.block(net.block(x))), block=block, out=nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("order", ["exchanged", "interleaved"])
+def test_halves_in_another_order_are_told_once_in_a_layer_that_is_called_twice(order: str) -> None:
+    def port(x: jax.Array) -> jax.Array:
+        layer = linen.Dense(8, name="fc")
+        for _ in range(2):
+            x = layer(x)
+            part, gate = jnp.split(x, 2, -1)[::-1] if order == "exchanged" else (x[:, ::2], x[:, 1::2])
+            x = jnp.tanh(part) * jax.nn.sigmoid(gate)
+        return linen.Dense(2, name="out")(x)
+
+    (found,) = examine(Pair(gated_twice, LinenNet(port), values(4, 4)), names=("outputs",)).divergences
+    assert found.where == "output of block.tanh"
+    assert "JAX takes other parts of block.fc, or in another order" in found.problem
+
+
 class WithoutMode(linen.Module):
     """A norm that is in evaluation mode, whatever its model is told."""
 
