@@ -505,10 +505,10 @@ def adapt_linen(module: Any, kwargs: Keywords) -> Model:
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
         options = {**kwargs.of(type(module).__call__, training, fixed), **inputs.kwargs}
-        if not training:
-            return module.apply(variables, *inputs.args, **options), variables
-        states = [name for name in variables if name != "params"]
         keys = {"dropout": jax.random.key(0), "params": jax.random.key(1)}  # Flax takes the last for any other name
+        if not training:  # a module may ask for a key that it does not use
+            return module.apply(variables, *inputs.args, rngs=keys, **options), variables
+        states = [name for name in variables if name != "params"]
         with without_dropout():
             result = module.apply(variables, *inputs.args, mutable=states or False, rngs=keys, **options)
         return (result[0], {**variables, **result[1]}) if states else (result, variables)

@@ -928,8 +928,8 @@ class LinenDropPath(nn.Module):
 
     @nn.compact
     def __call__(self, rows: Array, train: bool) -> Array:
-        drawn = keep(self.make_rng("droppath"), rows, self.rate) if train else rows  # a stream of any name
-        return nn.Dense(WIDTH, name="fc")(drawn)
+        key = self.make_rng("droppath")  # a stream of any name, asked for where nothing is drawn too
+        return nn.Dense(WIDTH, name="fc")(keep(key, rows, self.rate) if train else rows)
 
 
 class NnxDropPath(nnx.Module):
