@@ -330,8 +330,10 @@ def redraw(
     """Draw one array like the example, with another batch size if its first axis is the batch.
 
     Floats are drawn from a normal distribution with the example's mean and deviation, inside its range if it has no
-    negative value. With 4 rows or more, the first is zero if it may be, the second nearly constant and the third ten
-    times as large. Masks, zeros and ones, and all that is no float keep the example's own rows or values.
+    negative value. With 4 rows or more, the first is zero if it may be, the second nearly constant, the third ten times
+    as large, and the next two are three times as large at both ends of each axis: of many points, a maximum hardly ever
+    takes the last one. Masks, zeros and ones, and all that is no float keep the example's own rows or values; what a
+    mask does that is the same everywhere shows where its last value is another one.
     """
     if not is_array(example):
         return example
@@ -343,6 +345,8 @@ def redraw(
         drawn = rng.choice(array.reshape(-1), size=rows.shape)
         drawn[: min(batch, size)] = rows[: min(batch, size)]
         return drawn.astype(array.dtype)
+    if mask and size >= 4 and array.ndim > 1 < array.shape[-1] and np.unique(array).tolist() in ([0], [1]):
+        rows[3:5, ..., -1] = 1 - int(array.flat[0])
     is_mask = mask or (np.isin(array, (0, 1)).all() and array.min() < array.max())
     if not np.issubdtype(array.dtype, np.floating) or is_mask or not np.isfinite(array).all():
         return rows  # a mask that is added has infinities
@@ -354,6 +358,8 @@ def redraw(
         drawn[0] = 0 if zeros else drawn[0]
         drawn[1] = spread * (0.03 + NOISE * rng.random(rows.shape[1:]))
         drawn[2] *= 10
+        for axis in range(1, drawn.ndim if drawn.ndim > 2 else 0):
+            np.moveaxis(drawn, axis, 0)[[0, -1], 3:5] *= 3
     return drawn.astype(array.dtype)
 
 

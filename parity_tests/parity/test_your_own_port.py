@@ -350,6 +350,17 @@ def test_a_mask_that_is_added_keeps_its_infinities() -> None:
     np.testing.assert_array_equal(Pair(nn.Identity, None, (values(4, 3), mask)).draw_inputs(0, 4).args[1], mask)
 
 
+def test_a_mask_that_is_the_same_everywhere_masks_something() -> None:
+    drawn = Pair(nn.Identity, None, Inputs(values(4, 3), pad_mask=np.ones((4, 3), bool))).draw_inputs(0, 4)
+    assert drawn.kwargs["pad_mask"].tolist() == [[True] * 3] * 3 + [[True, True, False]]
+
+
+def test_a_maximum_over_many_points_is_often_the_first_or_the_last_one() -> None:
+    points = Pair(nn.Identity, None, values(4, 1000, 3)).draw_inputs(0, 8).args[0]
+    largest = (points @ np.random.default_rng(0).normal(size=(3, 64))).argmax(1)
+    assert {0, 999} <= {*largest[3]}
+
+
 def test_keyword_arguments_keep_their_order() -> None:
     example = Inputs(tokens=np.ones((4, 3), int), mask=np.ones((4, 3), int))
     assert list(Pair(nn.Identity, None, example).draw_inputs(0, 8).map(np.asarray).kwargs) == ["tokens", "mask"]
