@@ -791,8 +791,11 @@ def trajectory(case: Case) -> Iterator[Divergence]:
 
 
 def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
-    """Compare the rates of dropout in training: a fault if no rate of one side is the other's, else a remark."""
-    rates: dict[str, set[float]] = {"PyTorch": set(), "JAX": set()}
+    """Compare the rates of dropout in training.
+
+    Another rate is a fault if both sides drop equally often, or no rate of one side is the other's, else a remark.
+    """
+    rates: dict[str, list[float]] = {"PyTorch": [], "JAX": []}
     token = dropped.set(rates["PyTorch"])
     try:
         module = copy_module(case.module).train()
@@ -809,13 +812,19 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
             jax.eval_shape(lambda: case.model.apply(setup.variables, inputs.map(jnp.asarray), True)[0])
     finally:
         dropped.reset(token)
-    if rates["PyTorch"] == rates["JAX"] or case.model.library in ("Haiku", "function"):  # which tell no rates
+    counts = {side: Counter(found) for side, found in rates.items()}
+    others = {*(counts["PyTorch"] - counts["JAX"]), *(counts["JAX"] - counts["PyTorch"])}
+    as_often = counts["PyTorch"].total() == counts["JAX"].total()
+    if not others or case.model.library in ("Haiku", "function"):  # which tell no rates
         return
-    seen = {side: ", ".join(f"{rate:g}" for rate in sorted(found)) or "none" for side, found in rates.items()}
+    shown = {side: sorted(found if as_often else {*found}) for side, found in rates.items()}
+    seen = {side: ", ".join(f"{rate:g}" for rate in found) or "none" for side, found in shown.items()}
     text = f"the rates of dropout in training are {seen['JAX']} in JAX, and {seen['PyTorch']} in PyTorch"
-    if all(rates.values()) and rates["PyTorch"].isdisjoint(rates["JAX"]):
-        yield Divergence("trajectory", "dropout", text)
-    else:
+    if as_often or (all(rates.values()) and counts["PyTorch"].keys().isdisjoint(counts["JAX"])):
+        parts = ((name, getattr(part, "p", None)) for name, part in case.module.named_modules())
+        names = [name for name, rate in parts if isinstance(rate, float) and float(f"{rate:.6g}") in others]
+        yield Divergence("trajectory", shorten(names) or "dropout", text)
+    elif counts["PyTorch"].keys() != counts["JAX"].keys():
         add_note(case.notes, f"{text}; both sides are compared at a rate of 0")
 
 

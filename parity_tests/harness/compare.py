@@ -469,10 +469,10 @@ def keeps_float32(array: Any) -> bool:
     return bool((fractions * 2.0**12 % 1 != 0).any())
 
 
-dropped: ContextVar[set[float] | None] = ContextVar("dropped", default=None)
+dropped: ContextVar[list[float] | None] = ContextVar("dropped", default=None)
 
 
 def note_rate(rate: Any) -> None:
     """Keep the rate of a dropout that is switched off, if somebody asks for the rates."""
     if (rates := dropped.get()) is not None and isinstance(rate, int | float) and rate > 0:
-        rates.add(float(f"{rate:.6g}"))  # one of float32, as of `torch.linspace`, is no other rate
+        rates.append(float(f"{rate:.6g}"))  # one of float32, as of `torch.linspace`, is no other rate
