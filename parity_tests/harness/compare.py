@@ -411,6 +411,8 @@ def with_counts(wrong: list[Wrong], actual: int | None, expected: int | None) ->
 def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergence]:
     """Yield one message for all tensors that are wrong in the same way.
 
+    What follows from another one has none of its own: all from the loss, a weight from its moment.
+
     Args:
         check: its name.
         label: where that is, with {} in the place of the tensors: "step 3, {}".
@@ -430,6 +432,7 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         ]
         _, text, note = max(fitting, default=(0, "", ""))
         groups.setdefault((item.part, text), []).append((item, note))
+    messages: list[tuple[str, list[str], Divergence]] = []
     for (part, text), items in groups.items():
         by_note: dict[str, list[str]] = {}
         for item, note in items:
@@ -441,7 +444,15 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         cause = [*counts, text, *sides, rest if not text and not counts and tensors.keys() == {"weights"} else ""]
         names = [name for names in by_note.values() for name in names]
         tensors_named = f"{part} {shorten(names) if any(names) else ''}".strip()
-        yield Divergence(check, label.format(tensors_named), worst, "; ".join(filter(None, cause)))
+        message = Divergence(check, label.format(tensors_named), worst, "; ".join(filter(None, cause)))
+        before = ((n, other, {*known}) for n, (other, known, _) in enumerate(messages) if other != part)
+        if (number := next((n for n, other, known in before if other == "loss" or {*names} <= known), None)) is None:
+            messages.append((part, names, message))
+            continue
+        *whole, first = messages[number]
+        follows = f"{part if names == whole[1] else tensors_named} with it{f' ({text})' if text else ''}"
+        messages[number] = (*whole, first._replace(cause="; ".join(filter(None, [first.cause, follows]))))
+    yield from (message for *_, message in messages)
 
 
 def shorten(names: Sequence[str]) -> str:
