@@ -125,6 +125,7 @@ MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
 TIMES_BESIDE_ZERO = 3  # such inputs are drawn
 CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "grad")  # a derivative has one of two slopes at a kink
+MOST_INSTEAD = 64  # values that are tried in the place of one
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
 
 Quiet = Callable[[str], None]
@@ -1147,7 +1148,7 @@ def compare_sides(case: Case, size: int, training: bool) -> Comparison:
     comparison = comparison if moved else exchange_unseen(sweeper, comparison)
     comparison = tell_once(sweeper, comparison._replace(idle=idle), moved)
     try:
-        comparison = comparison._replace(causes={**find_causes(sweeper, comparison), **comparison.causes})
+        comparison = find_causes(sweeper, comparison)
         return comparison._replace(origins=find_origins(sweeper, comparison))
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
         note = f"the places of differences are less exact: PyTorch's operations do not run alone ({describe(error)})"
@@ -1735,17 +1736,57 @@ def alone(sweeper: Sweeper) -> Iterator[None]:
         yield
 
 
-def find_causes(sweeper: Sweeper, comparison: Comparison) -> dict[str, str]:
-    """Return with what change PyTorch's operation gives JAX's value, by the places where a difference is born."""
+def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+    """Return the comparison with what change of PyTorch's operations gives JAX's values where differences are born.
+
+    Two operations that take each other's values, as a scale and a shift, are one fault.
+    """
     places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
     if not places or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
-        return {}
+        return comparison
     calls = calls_in(sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), places, training=sweeper.training)
     side = sweeper.steered(True, True, functions=comparison.born)
     actual = take(side.values, {**sweeper.stages, **sweeper.functions})
+    places = [name for name in comparison.order if name in places and name in calls]
     with alone(sweeper):
-        causes = {name: cause_of(actual[name], *calls[name]) for name in places if name in calls}
-    return {name: cause for name, cause in causes.items() if cause}
+        causes = {name: cause for name in places if (cause := cause_of(actual[name], *calls[name]))}
+        causes |= comparison.causes
+        values = {name: value for name, value in sweeper.reference.values.items() if value.dtype.kind == "f" and name}
+        unknown = [name for name in places if name not in causes and not has_gap(comparison, name)]
+        unknown = [name for name in unknown if name in values and not is_same(actual[name], values[name])]
+        for name in unknown:  # parts of a value have no name
+            for given in floats_in(calls[name]):
+                if not any(np.array_equal(given, value) for value in values.values()):
+                    values[f"what {name} takes"] = given
+        instead = {name: found for name in unknown if (found := taken_instead(actual[name], calls[name], values))}
+    causes |= {name: f"JAX takes {other} in the place of {own}" for name, (own, other) in instead.items()}
+    silent = set[str]()
+    for one, other in itertools.combinations(instead, 2):
+        if instead[one] == instead[other][::-1] and silent.isdisjoint({one, other}):
+            causes[one] += f", and the other way round in {other}"
+            silent.add(other)
+    limits: Limits = {kind: {} for kind in Side._fields} | {"values": dict.fromkeys(silent, np.inf)}
+    return take_back(sweeper, comparison._replace(causes=causes), limits)
+
+
+def taken_instead(
+    actual: np.ndarray, call: tuple[Callable[..., Any], Any, Any], values: Mapping[str, np.ndarray]
+) -> tuple[str, str] | None:
+    """Return which value an operation takes, and from which other one of PyTorch's it makes JAX's value; or None."""
+    for given in floats_in(call):
+        own = next((name for name, value in values.items() if np.array_equal(value, given)), None)
+        others = [name for name, value in values.items() if value.shape == given.shape and name != own]
+        for other in others[-MOST_INSTEAD:] if own else ():
+            with suppress(Exception):  # as where a value is not in an operation's range
+                if is_same(actual, run_with(call, given, values[other])):
+                    return own, other
+    return None
+
+
+def floats_in(call: tuple[Callable[..., Any], Any, Any]) -> list[np.ndarray]:
+    """Return the float arguments of an operation that have several values."""
+    tensors = [leaf for leaf in flat(call[1:]).values() if isinstance(leaf, torch.Tensor)]
+    return [leaf.numpy() for leaf in tensors if leaf.is_floating_point() and leaf.numel() > 1]
 
 
 def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:

@@ -1076,6 +1076,28 @@ def test_two_operations_in_the_other_order_are_told_once(by: str) -> None:
     assert f"JAX computes {expected[1]} before it" in found.problem
 
 
+@pytest.mark.parametrize("of", ["parts", "skip"])
+def test_two_operations_that_take_each_others_values_are_told_once(of: str) -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.emb(x)
+        scale, shift = net.fc(net.norm(x)).chunk(2, -1)
+        return net.head(x + scale if of == "skip" else x * torch.tanh(scale) + shift)
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(6, name="emb")(x)
+        normed = linen.LayerNorm(epsilon=1e-5, name="norm")(x)
+        shift, scale = jnp.split(linen.Dense(12, name="fc")(x if of == "skip" else normed), 2, -1)
+        return linen.Dense(3, name="head")(normed + shift if of == "skip" else x * jnp.tanh(scale) + shift)
+
+    layers = {"emb": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "fc": nn.Linear(6, 12), "head": nn.Linear(6, 3)}
+    (found,) = examine(Pair(TorchNet(forward, **layers), LinenNet(port), values(4, 4)), names=("outputs",)).divergences
+    place, words = ("fc", "emb in the place of norm")
+    if of == "parts":
+        place, words = ("tanh", "what add takes in the place of what tanh takes")
+    assert found.where == f"output of {place}"
+    assert f"JAX takes {words}, and the other way round in add" in found.problem
+
+
 def test_a_formula_written_otherwise_is_not_told_beside_a_fault() -> None:
     """JAX turns pairs of numbers in one step, and leaves out a bias behind them."""
 
