@@ -572,6 +572,25 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class WithoutTiny(TorchFunctionMode):
+    """Computes `cosine_embedding_loss` without the 1e-12 that PyTorch adds to each squared length."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or compute the loss of cosines."""
+        if func is not nn.functional.cosine_embedding_loss:
+            return func(*args, **(kwargs or {}))
+        return cosine_loss(*args, **(kwargs or {}))
+
+
+def cosine_loss(
+    one: torch.Tensor, other: torch.Tensor, target: torch.Tensor, margin: float = 0.0, reduction: str = "mean", **_: Any
+) -> torch.Tensor:
+    """Compute what `cosine_embedding_loss` does."""
+    cosines = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
+    losses = torch.where(target == 1, 1 - cosines, (cosines - margin).clamp(min=0))
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+
+
 EPSILONS = (1e-5, 1e-6, 1e-3, 1e-4, 1e-7, 1e-8, 1e-12, 0.0)  # that layers of either framework have
 LARGEST_EPSILON = 1e-2
 

@@ -633,7 +633,7 @@ def frozen(sound: bool) -> Pair:
 IGNORED = -100  # the label of positions that are padding
 
 
-@port("P15", ("loss", "batch of 8"), ("loss", "batch of 5"))
+@port("P15", ("loss", "batch of 8"))
 def divided_by_all_positions(sound: bool) -> Pair:
     """A loss per token is divided by the padded positions as well (algorithmic-efficiency#314, #318)."""
 

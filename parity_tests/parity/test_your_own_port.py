@@ -1015,6 +1015,24 @@ def test_the_layout_of_outputs_is_found_for_each_size_of_batch() -> None:
     assert examine(Pair(reference, port, values(4, 8, 3), **losses), names=("loss",)).passed == ["loss"]
 
 
+@pytest.mark.parametrize("tiny", [0.0, 1e-12])
+def test_the_tiny_constant_in_pytorchs_loss_of_cosines_is_no_fault(tiny: float) -> None:
+    def jax_loss(outputs: tuple[jax.Array, jax.Array], same: jax.Array) -> jax.Array:
+        one, other = outputs
+        squares = [(rows * rows).sum(-1) + tiny for rows in outputs]
+        cosines = (one * other).sum(-1) / jnp.sqrt(squares[0] * squares[1])
+        return jnp.where(same == 1, 1 - cosines, jnp.maximum(0, cosines - 0.1)).mean()
+
+    def torch_loss(outputs: tuple[torch.Tensor, torch.Tensor], same: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cosine_embedding_loss(*outputs, same, margin=0.1)
+
+    reference = TorchNet(lambda net, x, y: (net.fc(x), net.fc(y)), fc=nn.Linear(3, 4))
+    port = LinenNet(lambda x, y: tuple(map(linen.Dense(4, name="fc"), (x, y))))
+    losses = {"torch_loss": torch_loss, "jax_loss": jax_loss, "targets": np.array([1, -1, 1, -1])}
+    pair = Pair(reference, port, (values(4, 3), 1e-2 * values(4, 3)), **losses)
+    assert examine(pair, names=("loss",)).passed == ["loss"]
+
+
 @pytest.mark.parametrize("pre", [True, False])
 def test_a_norm_in_another_place_is_told_once_and_not_again_where_it_is_used(pre: bool) -> None:
     """PyTorch's TransformerEncoderLayer has its norms behind the residual sums by default."""
