@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity_tests.harness.weights import (
+    AS_IT_IS,
     PARAMETRIZED,
+    PROJECTED,
     CannotCarry,
     Entry,
     Gaps,
@@ -298,6 +300,7 @@ def list_units(
         suffixes = [name.removeprefix("weight_ih") for name in tensors if name.startswith("weight_ih")]
         for number, suffix in enumerate(suffixes or [""]):
             own = {name: shape for name, shape in tensors.items() if not suffix or name.endswith(suffix)}
+            own = {name: shape for name, shape in own.items() if not name.startswith(PROJECTED)}
             layer = Layer(owner, own, (), {}, module).with_weight()
             name = owner if len(suffixes) < 2 else f"{owner}{CELL}{suffix[1:]}"
             scope = scope_of(name, [front for front, _ in scopes], ".")
@@ -393,13 +396,14 @@ def gates_apart(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
     """Return the leaves that may be a cell with a leaf for each gate, named by its letter: W_xi, W_hi and b_i."""
     gates = "rzn" if unit.make is gru else "ifgo"
     tensors = unit.layers[0].tensors.items()
-    inputs, hidden = (shape[1] for name, shape in tensors if name.startswith(("weight_ih", "weight_hh")))
+    (rows, inputs), (_, state) = (shape for name, shape in tensors if name.startswith(("weight_ih", "weight_hh")))
+    hidden = rows // len(gates)
     families: dict[str, dict[str, str]] = {}
     for path in free:
         families.setdefault(path[:-1], {})[OTHER_LETTERS[len(gates)].get(path[-1].lower(), path[-1].lower())] = path
     whole = [[family[gate] for gate in gates] for family in families.values() if {*gates} <= {*family}]
     found: list[str] = []
-    for shape in ((inputs, hidden), (hidden, hidden), (hidden,), (hidden,)):
+    for shape in ((inputs, hidden), (state, hidden), (hidden,), (hidden,)):
         fitting = (family for family in whole if family[0] not in found and {free[path] for path in family} == {shape})
         found += next(fitting, [])
     return {path: free[path] for path in found} if len(found) >= 2 * len(gates) else {}
@@ -504,6 +508,8 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
         rules.append(linear(place.path, flatten=unit.flatten))
     if unit.make in (linear, conv1d) and square and not known:
         rules += [unit.make(place.path, transposed=turned) for turned in (True, False)]
+    if unit.make is attention:
+        rules += [attention(place.path, transposed=turned) for turned in layouts_of([place])[1:]]
     if unit.make is same and any(len(size) == 2 and size[0] == size[1] for size in unit.layers[0].tensors.values()):
         rules.append(same(place.path, transposed=True))
     if unit.make is same and len(shape) > 2:  # the kernel of a user's own convolution
@@ -519,6 +525,18 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
         ways = [place.targets, (others[0], first, *others[1:])] if alike else [place.targets]
         rules += [unit.make(*to, order=order) for to in ways for order in (None, *ORDERS[unit.make is gru])]
     return rules
+
+
+def layouts_of(places: Sequence[Place]) -> tuple[bool | None, ...]:
+    """Return whether places may hold [in, out]: the usual way (None), and either where nothing but names speaks."""
+    own = [place for place in places if place.kind not in LAYERS_WITH_A_LAYOUT]
+    shapes = [
+        shape
+        for place in own
+        for leaf, shape in place.leaves.items()
+        if parent(leaf) == place.path or last_name(leaf) not in ("kernel", AS_IT_IS)  # of a library's layer inside
+    ]
+    return (None, True, False) if any(len(shape) > 1 and shape[-1] == shape[-2] for shape in shapes) else (None,)
 
 
 def equal(some: Sequence[Entry], others: Sequence[Entry], unit: Unit) -> bool:
@@ -779,11 +797,12 @@ def splits(unit: Unit, places: Sequence[Place]) -> tuple[Option, ...]:
     ordered = sorted(places, key=lambda place: "qkv".index(place.title[-1])) if named else places
     heads = {shape[-2] for shape in leaves.values() if len(shape) - ("{" in unit.name) == 3}
     rules = [
-        qkv(*(place.path for place in order), heads=number)
+        qkv(*(place.path for place in order), heads=number, transposed=turned)
         for order in ([ordered] if named else itertools.permutations(places))
         for number in (None, *(number for number in heads if number > 1))
+        for turned in layouts_of(places)
     ]
-    return tuple(Option(rule, entries) for rule in rules if (entries := carry(unit, rule, leaves, rule.to)))
+    return different(unit, rules, leaves)
 
 
 def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
@@ -794,7 +813,8 @@ def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
     total = sum(math.prod(shape) for unit in units for layer in unit.layers for shape in layer.tensors.values())
     if sum(map(math.prod, place.leaves.values())) != total:
         return ()
-    rule = joined(place.path, *(unit.name.rpartition(".")[2] for unit in units))
+    names = [unit.name.rpartition(".")[2] for unit in units]
+    rules = [joined(place.path, *names, transposed=turned) for turned in layouts_of([place])]
     (front,) = fronts
     layers = tuple(
         Layer(
@@ -809,8 +829,17 @@ def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
         )
         for parts in zip(*(unit.layers for unit in units), strict=True)
     )
-    entries = carry(units[0]._replace(name=front, layers=layers), rule, place.leaves, (place.path,))
-    return (Option(rule, entries),) if entries else ()
+    return different(units[0]._replace(name=front, layers=layers), rules, place.leaves)
+
+
+def different(unit: Unit, rules: Sequence[Rule], leaves: Mapping[str, Shape]) -> tuple[Option, ...]:
+    """Return the ways of these rules that fit and differ."""
+    found: list[Option] = []
+    for rule in rules:
+        entries = carry(unit, rule, leaves, rule.to)
+        if entries and not any(equal(entries, other.entries, unit) for other in found):
+            found.append(Option(rule, entries))
+    return tuple(found)
 
 
 def fused(
@@ -870,6 +899,7 @@ def left_over(
             make = complex_parts
         if name not in carried and make not in (lstm, gru, attention):
             local = name.removeprefix(f"{owner}.").removeprefix(PARAMETRIZED)
+            local = "weight" if local.startswith(PROJECTED) else local
             layer = Layer(owner, {local: shape}, (), leaves, side.modules[owner], {local: name})
             around, inside = scope_of(name, [front for front, _ in scopes], ".")
             if home := owner and homes.get(owner):

@@ -46,6 +46,7 @@ STORED = (  # what torch.nn.utils keeps of a weight that it computes anew for ea
     f"{PARAMETRIZED}original1",
     f"{PARAMETRIZED}original",
 )
+PROJECTED = "weight_hr"  # of an LSTM with proj_size, a linear layer behind its output
 AS_IT_IS = "weight"  # Equinox and plain ports of PyTorch keep its name and its layout; "kernel" and "w" turn it
 
 
@@ -709,48 +710,62 @@ def complex_parts(*to: str) -> Rule:
     return Rule(carry, paths(*to), how)
 
 
-def attention(to: str | None = None) -> Rule:
+def attention(to: str | None = None, *, transposed: bool | None = None) -> Rule:
     """Carry nn.MultiheadAttention: the packed projection to query, key and value, and the output's.
 
     Flax holds kernels [features, heads, features of a head], and [heads, features of a head, features] for the output.
+
+    Args:
+        to: the module in JAX.
+        transposed: whether JAX holds [in, out], but for layers inside with a "kernel". None: as in `linear`.
     """
 
     def carry(layer: Layer) -> list[Entry]:
         places = {role: layer.inside(names) for role, names in ROLES.items()}
         packed = layer.inside(("in_proj", "qkv")) or layer.paths[0]
         entries: list[Entry] = []
-        if "out_proj.weight" in layer.tensors and places["out"] is not None:
-            entries += matrix(layer.named("out_proj.weight", "out_proj.bias"), how, places["out"])
+        if "out_proj.weight" in layer.tensors and (out := places["out"]) is not None:
+            way = None if join(out, "/", "kernel") in layer.leaves else transposed
+            entries += matrix(layer.named("out_proj.weight", "out_proj.bias"), how, out, transposed=way)
         targets = [path for path in (places["query"], places["key"], places["value"]) if path is not None]
+        inside = [path for path in (*targets, packed) if path != layer.paths[0]]
+        way = None if any(join(path, "/", "kernel") in layer.leaves for path in inside) else transposed
         if len(targets) == 3 and "in_proj_weight" in layer.tensors:
-            return entries + split_outputs(layer.named("in_proj_weight", "in_proj_bias"), how, targets)
+            whole = layer.named("in_proj_weight", "in_proj_bias")
+            return entries + split_outputs(whole, how, targets, transposed=way)
         if len(targets) == 3:  # keys or values of another size than the queries
             for role, path in zip("qkv", targets, strict=True):
-                entries += matrix(layer.named(f"{role}_proj_weight", ""), how, path)
+                entries += matrix(layer.named(f"{role}_proj_weight", ""), how, path, transposed=way)
             return entries + split_outputs(layer.named("", "in_proj_bias"), how, targets)
-        return entries + matrix(layer.named("in_proj_weight", "in_proj_bias"), how, packed)
+        return entries + matrix(layer.named("in_proj_weight", "in_proj_bias"), how, packed, transposed=way)
 
-    how = "attention()"
+    how = call("attention", transposed=transposed)
     return Rule(carry, paths(to), how)
 
 
-def qkv(*to: str, heads: int | None = None) -> Rule:
+def qkv(*to: str, heads: int | None = None, transposed: bool | None = None) -> Rule:
     """Carry one linear layer, or Hugging Face's Conv1D, to several: the fused queries, keys and values.
 
     Args:
         to: the modules in JAX, in the order of the outputs in PyTorch.
         heads: number of heads, where PyTorch holds query, key and value of the first head first, then of the next.
+        transposed: whether JAX holds [in, out]. None: as in `linear`.
     """
 
     def carry(layer: Layer) -> list[Entry]:
-        return split_outputs(layer, how, layer.paths, heads, "Conv1D" in classes(layer.module))
+        return split_outputs(layer, how, layer.paths, heads, "Conv1D" in classes(layer.module), transposed)
 
-    how = call("qkv", heads=heads)
+    how = call("qkv", heads=heads, transposed=transposed)
     return Rule(carry, paths(*to), how)
 
 
 def split_outputs(
-    layer: Layer, how: str, targets: Sequence[str], heads: int | None = None, turned: bool = False
+    layer: Layer,
+    how: str,
+    targets: Sequence[str],
+    heads: int | None = None,
+    turned: bool = False,
+    transposed: bool | None = None,
 ) -> list[Entry]:
     """Carry each part of the outputs of a linear layer to a module of its own.
 
@@ -772,7 +787,7 @@ def split_outputs(
         for path, part in zip(targets, parts, strict=True):
             own = (*shape[:axis], part, *shape[axis + 1 :])
             small = Layer(layer.name, {name: own}, (path,), layer.leaves, layer.module, layer.called)
-            inner += matrix(small, how, path, stored="in, out" if turned else "out, in")
+            inner += matrix(small, how, path, None, transposed, "in, out" if turned else "out, in")
         entries.append(split_entry(layer.tensor(name), inner, cut, how))
     return entries
 
@@ -801,13 +816,14 @@ def split_entry(tensor: str, inner: Sequence[Entry], cut: Callable[[Array], list
     return Entry((tensor,), tuple(path for entry in inner for path in entry.jax), convert, how)
 
 
-def joined(to: str, *names: str, heads: int | None = None) -> Rule:
+def joined(to: str, *names: str, heads: int | None = None, transposed: bool | None = None) -> Rule:
     """Carry several linear layers of a module to one, such as queries, keys and values that JAX fuses.
 
     Args:
         to: the linear layer in JAX.
         names: the layers inside of the PyTorch module, in the order of the outputs in JAX.
         heads: number of heads, where JAX holds query, key and value of the first head first, then of the next.
+        transposed: whether JAX holds [in, out]. None: as in `linear`.
     """
 
     def carry(layer: Layer) -> list[Entry]:
@@ -817,7 +833,8 @@ def joined(to: str, *names: str, heads: int | None = None) -> Rule:
             if len(tensors) == len(names):
                 shapes = [layer.tensors[name] for name in tensors]
                 whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-                for entry in matrix(Layer(layer.name, {last: whole}, layer.paths, layer.leaves), how, layer.paths[0]):
+                own = Layer(layer.name, {last: whole}, layer.paths, layer.leaves)
+                for entry in matrix(own, how, layer.paths[0], transposed=transposed):
                     full = tuple(layer.tensor(name) for name in tensors)
                     entries.append(Entry(full, entry.jax, merge(entry, whole), how))
         return entries
@@ -830,7 +847,7 @@ def joined(to: str, *names: str, heads: int | None = None) -> Rule:
 
         return convert
 
-    how = call("joined", *names, heads=heads)
+    how = call("joined", *names, heads=heads, transposed=transposed)
     return Rule(carry, paths(to), how)
 
 
@@ -990,7 +1007,6 @@ def packed_gates(cell: Layer, how: str, gates: str, order: str | None, forget_bi
         return library_of([value]).concatenate(turned, 0)
 
     entries = []
-    hidden, inputs = cell.tensors["weight_hh"][1], cell.tensors["weight_ih"][1]
     joint = cell.find_name(JOINT_WEIGHT)
     if joint is not None:
 
@@ -998,12 +1014,12 @@ def packed_gates(cell: Layer, how: str, gates: str, order: str | None, forget_bi
             return (library_of([by_input]).concatenate([reorder(by_input).T, reorder(by_state).T], 0),)
 
         entries.append(Entry((cell.tensor("weight_ih"), cell.tensor("weight_hh")), (joint,), convert_both, how))
-    for name, names, features in (("weight_ih", INPUT_WEIGHT, inputs), ("weight_hh", STATE_WEIGHT, hidden)):
-        leaf = cell.find_name(names)
+    for name, names in (("weight_ih", INPUT_WEIGHT), ("weight_hh", STATE_WEIGHT)):
+        leaf, (outputs, inputs) = cell.find_name(names), cell.tensors[name]
         if joint is None and leaf is None:
             raise cell.problem(f"there is no leaf for {cell.tensor(name)}")
         if joint is None and leaf is not None:
-            turned = is_transposed(cell, leaf, features, hidden * len(gates), None)
+            turned = is_transposed(cell, leaf, inputs, outputs, None)
 
             def convert(weight: Array, turned: bool = turned) -> tuple[Array, ...]:
                 return (reorder(weight).T if turned else reorder(weight),)
@@ -1029,7 +1045,7 @@ def packed_biases(
     one, extra = cell.find_name(("dense_h/bias", "dense_i/bias", "linear/b", *BIAS)), cell.find_name(("bias_n", "b_n"))
     if one is None:
         return []
-    size = cell.tensors["weight_hh"][1]
+    size = cell.tensors["weight_hh"][0] // len(gates)
     place = cell.leaves[one]
 
     def stack(by_input: Array, by_state: Array) -> tuple[Array, ...]:
@@ -1159,7 +1175,7 @@ def rule_for(module: Any) -> Callable[..., Rule]:
 
 def rule_for_tensor(module: Any, name: str) -> Callable[..., Rule]:
     """Return the same for one tensor of a module: a layer's own rule knows no others than these, such as weight_g."""
-    rule = rule_for(module)
+    rule = linear if name.startswith(PROJECTED) else rule_for(module)
     usual = name in ("weight", "bias") or rule not in (linear, conv1d, conv, conv_transpose, embedding)
     return rule if usual else same
 
@@ -1321,7 +1337,7 @@ def carry_place(
     if name in side.alias:
         owner = side.owner(name)
         own = name.removeprefix(f"{owner}.")
-        usual = "weight" if own in STORED else own.removeprefix(PARAMETRIZED)
+        usual = "weight" if own in STORED or own.startswith(PROJECTED) else own.removeprefix(PARAMETRIZED)
         local = usual if rule is None or usual in ("weight", "bias") else "weight"
         layer = Layer(owner, {local: side.shapes[side.alias[name]]}, to, leaves, side.modules[owner], {local: name})
         yield from (rule or rule_for_tensor(layer.module, usual)()).carry(layer)

@@ -847,6 +847,24 @@ def test_a_port_with_a_large_fault_is_compared_by_names_and_order_and_the_report
     assert [divergence.where for divergence in result.divergences] == ["output of the network"]
 
 
+@pytest.mark.parametrize("kind", ["one", "three"])
+def test_three_square_kernels_in_one_leaf_are_carried_in_pytorchs_layout(kind: str) -> None:
+    """Neither the shape [3, 8, 8] nor the name tells it, but the outputs do."""
+
+    def attend(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.out_proj(nn.functional.scaled_dot_product_attention(net.q(x), net.k(x), net.v(x)))
+
+    def run(tree: Any, x: Any) -> Any:
+        q, k, v = (x @ tree["attn"]["W"][i].T + tree["attn"]["b"][i] for i in range(3))
+        x = jax.nn.softmax(q @ k.swapaxes(1, 2) / 8**0.5) @ v
+        return x @ tree["attn"]["out"]["kernel"] + tree["attn"]["out"]["bias"]
+
+    shapes = {"attn/W": (3, 8, 8), "attn/b": (3, 8), "attn/out/kernel": (8, 8), "attn/out/bias": (8,)}
+    apart = TorchNet(attend, **{name: nn.Linear(8, 8) for name in ("q", "k", "v", "out_proj")})
+    packed = TorchNet(lambda net, x: net.attn(x, x, x)[0], attn=nn.MultiheadAttention(8, 1, batch_first=True))
+    decide(Case(port(packed if kind == "one" else apart, in_functions(shapes, run), values(2, 5, 8))))
+
+
 def short_names(kind: str, slope: float = 1.0) -> Pair:
     """Return a recurrent network with its leaves in one dictionary, under short names; many are of one shape."""
 

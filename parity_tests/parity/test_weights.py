@@ -167,6 +167,27 @@ def haiku_rnn(cell: Any) -> Any:
     return hk.transform(function)
 
 
+def lstm_with_a_projection() -> Pair:
+    """Return a port whose cell packs its gates, beside a layer behind it."""
+
+    def run(tree: Any, xs: Any) -> Any:
+        cell, project = tree["cell"], tree["proj"]["kernel"]
+
+        def step(carry: Any, x: Any) -> Any:
+            state, memory = carry
+            i, f, g, o = jnp.split(x @ cell["w_ih"] + state @ cell["w_hh"] + cell["bias"], 4, -1)
+            memory = jax.nn.sigmoid(f) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
+            state = (jax.nn.sigmoid(o) * jnp.tanh(memory)) @ project
+            return (state, memory), state
+
+        start = jnp.zeros((len(xs), 2), xs.dtype), jnp.zeros((len(xs), HIDDEN), xs.dtype)
+        return jnp.swapaxes(lax.scan(step, start, jnp.swapaxes(xs, 0, 1))[1], 0, 1)
+
+    sizes = {"w_ih": (FEATURES, 4 * HIDDEN), "w_hh": (2, 4 * HIDDEN), "bias": (4 * HIDDEN,)}
+    tree = {"cell": {name: jnp.zeros(size) for name, size in sizes.items()}, "proj": {"kernel": jnp.zeros((HIDDEN, 2))}}
+    return replace(recurrent(nn.LSTM, (tree, run), proj_size=2), weights=None)
+
+
 def lstm_of_two_layers_and_directions_in_linen() -> Pair:
     def layers(x: Any) -> Any:
         for layer in range(2):
@@ -349,6 +370,7 @@ LAYERS: dict[str, Callable[[], Pair]] = {
     "lstm_in_linen": lambda: recurrent(nn.LSTM, linen_rnn(linen.OptimizedLSTMCell)),
     "lstm_with_kernels_apart_in_nnx": lambda: recurrent(nn.LSTM, nnx_rnn(nnx.LSTMCell)),
     "lstm_with_packed_kernels_in_nnx": lambda: recurrent(nn.LSTM, nnx_rnn(nnx.OptimizedLSTMCell)),
+    "lstm_with_a_projection": lstm_with_a_projection,
     "lstm_in_equinox": lambda: recurrent(nn.LSTM, equinox_rnn(eqx.nn.LSTMCell, 2)),
     "lstm_in_haiku": lambda: recurrent(nn.LSTM, haiku_rnn(hk.LSTM)),
     "lstm_of_two_layers_and_directions_in_linen": lstm_of_two_layers_and_directions_in_linen,
