@@ -838,7 +838,7 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
     if as_often or (all(rates.values()) and counts["PyTorch"].keys().isdisjoint(counts["JAX"])):
         parts = ((name, getattr(part, "p", None)) for name, part in case.module.named_modules())
         names = [name for name, rate in parts if isinstance(rate, float) and float(f"{rate:.6g}") in others]
-        yield Divergence("trajectory", shorten(names) or "dropout", text)
+        yield Divergence("trajectory", f"dropout {shorten(names)}".rstrip(), text)
     elif counts["PyTorch"].keys() != counts["JAX"].keys():
         add_note(case.notes, f"{text}; both sides are compared at a rate of 0")
 

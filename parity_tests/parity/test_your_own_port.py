@@ -1843,7 +1843,7 @@ def test_another_rate_of_dropout_is_a_fault_and_none_at_all_is_remarked(library:
     reference = nn.Sequential(nn.Linear(3, 8), nn.Dropout(torch.linspace(0, 0.1, 2)[1].item()), nn.Linear(8, 2))
     result = examine(Pair(reference, ports[library](), values(4, 3)), names=("parameters", "trajectory"))
     found = "\n".join(map(str, result.divergences))
-    words = "trajectory: dropout: the rates of dropout in training are 0.5 in JAX, and 0.1 in PyTorch"
+    words = "trajectory: dropout 1: the rates of dropout in training are 0.5 in JAX, and 0.1 in PyTorch"
     assert found == (words if rate == 0.5 else "")
     assert any("dropout in training are none in JAX" in note for note in result.notes) == (rate == 0)
 
@@ -1853,4 +1853,4 @@ def test_another_rate_of_one_of_two_dropouts_is_told_at_its_layer() -> None:
     port = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.Dropout(0.1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
     reference = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1), nn.Dropout(0.3))
     (found,) = examine(Pair(reference, port, values(4, 3)), names=("parameters", "trajectory")).divergences
-    assert str(found).startswith("trajectory: 2: the rates of dropout in training are 0.1, 0.5 in JAX")
+    assert str(found).startswith("trajectory: dropout 2: the rates of dropout in training are 0.1, 0.5 in JAX")
