@@ -1752,7 +1752,7 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         causes = {name: cause for name in places if (cause := cause_of(actual[name], *calls[name]))}
         causes |= comparison.causes
         values = {name: value for name, value in sweeper.reference.values.items() if value.dtype.kind == "f" and name}
-        unknown = [name for name in places if name not in causes and not has_gap(comparison, name)]
+        unknown = [name for name in places if name not in causes and not gap_before(comparison, name)]
         unknown = [name for name in unknown if name in values and not is_same(actual[name], values[name])]
         for name in unknown:  # parts of a value have no name
             for given in floats_in(calls[name]):

@@ -1107,9 +1107,10 @@ def test_two_operations_that_take_each_others_values_are_told_once(of: str) -> N
         shift, scale = jnp.split(linen.Dense(12, name="fc")(x if of == "skip" else normed), 2, -1)
         return linen.Dense(3, name="head")(normed + shift if of == "skip" else x * jnp.tanh(scale) + shift)
 
-    layers = {"emb": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "fc": nn.Linear(6, 12), "head": nn.Linear(6, 3)}
+    layers = {"emb": nn.Linear(4, 6), "norm": nn.LayerNorm(6), "fc": nn.Sequential(nn.Linear(6, 12))}
+    layers["head"] = nn.Linear(6, 3)
     (found,) = examine(Pair(TorchNet(forward, **layers), LinenNet(port), values(4, 4)), names=("outputs",)).divergences
-    place, words = ("fc", "emb in the place of norm")
+    place, words = ("fc.0", "emb in the place of norm")
     if of == "parts":
         place, words = ("tanh", "what add takes in the place of what tanh takes")
     assert found.where == f"output of {place}"
