@@ -1774,7 +1774,7 @@ def taken_instead(
 ) -> tuple[str, str] | None:
     """Return which value an operation takes, and from which other one of PyTorch's it makes JAX's value; or None."""
     for given in floats_in(call):
-        own = next((name for name, value in values.items() if np.array_equal(value, given)), None)
+        own = next((name for name, value in values.items() if np.array_equal(value, given)), "")
         others = [name for name, value in values.items() if value.shape == given.shape and name != own]
         for other in others[-MOST_INSTEAD:] if own else ():
             with suppress(Exception):  # as where a value is not in an operation's range

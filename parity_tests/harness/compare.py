@@ -445,13 +445,13 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         names = [name for names in by_note.values() for name in names]
         tensors_named = f"{part} {shorten(names) if any(names) else ''}".strip()
         message = Divergence(check, label.format(tensors_named), worst, "; ".join(filter(None, cause)))
-        before = ((n, other, {*known}) for n, (other, known, _) in enumerate(messages) if other != part)
-        if (number := next((n for n, other, known in before if other == "loss" or {*names} <= known), None)) is None:
+        before = ((n, kind, {*known}) for n, (kind, known, _) in enumerate(messages) if kind != part)
+        if (number := next((n for n, kind, known in before if kind == "loss" or {*names} <= known), None)) is None:
             messages.append((part, names, message))
             continue
-        *whole, first = messages[number]
-        follows = f"{part if names == whole[1] else tensors_named} with it{f' ({text})' if text else ''}"
-        messages[number] = (*whole, first._replace(cause="; ".join(filter(None, [first.cause, follows]))))
+        other, known, first = messages[number]
+        follows = f"{part if names == known else tensors_named} with it{f' ({text})' if text else ''}"
+        messages[number] = (other, known, first._replace(cause="; ".join(filter(None, [first.cause, follows]))))
     yield from (message for *_, message in messages)
 
 

@@ -1028,8 +1028,8 @@ def test_the_tiny_constant_in_pytorchs_loss_of_cosines_is_no_fault(tiny: float) 
 
     reference = TorchNet(lambda net, x, y: (net.fc(x), net.fc(y)), fc=nn.Linear(3, 4))
     port = LinenNet(lambda x, y: tuple(map(linen.Dense(4, name="fc"), (x, y))))
-    losses = {"torch_loss": torch_loss, "jax_loss": jax_loss, "targets": np.array([1, -1, 1, -1])}
-    pair = Pair(reference, port, (values(4, 3), 1e-2 * values(4, 3)), **losses)
+    inputs, targets = (values(4, 3), 1e-2 * values(4, 3)), np.array([1, -1, 1, -1])
+    pair = Pair(reference, port, inputs, targets=targets, torch_loss=torch_loss, jax_loss=jax_loss)
     assert examine(pair, names=("loss",)).passed == ["loss"]
 
 
