@@ -5,7 +5,7 @@ import platform
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,8 @@ from rich.text import Text
 from torch import nn
 
 from parity_tests.harness.capture import STAGE_BOUND, Case, Comparison, Difference, has_problem
+from parity_tests.harness.compare import Divergence
+from parity_tests.harness.compare import shorten as join_names
 
 if TYPE_CHECKING:  # a test that compares draws nothing, and `checks` imports this file
     from matplotlib.axes import Axes
@@ -60,6 +62,7 @@ IN_TRAINING = ", in training mode"
 SMALL = 12  # stages: a network with no more is listed without folding
 MOST_OF_A_KIND, MOST_NOTES, NOTE_LETTERS = 20, 6, 160  # in the sentences
 STAGE_LETTERS = 21  # in the table, so that it fits 80 columns
+NUMBER = re.compile(r"[-+]?\b\d([\d.,]*\d)?(e[-+]\d+)?")  # in the sentences
 RUN = 3  # folded modules of one verdict in a row become one line
 NAMED_STAGES, NAMED_FAULTS = 25, 6  # in the picture
 FAULT_LETTERS, AXIS_LETTERS, LEVEL_LETTERS = 48, 18, 60  # of one name, of one name, and of all names side by side
@@ -487,17 +490,28 @@ def sentences(result: "Result") -> str:
 
 
 def describe_divergences(result: "Result") -> Iterator[str]:
-    """Yield a title, and a line for each difference; many of one check are counted."""
+    """Yield a title, and a line for each difference; those alike share one, and many of one check are counted."""
     divergences = result.divergences
     if not divergences:
         yield f"{result.pair}: no difference."
         return
     yield f"{result.pair} differs in {len(divergences)} place{'s' if len(divergences) > 1 else ''}:"
     for check, group in groupby(divergences, key=lambda divergence: divergence.check):
-        members = list(group)
-        yield from (f"  {divergence}" for divergence in members[:MOST_OF_A_KIND])
-        if len(members) > MOST_OF_A_KIND:
-            yield f"  {check}: and {len(members) - MOST_OF_A_KIND} more, which are in report.json"
+        kinds = list(alike(group))
+        for first, *others in kinds[:MOST_OF_A_KIND]:
+            more = f"; alike in {join_names([other.where for other in others])}" if others else ""
+            yield f"  {first}{more}"
+        if left := sum(map(len, kinds[MOST_OF_A_KIND:])):
+            yield f"  {check}: and {left} more, which are in report.json"
+
+
+def alike(divergences: Iterable[Divergence]) -> Iterator[list[Divergence]]:
+    """Yield the differences of one check, those together that say the same of several layers but for numbers."""
+    kinds: dict[tuple[str, ...], list[Divergence]] = defaultdict(list)
+    for divergence in divergences:
+        kinds[tuple(re.sub(NUMBER, "#", text) for text in divergence)].append(divergence)
+    for kind in kinds.values():
+        yield from [kind] if len(kind) > 2 else ([divergence] for divergence in kind)
 
 
 def cut(text: str, letters: int) -> str:

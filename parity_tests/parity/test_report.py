@@ -203,15 +203,35 @@ def test_the_header_says_what_was_compared_and_what_a_default_chose() -> None:
     assert report.describe_loss(Case(small_pair())) == "default: mean cross-entropy of the integer targets"
 
 
+def test_what_is_alike_in_several_layers_is_one_line() -> None:
+    result = Result("Net", 0)
+    places = [
+        ("1.norm", "error 1.3e-06 at [0, 1]"),
+        ("2.norm", "error 2e-07 at [3, 0]"),
+        ("11.norm", "error 1 at [2, 2]"),
+    ]
+    result.divergences = [Divergence("outputs", f"output of blocks.{name}", problem, "eps") for name, problem in places]
+    result.divergences += [Divergence("outputs", f"output of blocks.{n}.fc", "error 1") for n in range(2)]
+    assert report.sentences(result).splitlines() == [
+        "Net differs in 5 places:",
+        "  outputs: output of blocks.1.norm: error 1.3e-06 at [0, 1]. eps; alike in output of blocks.2.norm, "
+        "output of blocks.11.norm",
+        "  outputs: output of blocks.0.fc: error 1",
+        "  outputs: output of blocks.1.fc: error 1",
+    ]
+
+
 def test_many_differences_of_one_check_are_counted_and_reasons_are_said_once() -> None:
     result = Result("Net", 0, passed=["loss"])
-    result.divergences = [Divergence("outputs", f"output of {n}", "error") for n in range(25)]
+    result.divergences = [
+        Divergence("outputs", f"output of {letter}", "error") for letter in "abcdefghijklmnopqrstuvwxy"
+    ]
     result.divergences += [Divergence("optimizer", "step 1", "error", "Epsilon is inside the root")]
     result.not_checked = {"data": "the pair declares none", "schedule": "the pair declares none"}
     result.notes = ["a very long note " * 30, *(f"note {n}" for n in range(8))]
     lines = report.sentences(result).splitlines()
     assert lines[0] == "Net differs in 26 places:"
-    assert lines[20:22] == ["  outputs: output of 19: error", "  outputs: and 5 more, which are in report.json"]
+    assert lines[20:22] == ["  outputs: output of t: error", "  outputs: and 5 more, which are in report.json"]
     assert lines[22] == "  optimizer: step 1: error. Epsilon is inside the root"
     assert lines[23:25] == ["Passed: loss.", "Not checked: data, schedule: the pair declares none."]
     assert len(lines[25]) < 170
