@@ -75,6 +75,7 @@ def last_epoch(results: Path) -> dict[str, float]:
     return line
 
 
+@pytest.mark.extended
 def test_eight_devices_train_what_one_trains(train: Train) -> None:
     one, eight = train(*NETWORK), train(*NETWORK, "--devices", 8)
     assert distance(eight, one) <= BOUND
@@ -116,6 +117,7 @@ for exchange in tpu.find_collectives(program.lower(*arguments).compile().as_text
 """
 
 
+@pytest.mark.extended
 def test_eight_devices_exchange_their_gradients_and_loss_once_a_step() -> None:
     """The second batch cannot be shared among eight devices: each computes all of it. So the check can fail."""
     shared, whole = (run_python(EXCHANGES, batch).communicate(timeout=TIMEOUT)[0] for batch in (64, 66))

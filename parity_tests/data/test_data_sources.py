@@ -186,6 +186,7 @@ def test_apt_get_without_a_sound_repository_is_a_reason(
 
 @pytest.mark.network
 @needs_apt
+@pytest.mark.extended
 def test_apt_get_fetches_the_package_and_changes_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

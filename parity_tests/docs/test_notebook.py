@@ -129,6 +129,7 @@ def test_the_committed_file_is_small_and_contains_no_path_of_the_machine(lesson:
     assert not re.findall(r"/(?:home|root|tmp|usr|opt|Users)/\S*|site-packages", text)
 
 
+@pytest.mark.extended
 def test_a_wrong_solution_and_a_warning_are_found(lesson: Notebook, tmp_path: Path) -> None:
     cells = [code_cell("exercise", "print(False)")]
     for number, source in enumerate(("print(1 + 2)", "import warnings\nwarnings.warn('old')\nprint(2)")):

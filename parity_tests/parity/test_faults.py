@@ -55,6 +55,7 @@ def test_a_planted_fault_is_caught_and_localised(name: str, kind: str) -> None:
 SIMILAR_PLACES = {("positions-off-by-one", "recurrent"), ("residual-twice", "recurrent")}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -23,6 +23,8 @@ from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Prepared, count_things, prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture, read_picture
 
+pytestmark = pytest.mark.extended
+
 
 def plain(grey: np.ndarray) -> Picture:
     """Return grey pixels as if they had been read from a file."""
@@ -81,7 +83,6 @@ def test_a_training_image_reaches_the_network_bit_by_bit(data: FashionMNIST, tmp
         assert find_oddities(prepared) is None
 
 
-@pytest.mark.extended
 def test_no_test_image_is_inverted_and_every_negative_is(data: FashionMNIST) -> None:
     for image in data.test_images[::4]:
         as_it_is, inverted = prepare_picture(plain(image)), prepare_picture(plain(255 - image))
@@ -248,13 +249,11 @@ def odd_images(data: FashionMNIST) -> dict[str, np.ndarray]:
     return {kind: images.astype(np.uint8) for kind, images in kinds.items()}
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(("images", "odd"), [(2_500, 3), pytest.param(10_000, 8, marks=pytest.mark.slow)])
 def test_one_in_a_thousand_test_images_is_a_false_alarm(data: FashionMNIST, images: int, odd: int) -> None:
     assert count_odd(data.test_images[:images]) == odd
 
 
-@pytest.mark.extended
 def test_negatives_noise_and_plain_images_are_always_found(data: FashionMNIST) -> None:
     missed = {kind: len(images) - count_odd(images) for kind, images in odd_images(data).items()}
     assert not any(missed.values()), missed
@@ -282,7 +281,6 @@ def test_a_portrait_and_large_noise_are_found_by_their_clutter_alone(monkeypatch
     assert not any(find_oddities(prepared) for prepared in cluttered)
 
 
-@pytest.mark.extended
 def test_a_garment_on_its_side_passes(data: FashionMNIST) -> None:
     """The measures cannot see it, as the table in `likeness` says."""
     assert count_odd(np.rot90(data.test_images[:1000], axes=(1, 2))) < 5
@@ -434,7 +432,6 @@ def test_the_largest_of_several_pictures_is_taken(data: FashionMNIST) -> None:
     assert "took the 358x358 picture inside a frame" in prepared.summary
 
 
-@pytest.mark.extended
 def test_nine_of_ten_pictures_of_several_garments_are_warned_of(data: FashionMNIST) -> None:
     warnings = [find_oddities(prepare_image(study.place_several(data.test_images, seed))) for seed in range(100)]
     assert sum("things lie on it, apart from one another" in str(warning) for warning in warnings) >= 90
@@ -460,14 +457,12 @@ def as_in_mnist(digit: Image.Image) -> np.ndarray:
     return np.pad(np.asarray(small), ((4, 4), (7, 7)))
 
 
-@pytest.mark.extended
 def test_nine_of_ten_drawn_digits_are_warned_of() -> None:
     digits = [study.draw_digit(seed) for seed in range(100)]
     assert sum(find_oddities(prepare_image(digit)) is not None for digit in digits) >= 90
     assert sum(find_oddities(prepare_image(Image.fromarray(as_in_mnist(digit)))) is not None for digit in digits) >= 90
 
 
-@pytest.mark.extended
 def test_a_garment_is_neither_several_nor_drawn(data: FashionMNIST) -> None:
     warnings = [find_oddities(prepare_image(enlarge(image, 5))) for image in data.test_images[:300]]
     assert sum(warning is not None for warning in warnings) <= 6  # expected: 0.5 %, most of them sandals

@@ -205,6 +205,7 @@ def move_to_another_machine(results: Path) -> list[str]:
     return ["not as it was: cpu was abacus, not ", "optax was 0.0, not ", "may differ in their last bits"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("change", [damage_the_newest, make_older, move_to_another_machine])
 def test_a_run_is_resumed_from_a_changed_checkpoint_and_says_what_matters(
     train_once: TrainOnce, finished: Path, resume: Resume, change: Callable[[Path], list[str]]
@@ -217,6 +218,7 @@ def test_a_run_is_resumed_from_a_changed_checkpoint_and_says_what_matters(
     assert_same_run(finished, train_once("jax", *SMALL).results)
 
 
+@pytest.mark.extended
 def test_a_finished_run_continues_to_more_epochs_as_if_they_had_been_asked_for_at_once(
     train_once: TrainOnce, finished: Path, resume: Resume
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_curves_are_a_picture(run: TrainedRun) -> None:
     assert picture[..., :3].min() < 0.3 < 0.9 < picture[..., :3].max(), "nothing is drawn on it"
 
 
+@pytest.mark.extended
 def test_a_second_run_into_the_same_folder_keeps_the_files_of_the_first_and_gives_the_same_bits(
     run: TrainedRun, second_runs: dict[str, TrainedRun], framework: str
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_pipe_gets_plain_lines_a_table_and_the_place_of_the_results(run: Train
     assert_table_and_place(run)
 
 
+@pytest.mark.extended
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(second_runs: dict[str, TrainedRun], framework: str) -> None:
     second_run = second_runs[framework]
     bars, _, rest = second_run.output.rpartition("\x1b[2K")

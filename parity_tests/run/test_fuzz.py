@@ -32,6 +32,8 @@ from jax_cnn.torch_layout import SIMPLE_CNN
 from jax_cnn.weights import load_weights
 from parity_tests.support import zero_weights
 
+pytestmark = pytest.mark.extended
+
 MEMORY = 2**29  # bytes that reading may add to the peak of the process: twice the largest file that is read
 
 Read = Callable[[bytes], None]
