@@ -85,6 +85,8 @@ def adapt(
     jax_model = merge_parts(jax_model)
     if type(jax_model) is tuple and len(jax_model) == 2:
         variables, module = jax_model
+        if any(is_a(leaf, "torch", "Tensor") for leaf in jax.tree.leaves(variables)):
+            raise Refused("the JAX model's variables hold PyTorch's tensors: give arrays, as of jnp.asarray(tensor)")
         if is_a(module, "flax.linen", "Module") or is_transformed(module):
             model = adapt(module, jax_kwargs, jax_training_kwargs)
             return model._replace(variables=collections_of(variables, is_transformed(module)))

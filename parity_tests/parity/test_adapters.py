@@ -911,6 +911,8 @@ def test_a_model_in_two_parts_is_put_together(library: str) -> None:
 def test_what_is_no_model_or_no_leaf_is_refused() -> None:
     with pytest.raises(Refused, match="the JAX model is a dict"):
         adapt({"w": ROWS})
+    with pytest.raises(Refused, match="variables hold PyTorch's tensors: give arrays"):
+        adapt(({"w": torch.ones(2)}, lambda tree, rows: rows @ tree["w"]))
     model = adapt(EqxStrict(KEY))
     with pytest.raises(Refused, match="no leaf fc/kernal"):
         model.with_leaves(model.variables, {"fc/kernal": ROWS})
