@@ -82,6 +82,7 @@ from parity_tests.harness.torch_side import (
     EPSILONS,
     FIRST,
     Otherwise,
+    Reached,
     Rounded,
     TorchCapture,
     WithoutDropout,
@@ -123,6 +124,7 @@ LARGEST_OF_TABLES = 1e-2  # relative: float32 in a table of angles up to 10,000
 MOST_PAIRS = 2_000  # values of JAX's that are tried for two arguments of one operation
 MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
+TIMES_LARGER = 4  # single outputs of layers are made larger, so that values reach the limits behind them
 TIMES_BESIDE_ZERO = 3  # such inputs are drawn
 CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "grad")  # a derivative has one of two slopes at a kink
 MOST_INSTEAD = 64  # values that are tried in the place of one
@@ -253,7 +255,10 @@ class Case:
             vars(self.module)["keeps_float32"] = self.keeps_float32 = True
             self.notes.append("the reference keeps its float32: it does not run with float64 in its place")
             outputs = self.first_outputs()
-        if draws_otherwise(outputs, self.first_outputs(noise=1)):
+        limits = Reached()
+        with limits.attach(self.module):
+            others = self.first_outputs(noise=1)
+        if draws_otherwise(outputs, others):
             raise Refused(f"{NOISE} of both sides, such as the noise of a VAE")
         if has_nan(outputs) and not callable(pair.inputs):
             self.pair = replace(pair, inputs=partial(draw_like, pair.inputs, zeros=False))
@@ -267,6 +272,7 @@ class Case:
                 "no row of the inputs is zero: PyTorch chooses there, as a top-k between equal values, or a derivative "
                 "between two slopes"
             )
+        self.reach_limits(limits)
         self.check_probe()
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
@@ -288,6 +294,26 @@ class Case:
             if any(relative_error(again[name].numpy(), outputs[name].numpy()) > JUMP for name in floats):
                 return True
         return False
+
+    def reach_limits(self, limits: Reached) -> None:
+        """Enlarge single outputs of layers until the limits behind them, such as the 6 of a ReLU6, are reached.
+
+        Where no value reaches a limit all the same, another one in JAX would not show, which is said.
+        """
+        for _ in range(TIMES_LARGER):
+            if not limits.factors:
+                break
+            for (layer, number), factor in limits.factors.items():
+                for name in {f"{layer}.weight".lstrip("."), f"{layer}.bias".lstrip(".")} & self.tensors.keys():
+                    self.tensors[name] = self.tensors[name].copy()
+                    self.tensors[name][number] *= factor
+            load_tensors(self.module, self.tensors)
+            limits = Reached()
+            with limits.attach(self.module):
+                self.first_outputs()
+        if limits.missed:
+            places = shorten([f"{limit:g} in {name or 'the module'}" for name, limit in limits.missed.items()])
+            add_note(self.notes, f"no value reaches the limit of {places}: another one in JAX would not show")
 
     def check_probe(self) -> None:
         """Refuse inputs that can show nothing.

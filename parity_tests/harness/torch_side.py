@@ -633,6 +633,82 @@ class Otherwise(TorchFunctionMode):
         return self.instead
 
 
+# The lower and the upper limit of the values of each function that has some.
+LIMITS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "clamp": lambda given, min=None, max=None, **_: (min, max),
+    "clamp_min": lambda given, min: (min, None),
+    "clamp_max": lambda given, max: (None, max),
+    "hardtanh": lambda given, min_val=-1.0, max_val=1.0, **_: (min_val, max_val),
+    "relu6": lambda given, **_: (None, 6.0),
+    "hardsigmoid": lambda given, **_: (-3.0, 3.0),
+    "hardswish": lambda given, **_: (-3.0, 3.0),
+}
+LIMITS["clip"] = LIMITS["clamp"]
+SMALLEST_LIMIT, LARGEST_LIMIT = 1e-3, 100.0  # others guard a division, or are as large as a dtype allows
+CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # with a weight of one axis; convolutions have more
+BEYOND, MOST_TIMES = 1.5, 1e3  # how far beyond a limit a value moves, and how many times as large it becomes at most
+
+
+class Reached(TorchFunctionMode):
+    """Finds the limits, such as the 6 of a ReLU6, that no value reaches: another limit in JAX would not show.
+
+    Attributes:
+        missed: the limits, by the module with the function.
+        factors: how many times as large an output of the layer before must become: by layer, and the output's number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missed: dict[str, float] = {}
+        self.factors: dict[tuple[str, int], float] = {}
+        self.scopes: list[str] = []
+        self.layer: tuple[str, torch.Tensor, int] | None = None  # the last one, its output, and the axis of channels
+
+    @contextmanager
+    def attach(self, module: nn.Module) -> Iterator[None]:
+        """Watch a module while it runs."""
+        handles: list[Any] = []
+        for name, part in module.named_modules():
+            handles.append(part.register_forward_pre_hook(lambda _, args, name=name: self.scopes.append(name)))
+            handles.append(part.register_forward_hook(self.after, always_call=True))
+        with self:
+            yield
+        for handle in handles:
+            handle.remove()
+
+    def after(self, part: nn.Module, args: Any, output: Any) -> None:
+        """Note the last layer with a weight."""
+        name, weight = self.scopes.pop(), getattr(part, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return
+        axis = 1 if weight.dim() > 2 or isinstance(part, CHANNELS_SECOND) else -1
+        own = isinstance(weight, nn.Parameter) and not getattr(part, "transposed", False)
+        self.layer = (name, output, axis) if own and output.shape[axis] == len(weight) else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compare what the function is given with its limits, and call it."""
+        find = LIMITS.get(getattr(func, "__name__", "").strip("_"))
+        if find is not None and args and args[0].numel():
+            for sign, limit in zip((-1, 1), find(*args, **(kwargs or {})), strict=True):
+                if isinstance(limit, int | float) and SMALLEST_LIMIT < abs(limit) <= LARGEST_LIMIT:
+                    self.compare(sign * args[0].detach(), sign * float(limit), sign)
+        return func(*args, **(kwargs or {}))
+
+    def compare(self, given: torch.Tensor, limit: float, sign: int) -> None:
+        """Note an upper limit of values that none reaches, and what would reach it."""
+        most = float(given.max())
+        if most > limit:
+            return
+        self.missed[self.scopes[-1] if self.scopes else ""] = sign * limit
+        if self.layer is None or not limit <= MOST_TIMES * most:
+            return
+        name, output, axis = self.layer
+        if output.numel() == given.numel():  # else it may be another value
+            place = np.unravel_index(int((sign * output.detach()).argmax()), output.shape)
+            key = name, int(place[axis])
+            self.factors[key] = max(self.factors.get(key, 0.0), BEYOND * limit / most)
+
+
 WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128, "torch.FloatTensor": "torch.DoubleTensor"}
 
 

@@ -1520,6 +1520,46 @@ def test_a_parameter_of_one_value_is_drawn_away_from_it() -> None:
     assert places(features(one_slope=True)) == ["output of slopes"]
 
 
+@pytest.mark.parametrize(
+    ("act", "port", "sound"),
+    [
+        (nn.ReLU6(), jax.nn.relu, jax.nn.relu6),
+        (nn.Hardtanh(-20, 2), lambda x: jnp.clip(x, -5, 2), lambda x: jnp.clip(x, -20, 2)),
+    ],
+)
+@pytest.mark.parametrize("norm", [True, False])
+def test_values_reach_the_limits_of_an_activation(act: nn.Module, port: Any, sound: Any, norm: bool) -> None:
+    reference = network(
+        fc1=nn.Linear(3, 8), **({"norm": nn.BatchNorm1d(8)} if norm else {}), act=act, fc2=nn.Linear(8, 4)
+    )
+
+    def net(tree: Any, x: jax.Array, act: Any) -> jax.Array:
+        x = linear(tree["fc1"], x)
+        if norm:
+            part = tree["norm"]
+            x = (x - part["running_mean"]) * lax.rsqrt(part["running_var"] + 1e-5) * part["weight"] + part["bias"]
+        return linear(tree["fc2"], act(x))
+
+    pair = Pair(lambda: reference, None, 0.1 * values(4, 3), nested, training=False)
+    assert not places(replace(pair, jax_model=partial(net, act=sound)))
+    assert places(replace(pair, jax_model=partial(net, act=port))) == ["output of act"]
+
+
+def test_a_limit_that_no_value_reaches_is_remarked() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale.clamp(max=4.6).exp()
+
+    pair = Pair(Scaled, lambda tree, x: x * jnp.exp(tree["scale"]), values(4, 3), dict)
+    result = examine(pair, names=("outputs",))
+    assert "no value reaches the limit of 4.6 in the module: another one in JAX would not show" in result.notes
+    assert not result.divergences
+
+
 def grouped() -> nn.Module:
     """Return two layers with an activation and a norm between them, which are modules."""
     return network(fc1=nn.Linear(3, 8), act=nn.Mish(), norm=nn.GroupNorm(4, 8), fc2=nn.Linear(8, 4))
