@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -125,6 +125,7 @@ MOST_PAIRS = 2_000  # values of JAX's that are tried for two arguments of one op
 MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 NEARLY_ZERO, JUMP = 1e-14, 1e-6  # inputs beside 0, and a change of an output, relative to the largest, that is a choice
 TIMES_LARGER = 4  # single outputs of layers are made larger, so that values reach the limits behind them
+SHORTEST, FEWER = 4, (1, 3, 7, 15, 31)  # how long an axis is that is made shorter, and by how much: 33, 17, 9, 5 is odd
 TIMES_BESIDE_ZERO = 3  # such inputs are drawn
 CHOOSING = ("topk", "sort", "argsort", "argmax", "argmin", "grad")  # a derivative has one of two slopes at a kink
 MOST_INSTEAD = 64  # values that are tried in the place of one
@@ -219,11 +220,39 @@ class Comparison(NamedTuple):
     idle: tuple[str, ...] = ()  # weights on which only PyTorch's outputs depend
     origins: Mapping[str, "Origin"] = {}  # where differences are born that showed in a later stage, or in outputs ("")
     causes: Mapping[str, str] = {}  # with what change PyTorch's operation gives JAX's value where a difference is born
+    cuts: tuple["Cut", ...] = ()  # how its inputs are smaller than the example
+
+    @property
+    def batch(self) -> str:
+        """Return how a message names the batch."""
+        return f"(batch of {self.size}{describe_cuts(self.cuts)})"
 
     @property
     def mode(self) -> str:
         """Return what a message adds to a place in training mode."""
         return ", in training mode" if self.training else ""
+
+
+class Cut(NamedTuple):
+    """Makes each of these axes shorter that has this length, such as 64 rows and columns of an image."""
+
+    length: int
+    shorter: int
+    axes: Collection[int]
+
+    def changes(self, leaf: np.ndarray) -> bool:
+        """Return whether an array has such an axis."""
+        return any(leaf.shape[axis] == self.length for axis in self.axes if axis < leaf.ndim)
+
+    def apply(self, leaf: np.ndarray) -> np.ndarray:
+        """Return an array without the last values along these axes."""
+        cut = (axis in self.axes and size == self.length for axis, size in enumerate(leaf.shape))
+        return leaf[tuple(slice(self.shorter) if is_cut else slice(None) for is_cut in cut)]
+
+
+def describe_cuts(cuts: Iterable[Cut]) -> str:
+    """Return how a message names the smaller inputs."""
+    return "".join(f", with axes of {cut.shorter} in the place of {cut.length}" for cut in cuts)
 
 
 class Case:
@@ -605,9 +634,51 @@ class Case:
         return (False, True) if training else (False,)
 
     @cached_property
+    def cuts(self) -> tuple[Cut, ...]:
+        """How the inputs can be smaller, if the reference takes them so.
+
+        A padding, for example, may be right for images of even sizes only. Most convolutions and pools get an odd size
+        in the place of an even one, or the other way round.
+        """
+        inputs, found = self.pair.draw_inputs(self.seed, self.sizes[-1]), list[Cut]()
+        whole, shapes = self.strided_sizes(inputs), [leaf.shape for leaf in inputs.arrays()]
+        most = max(map(len, shapes), default=0)
+        for length in sorted({size for shape in shapes for size in shape[1:] if size >= SHORTEST}):
+            for axes in (range(1, most), (1,), range(2, most)):
+                changed: dict[Cut, int] = {}
+                for cut in (Cut(length, length - less, axes) for less in FEWER if 2 * less <= length):
+                    with suppress(Refused):
+                        sizes = self.strided_sizes(inputs.map(cut.apply))
+                        changed[cut] = sum((size - other) % 2 for size, other in zip(whole, sizes, strict=False))
+                    if not whole or not changed:
+                        break  # a size is as good as another, or none is taken
+                best = max(changed, key=lambda cut: changed[cut], default=None)
+                if best is not None and any(map(best.changes, inputs.arrays())):
+                    inputs = inputs.map(best.apply)
+                    found.append(best)
+                    break
+        return tuple(found)
+
+    def strided_sizes(self, inputs: Inputs) -> list[int]:
+        """Return the sizes of all that the reference gives to convolutions and pools, for these inputs.
+
+        Raises:
+            Refused: it does not take them, or gives NaN.
+        """
+        with StridedSizes() as sizes:
+            if has_nan(flat(self.torch_outputs(inputs))):
+                raise Refused("PyTorch gives NaN")
+        return sizes.seen
+
+    @cached_property
     def comparisons(self) -> list[Comparison]:
         """Both sides on a batch of each size, in each mode."""
-        return [compare_sides(self, size, training) for training in self.modes for size in self.sizes]
+        first, *others = self.sizes
+        found = []
+        for training in self.modes:
+            found.append(compare_sides(self, first, training))
+            found += [compare_smaller(self, size, training) for size in others]
+        return found
 
 
 def draws_otherwise(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -687,6 +758,20 @@ class Choices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
         self.seen |= getattr(func, "__name__", "") in CHOOSING
+        return func(*args, **(kwargs or {}))
+
+
+class StridedSizes(TorchFunctionMode):
+    """Notes the sizes of the images or sequences that convolutions and pools are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        if re.search("conv|pool", getattr(func, "__name__", "")) and args and isinstance(args[0], torch.Tensor):
+            self.seen += args[0].shape[2:]
         return func(*args, **(kwargs or {}))
 
 
@@ -878,7 +963,8 @@ def names_of(outputs: Mapping[str, Any]) -> str:
 class Sweeper:
     """PyTorch's values on one batch, and the JAX side's program that runs on the same batch.
 
-    Without `inside`, no stage is matched: the program then takes about half as long to compile.
+    Without `inside`, no stage is matched: the program then takes about half as long to compile. With `cuts`, the inputs
+    are smaller than the example.
 
     Attributes:
         reference: what PyTorch computed, with its gradients.
@@ -887,9 +973,17 @@ class Sweeper:
     """
 
     def __init__(
-        self, case: Case, size: int, training: bool, dtype: str = "float64", *, verify: bool = True, inside: bool = True
+        self,
+        case: Case,
+        size: int,
+        training: bool,
+        dtype: str = "float64",
+        *,
+        verify: bool = True,
+        inside: bool = True,
+        cuts: tuple[Cut, ...] = (),
     ) -> None:
-        self.case, self.size, self.training, self.dtype = case, size, training, dtype
+        self.case, self.size, self.training, self.dtype, self.cuts = case, size, training, dtype, cuts
         self.limits: list[Limits] = []  # differences up to these are no fault
         self.load(case.seed, case.tensors, verify=verify)
         with exact_arithmetic(dtype):
@@ -922,6 +1016,8 @@ class Sweeper:
         case, dtype = self.case, self.dtype
         self.seed = seed
         self.inputs = case.pair.draw_inputs(seed, self.size)
+        for cut in self.cuts:
+            self.inputs = self.inputs.map(cut.apply)
         self.module = case.reference(tensors, dtype)
         with exact_arithmetic(dtype):
             self.reference = self.capture(self.module, self.inputs, verify)
@@ -1143,28 +1239,46 @@ def take_expected(values: Mapping[str, np.ndarray], stages: Mapping[str, Stage])
     return {name: values[name] for name in stages if name in values}
 
 
-def compare_sides(case: Case, size: int, training: bool) -> Comparison:
+def compare_smaller(case: Case, size: int, training: bool) -> Comparison:
+    """Compare both sides on a further batch, with smaller inputs if both sides take them."""
+    if case.cuts:
+        try:
+            return compare_sides(case, size, training, case.cuts)
+        except Refused as refused:
+            sizes = describe_cuts(case.cuts).removeprefix(", ")
+            add_note(case.notes, f"JAX does not take inputs of another size, {sizes}, which PyTorch takes: {refused}")
+    return compare_sides(case, size, training)
+
+
+def compare_sides(case: Case, size: int, training: bool, cuts: tuple[Cut, ...] = ()) -> Comparison:
     """Run both sides on one batch and compare all that they compute, for further batch sizes only from end to end.
 
     Where such a batch shows a difference, its stages are compared too.
+
+    Raises:
+        Refused: JAX does not run on inputs with these cuts, or gives NaN.
     """
     case.progress(f"batch of {size}" + (" in training mode" if training else ""))
     first = size == case.sizes[0]
-    sweeper = Sweeper(case, size, training, verify=first, inside=first)
+    sweeper = Sweeper(case, size, training, verify=first, inside=first, cuts=cuts)
     whole = sweeper.steered(False, False)
+    if cuts and any(not np.size(leaf) or np.isnan(leaf).any() for leaf in flat(whole.outputs).values()):
+        raise Refused("it gives NaN, or no values")
     inherited, _ = sweeper.side(whole)
     if not first and not any_problem(inherited):
-        return Comparison(size, training, {}, inherited, inherited, (), {}, ())
+        return Comparison(size, training, {}, inherited, inherited, (), {}, (), cuts=cuts)
     idle = sweeper.idle(whole)
     if not first:
-        sweeper = Sweeper(case, size, training, verify=False)
+        sweeper = Sweeper(case, size, training, verify=False, cuts=cuts)
         inherited, _ = sweeper.side(sweeper.steered(False, False))
     local, functions = sweeper.side(sweeper.steered(True, True))
     notes = (*sweeper.reference.notes, *sweeper.traced.notes)
     order = tuple(sweeper.reference.values)
     unseen = {name: why for name, why in sweeper.operations.items() if name not in {**sweeper.stages, **functions}}
     sources = sweeper.reference.sources
-    comparison = Comparison(size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources)
+    comparison = Comparison(
+        size, training, sweeper.stages, inherited, local, order, functions, notes, unseen, sources, cuts=cuts
+    )
     if not any_problem(inherited, local):
         return comparison
     comparison = exchange_names(sweeper, excuse_rounding(sweeper, comparison))

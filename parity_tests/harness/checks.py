@@ -196,7 +196,7 @@ def outputs(case: Case) -> Iterator[Divergence]:
             if place not in seen:
                 cause = "" if seen else idle
                 seen.add(place)
-                text = f"{problem} (batch of {comparison.size})"
+                text = f"{problem} {comparison.batch}"
                 yield Divergence("outputs", f"{place}{comparison.mode}", text, cause)
 
 
@@ -371,7 +371,7 @@ def gradients(case: Case) -> Iterator[Divergence]:
             if place not in seen:
                 seen.add(place)
                 cause = padding_cause(case.module, place, problem) or (NAN if "JAX has nan" in problem else "")
-                text = f"{problem} (batch of {comparison.size})"
+                text = f"{problem} {comparison.batch}"
                 yield Divergence("gradients", f"{place}{comparison.mode}", text, cause)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from parity_tests.harness.capture import STAGE_BOUND, Case, Comparison, Difference, has_problem
+from parity_tests.harness.capture import STAGE_BOUND, Case, Comparison, Difference, describe_cuts, has_problem
 from parity_tests.harness.compare import Divergence
 from parity_tests.harness.compare import shorten as join_names
 
@@ -86,7 +86,7 @@ def header(case: Case) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "devices": f"JAX on {device_name}, PyTorch on cpu",
         "arithmetic": "float64 on both sides, matrix products at the highest precision; float32 in the check precision",
-        "batches": " and ".join(map(str, case.sizes)),
+        "batches": " and ".join(map(str, case.sizes)) + (describe_cuts(case.cuts) if len(case.sizes) > 1 else ""),
         "modes": describe_modes(case),
         "weights": describe_weights(case),
         "inputs": describe_inputs(case),

@@ -193,7 +193,7 @@ def test_the_header_says_what_was_compared_and_what_a_default_chose() -> None:
     assert header["PyTorch"] == "Sequential, 24 parameters"
     assert header["JAX"] == "Port (Flax Linen)"
     assert f"torch {torch.__version__.partition('+')[0]}" in header["versions"]
-    assert header["batches"] == "8 and 5"
+    assert header["batches"] == "8 and 5, with axes of 4 in the place of 5"
     assert header["modes"] == "evaluation and training; dropout always at rate 0 (in 1 module)"
     assert header["weights"].startswith("6 tensors carried by ")
     assert header["weights"].endswith("declared")

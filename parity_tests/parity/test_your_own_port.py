@@ -1545,6 +1545,54 @@ def test_values_reach_the_limits_of_an_activation(act: nn.Module, port: Any, sou
     assert places(replace(pair, jax_model=partial(net, act=port))) == ["output of act"]
 
 
+class Strided(nn.Module):
+    """Two strided layers, and a mean over what is left of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.out = nn.Conv2d(1, 6, 3, 2, 1), nn.MaxPool2d(2), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores, float [batch, 3]."""
+        return self.out(self.pool(self.conv(x)).mean((2, 3)))
+
+
+class StridedPort(linen.Module):
+    """Its port, with paddings that may be right for some sizes only, or made for one size."""
+
+    conv: Any = 1
+    pool: str = "VALID"
+    size: int | None = None
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return scores, float [batch, 3]."""
+        x = linen.Conv(6, (3, 3), 2, padding=self.conv, name="conv")(x)
+        x = linen.max_pool(x, (2, 2), (2, 2), self.pool)
+        x = x.reshape(x.shape[0], self.size**2 if self.size else -1, 6).mean(1)
+        return linen.Dense(3, name="out")(x)
+
+
+@pytest.mark.parametrize(
+    ("size", "port", "expected"),
+    [
+        (17, StridedPort(conv="SAME"), "output of conv: error"),
+        (16, StridedPort(pool="SAME"), "output of pool: JAX's shape is [5, 6, 4, 4], PyTorch's [5, 6, 3, 3]"),
+        (16, StridedPort(), ""),
+        (16, StridedPort(size=4), ""),
+    ],
+)
+def test_a_padding_that_is_right_for_images_of_some_sizes_only_is_found(size: int, port: Any, expected: str) -> None:
+    result = examine(Pair(Strided, port, values(4, 1, size, size)), names=("parameters", "outputs"))
+    assert [expected in f"{found.where}: {found.problem}" for found in result.divergences] == [True] * bool(expected)
+    remarks = [
+        note
+        for note in result.notes
+        if "JAX does not take inputs of another size, with axes of 13 in the place of 16" in note
+    ]
+    assert len(remarks) == (port.size is not None)
+
+
 def test_a_limit_that_no_value_reaches_is_remarked() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
