@@ -428,7 +428,7 @@ def report(check: str, label: str, wrong: Sequence[Wrong]) -> Iterator[Divergenc
         fitting = [
             (causes[item.part, text], text, note)
             for text, note in item.causes
-            if note or causes[item.part, text] == tensors[item.part]
+            if note or "times PyTorch's" not in text or causes[item.part, text] == tensors[item.part]
         ]
         _, text, note = max(fitting, default=(0, "", ""))
         groups.setdefault((item.part, text), []).append((item, note))
