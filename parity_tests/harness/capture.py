@@ -79,6 +79,7 @@ from parity_tests.harness.taps import (
     values_inside,
 )
 from parity_tests.harness.torch_side import (
+    ACTIVATIONS,
     EPSILONS,
     FIRST,
     Otherwise,
@@ -1930,13 +1931,20 @@ def floats_in(call: tuple[Callable[..., Any], Any, Any]) -> list[np.ndarray]:
 
 
 def cause_of(actual: np.ndarray, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
-    """Return with which eps, axis, form of GELU or mode PyTorch's operation gives JAX's value, or an empty string."""
+    """Return with which eps, axis, form of GELU or mode PyTorch's operation gives JAX's value, or an empty string.
+
+    Or which other activation does.
+    """
     widths = map(float, actual.shape[1:])  # a library's first argument may be the eps, where PyTorch's is the width
     for change in (None, *EPSILONS, *widths, *range(actual.ndim)):
         with suppress(Exception), Otherwise(change) as other:  # as where an operation takes no eps of 0
             values = flat(function(*args, **kwargs)).values()
             if other.changed and any(is_same(actual, value.numpy()) for value in values):
                 return f"equal with {other.changed}"
+    given = floats_in((function, args, kwargs))
+    for name, activation in ACTIVATIONS.items() if len(given) == 1 and given[0].shape == actual.shape else ():
+        if is_same(actual, activation(torch.from_numpy(given[0])).numpy()):
+            return f"equal with {name} in its place"
     return ""
 
 

@@ -593,6 +593,25 @@ def cosine_loss(
 
 EPSILONS = (1e-5, 1e-6, 1e-3, 1e-4, 1e-7, 1e-8, 1e-12, 0.0)  # that layers of either framework have
 LARGEST_EPSILON = 1e-2
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # that a port may have in the place of another one
+    "nothing": lambda x: x,
+    "relu": nn.functional.relu,
+    "leaky_relu": nn.functional.leaky_relu,
+    "leaky_relu of slope 0.2": lambda x: nn.functional.leaky_relu(x, 0.2),
+    "relu6": nn.functional.relu6,
+    "elu": nn.functional.elu,
+    "selu": nn.functional.selu,
+    "gelu": nn.functional.gelu,
+    "gelu by tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "gelu by sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": nn.functional.silu,
+    "mish": nn.functional.mish,
+    "softplus": nn.functional.softplus,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": nn.functional.hardsigmoid,
+    "hardswish": nn.functional.hardswish,
+}
 
 
 class Otherwise(TorchFunctionMode):

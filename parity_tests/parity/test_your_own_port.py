@@ -1776,6 +1776,19 @@ def test_another_eps_the_other_gelu_a_factor_and_another_axis_are_named(eps: flo
 
 
 @pytest.mark.parametrize(
+    ("activation", "words"),
+    [(jax.nn.relu, "relu in"), (jax.nn.hard_sigmoid, "hardsigmoid in"), (lambda x: x, "nothing in"), (jnp.sin, "")],
+)
+def test_another_activation_is_named(activation: Callable[[jax.Array], jax.Array], words: str) -> None:
+    reference = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
+    port = LinenNet(lambda x: linen.Dense(2, name="2")(activation(linen.Dense(4, name="0")(x))))
+    (found,) = examine(Pair(reference, port, values(4, 3), batch_sizes=(5,)), names=("outputs",)).divergences
+    assert found.where == "output of 1"
+    assert ("its place" in found.problem) == bool(words)
+    assert f"equal with {words}" * bool(words) in found.problem
+
+
+@pytest.mark.parametrize(
     ("move", "words"),
     [
         (lambda y: y, "in the order 5, 4, 3, 2, 1, 0 of axis 1"),
