@@ -1701,7 +1701,8 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         before, after = errors_of(comparison.local, comparison.functions), errors_of(side, functions)
         differing = {name for name, difference in comparison.functions.items() if difference.problem} - {place}
         better = any(after[name] < 0.1 * before[name] for name in differing | wrong_places(comparison.local))
-        sure = better or not has_gap(comparison, end)
+        worse = any(after[name] > 10 * before[name] for name in wrong_places(comparison.local))
+        sure = (better or not has_gap(comparison, end)) and not worse
         if sure and wrong_places(side) <= wrong_places(comparison.local):
             comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
         else:

@@ -1788,6 +1788,33 @@ def test_another_activation_is_named(activation: Callable[[jax.Array], jax.Array
     assert f"equal with {words}" * bool(words) in found.problem
 
 
+class LinenMeanSquareNorm(linen.Module):
+    """The same norm as `RootMeanSquareNorm`, with one product."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise [batch, 8]."""
+        weight = self.param("weight", linen.initializers.ones, (8,))
+        return weight * (x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5))
+
+
+def test_a_factor_that_a_port_leaves_out_is_told_once_although_a_norm_behind_it_has_a_product_too() -> None:
+    def scaled(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.fc1(x) * 4
+        return x + net.fc2(net.rms(x))
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(8, name="fc1")(x)
+        return x + linen.Dense(8, name="fc2")(LinenMeanSquareNorm(name="rms")(x))
+
+    layers = {"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8), "rms": RootMeanSquareNorm()}
+    model = TorchNet(lambda net, x: net.out(net.model(x)), model=TorchNet(scaled, **layers), out=nn.Linear(8, 3))
+    net = LinenNet(lambda x: linen.Dense(3, name="out")(LinenNet(port, name="model")(x)))
+    (found,) = examine(Pair(model, net, values(4, 8), batch_sizes=(5,)), names=("outputs",)).divergences
+    assert found.where == "output of model.mul"
+    assert "JAX's is 0.25 times PyTorch's" in found.problem
+
+
 @pytest.mark.parametrize(
     ("move", "words"),
     [
