@@ -110,6 +110,11 @@ def adapt(
             "({v.path: v.value for v in model.variables}, function), and let the function return "
             "model.stateless_call(...)[0]"
         )
+    if is_a(getattr(jax_model, "module", None), "flax.linen", "Module"):  # as transformers' are
+        raise Refused(
+            f"the JAX model is a {type(jax_model).__name__}, which holds a Linen module: give model.module, or "
+            "(model.params, function) and let the function return model(..., params=params)"
+        )
     if is_a(jax_model, "torch.nn", "Module"):
         raise Refused(f"the JAX model is PyTorch's {type(jax_model).__name__}: give the port of it in JAX")
     if callable(jax_model):

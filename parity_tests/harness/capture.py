@@ -1400,7 +1400,7 @@ def tables_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def nudge_float32(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the array with every value moved by one unit in the last place of float32."""
-    return (array * (1 + np.finfo(np.float32).eps * rng.choice((-1.0, 1.0), array.shape))).astype(np.float32)
+    return np.asarray(array * (1 + np.finfo(np.float32).eps * rng.choice((-1.0, 1.0), array.shape)), np.float32)
 
 
 def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note: str) -> Comparison:

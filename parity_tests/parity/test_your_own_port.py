@@ -596,6 +596,7 @@ SLIPS: list[tuple[dict[str, Any], str]] = [
     ({"jax_model": LINEAR}, "the JAX model is PyTorch's Linear: give the port"),
     ({"jax_model": Mock(spec=["stateless_call"])}, r"the JAX model is Keras's Mock: give \(variables, function\)"),
     ({"jax_model": linen.Dense(2, dtype=jnp.bfloat16)}, "JAX returns bfloat16"),
+    ({"jax_model": Mock(spec=["module"], module=DENSE)}, "which holds a Linen module: give model.module, or"),
     ({"inputs": ROWS.tolist()}, "inputs= is a list without rows: give an array"),
     ({"inputs": ROWS.T}, r"on inputs like the example \(batch first: float32 \[5, 2\]\), fails: RuntimeError"),
     ({"inputs": ROWS * np.array([1, 1, np.nan], np.float32)}, "inputs= holds NaN or infinities"),
@@ -1484,9 +1485,10 @@ def test_what_one_side_does_not_need_is_told_in_one_line_for_all_layers_and_keep
 
 
 def features_of() -> nn.Module:
-    """Return a layer that scales its inputs by a table, and turns them by one drawn at random."""
+    """Return a layer that shifts and scales its inputs by tables, and turns them by one drawn at random."""
     return TorchNet(
-        lambda net, x: net.slopes(net.fc(torch.tanh(x / net.deviation) @ net.turn)),
+        lambda net, x: net.slopes(net.fc(torch.tanh((x - net.mean) / net.deviation) @ net.turn)),
+        mean=nn.Buffer(torch.tensor(1 + 2**-13)),  # fills more bits of float32 than a small whole number
         deviation=nn.Buffer(torch.tensor([0.229, 0.224, 0.225])),
         turn=nn.Buffer(torch.randn(3, 3)),
         fc=nn.Linear(3, 4),
@@ -1495,10 +1497,11 @@ def features_of() -> nn.Module:
 
 
 def features(one_slope: bool = False) -> Pair:
-    """Return its pair with a port that computes the first table itself, and may have one slope for all features."""
+    """Return its pair with a port that computes the first tables itself, and may have one slope for all features."""
 
     def net(tree: Any, x: jax.Array) -> jax.Array:
-        x = linear(tree["fc"], jnp.tanh(x / jnp.array([0.229, 0.224, 0.225])) @ lax.stop_gradient(tree["turn"]))
+        x = jnp.tanh((x - 1 - 2**-13) / jnp.array([0.229, 0.224, 0.225]))
+        x = linear(tree["fc"], x @ lax.stop_gradient(tree["turn"]))
         slopes = tree["slopes"]["weight"]
         return jnp.where(x > 0, x, x * (slopes.mean() if one_slope else slopes))
 
@@ -1507,7 +1510,8 @@ def features(one_slope: bool = False) -> Pair:
         "fc": {"weight": jnp.ones((4, 3)), "bias": jnp.zeros(4)},
         "slopes": {"weight": jnp.full(4, 0.25)},
     }
-    return Pair(features_of, net, np.ones((4, 3), np.float32), {"deviation": unused()}, jax_init=lambda key: own)
+    weights = {"mean": unused(), "deviation": unused()}
+    return Pair(features_of, net, np.ones((4, 3), np.float32), weights, jax_init=lambda key: own)
 
 
 def test_a_random_buffer_is_no_table_and_one_that_a_port_computes_may_be_more_exact() -> None:
