@@ -777,7 +777,7 @@ class StridedSizes(TorchFunctionMode):
 
 
 class Sizes(TorchFunctionMode):
-    """Notes how many values an example has in each tensor of more than two axes, and when weights are used.
+    """Notes the last shape of an example with so many values and more than one axis, and when weights are used.
 
     Args:
         use: called with each tensor that a function is given.
@@ -785,7 +785,7 @@ class Sizes(TorchFunctionMode):
 
     def __init__(self, use: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
-        self.seen: set[int] = set()
+        self.seen: dict[int, tuple[int, ...]] = {}
         self.use = use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -795,18 +795,18 @@ class Sizes(TorchFunctionMode):
                 self.use(part)
         result = func(*args, **(kwargs or {}))
         if type(result) is torch.Tensor and len(shape := result.size()) > 2:
-            self.seen.add(prod(shape[1:]))
+            self.seen[prod(shape[1:])] = tuple(shape[1:])
         return result
 
 
-def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
-    """Return names and classes of PyTorch's modules in the order of their calls, and which may get a flattened image.
+def torch_order(case: Case) -> tuple[list[tuple[str, str]], dict[str, tuple[int, ...]]]:
+    """Return names and classes of PyTorch's modules in the order of their calls, and the images that some may flatten.
 
     Such a module gets rows of as many values as an image before it has. Among them are the names of tensors, each where
     a function first gets it.
     """
     order: list[tuple[str, str]] = []
-    flattened: set[str] = set()
+    flattened: dict[str, tuple[int, ...]] = {}
     module = copy_module(case.module)
     names = {id(tensor): name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
 
@@ -819,7 +819,7 @@ def torch_order(case: Case) -> tuple[list[tuple[str, str]], set[str]]:
     def note(child: torch.nn.Module, args: tuple[Any, ...], name: str) -> None:
         order.append((name, type(child).__name__))
         if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and args[0].size(1) in sizes.seen:
-            flattened.add(name)
+            flattened[name] = sizes.seen[args[0].size(1)]
 
     for name, child in module.named_modules():
         child.register_forward_pre_hook(partial(note, name=name))

@@ -198,7 +198,7 @@ def propose(
     torch_order: Sequence[tuple[str, str]] = (),
     jax_order: Sequence[tuple[str, str]] = (),
     judge: Judge | None = None,
-    flattened: Collection[str] | None = None,
+    flattened: Mapping[str, Shape] | None = None,
     channels_last: bool | None = None,
 ) -> Proposal:
     """Propose the map of weights from PyTorch to JAX.
@@ -212,7 +212,7 @@ def propose(
         jax_order: paths and classes of JAX's modules, in the order of the calls; of a plain function the leaves and
             what holds them, without a class, in the order of their use.
         judge: runs both sides with a map and returns the distance of their outputs. It is asked where two maps fit.
-        flattened: names of modules that were called with what may be a flattened image. None: any may be.
+        flattened: shapes of the images that modules may have been called with flattened. None: any may have been.
         channels_last: whether JAX flattens images with their channels last; None if that is not sure.
 
     Raises:
@@ -222,7 +222,8 @@ def propose(
     shapes = {path: tuple(leaves[path].shape) for path in sorted(leaves, key=lambda path: used.get(path, math.inf))}
     side, given = torch_side(module), declare(declared or {}, module, leaves)
     scopes = declared_modules(declared or {}, side)
-    flattens = flatten_sizes(list_units(side, torch_order, scopes, dataclasses.replace(given, entries=())))
+    all_units = list_units(side, torch_order, scopes, dataclasses.replace(given, entries=()))
+    flattens = flatten_sizes(all_units, flattened or {})
     if flattened is not None:
         for name in {name for name, _ in torch_order} - set(flattened):
             flattens.pop(name, None)
@@ -552,10 +553,11 @@ def equal(some: Sequence[Entry], others: Sequence[Entry], unit: Unit) -> bool:
     return True
 
 
-def flatten_sizes(units: Sequence[Unit]) -> dict[str, Shape]:
+def flatten_sizes(units: Sequence[Unit], images: Mapping[str, Shape]) -> dict[str, Shape]:
     """Return the size that a flatten before a linear layer may have had (channels, rows, columns), by its name.
 
     Several layers may follow one flatten, such as the heads for a policy and a value: they have inputs of one size.
+    Images that were seen have other channels than the last convolution where several branches are put together.
     """
     sizes: dict[str, Shape] = {}
     channels, rank, inputs = 0, 0, 0
@@ -565,7 +567,10 @@ def flatten_sizes(units: Sequence[Unit]) -> dict[str, Shape]:
             channels, rank, inputs = shape[1 if unit.make is conv_transpose else 0], len(shape) - 2, 0
         elif unit.make in (linear, conv1d) and shape[-1] == (inputs or shape[-1]):
             inputs = shape[-1]
-            if unit.make is linear and channels > 1 and shape[-1] % channels == 0 and shape[-1] > channels:
+            image = images.get(unit.layers[0].name, ())
+            if unit.make is linear and channels > 1 and len(image) == rank + 1 and image[0] != channels:
+                sizes[unit.layers[0].name] = image
+            elif unit.make is linear and channels > 1 and shape[-1] % channels == 0 and shape[-1] > channels:
                 places = shape[-1] // channels
                 side = round(places ** (1 / rank))
                 # How the places are split among rows and columns makes no difference to the order of the values.
@@ -1063,7 +1068,8 @@ def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     for entry in (*given.entries, *entries):
         shape, leaf = given.tensors.get(entry.torch[0], ()), given.leaves[entry.jax[0]]
         seen = leaf[1:] if is_stack(entry, leaf) else leaf
-        if len(shape) == 2 and shape[0] != shape[1] and seen in (shape, shape[::-1]):
+        is_table = entry.how.startswith("embedding")  # which is as it is in every layout
+        if len(shape) == 2 and shape[0] != shape[1] and seen in (shape, shape[::-1]) and not is_table:
             shown.setdefault((len(leaf), last_name(entry.jax[0])), set()).add(seen != shape)
     settled = []
     for one in matches:

@@ -729,15 +729,17 @@ def test_what_fits_in_two_ways_is_asked_for_and_the_outputs_decide_it(name: str)
     ("path", "sizes"), [("{}.weight", lambda *size: size), ("blocks/{}/weight", lambda *size: (2, *size[::-1]))]
 )
 def test_layers_of_other_shapes_show_the_layout_of_square_ones(path: str, sizes: Any) -> None:
-    """Test leaves under PyTorch's names, with dots, and layers that are stacked and turned."""
+    """Test names with dots as PyTorch's, and layers that are stacked and turned; an embedding says nothing."""
     widths = {"up": (4, 8), "down": (8, 4), "out": (4, 4)}
 
     def layers() -> nn.ModuleDict:
-        return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in widths.items()})
+        linears = {name: nn.Linear(*size, bias=False) for name, size in widths.items()}
+        return nn.ModuleDict({**linears, "embed": nn.Embedding(5, 4)})
 
     stacked = path.startswith("blocks")
     module = nn.ModuleList([layers(), layers()]) if stacked else layers()
     leaves = {path.format(name): shape(*sizes(*size[::-1])) for name, size in widths.items()}
+    leaves[path.format("embed")] = shape(2, 5, 4) if stacked else shape(5, 4)
     proposal = propose(module, leaves)
     assert proposal.ambiguous == ()
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

@@ -821,6 +821,19 @@ def test_how_a_faulty_port_flattens_is_read_from_its_program_or_asked(axes: tupl
     assert rule in proposal.python
 
 
+def test_branches_that_are_put_together_are_flattened_with_all_their_channels() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.fc(torch.cat([net.left(x), net.right(x)], 1).flatten(1))
+
+    def port(x: jax.Array) -> jax.Array:
+        branches = [linen.Conv(2, (3, 3), padding=1, name=name)(x) for name in ("left", "right")]
+        return linen.Dense(3, name="fc")(jnp.concatenate(branches, -1).reshape(len(x), -1))
+
+    branches = {name: nn.Conv2d(1, 2, 3, padding=1) for name in ("left", "right")}
+    pair = Pair(TorchNet(forward, **branches, fc=nn.Linear(36, 3)), LinenNet(port), values(5, 1, 3, 3))
+    assert not places(pair, "parameters", "outputs")
+
+
 def test_a_pool_that_equinox_turns_for_itself_leaves_no_question_of_the_flatten() -> None:
     keys = jax.random.split(jax.random.key(0))
     conv, fc = eqx.nn.Conv2d(1, 3, 3, padding=1, key=keys[0]), eqx.nn.Linear(12, 2, key=keys[1])
