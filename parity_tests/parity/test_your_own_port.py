@@ -481,6 +481,17 @@ def test_a_row_of_padding_that_only_jax_trains_is_named() -> None:
     assert found.cause == "PyTorch's padding_idx=2 gives this row no gradient"
 
 
+def test_a_gradient_of_padding_that_is_stopped_behind_the_embedding_is_not_told_beside_a_fault() -> None:
+    def net(tree: Any, tokens: jax.Array) -> jax.Array:
+        x = tree["0.weight"][tokens]
+        x = jnp.where((tokens == 2)[..., None], lax.stop_gradient(x), x)
+        return jnp.tanh(x @ tree["1.weight"].T + tree["1.bias"])
+
+    reference = nn.Sequential(nn.Embedding(5, 3, padding_idx=2), nn.Linear(3, 4), nn.Sigmoid())
+    pair = Pair(reference, net, np.arange(8).reshape(2, 4) % 5, dict, batch_sizes=(2,))
+    assert places(pair, "outputs", "gradients") == ["output of 2"]
+
+
 def test_a_model_makes_its_variables_with_arrays_of_jax() -> None:
     def demanding(x: Any) -> Any:
         assert isinstance(x, jax.Array)
