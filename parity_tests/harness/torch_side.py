@@ -591,6 +591,21 @@ def cosine_loss(
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
+class WithoutThreshold(TorchFunctionMode):
+    """Computes softplus above 20 too, where PyTorch takes its input for it: the two are 2e-9 apart there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, softplus with a threshold beyond what float64 tells apart."""
+        if getattr(func, "__name__", "") == "softplus":
+            args, kwargs = without_threshold(*args, **(kwargs or {})), {}
+        return func(*args, **(kwargs or {}))
+
+
+def without_threshold(x: torch.Tensor, beta: float = 1.0, threshold: float = 20.0) -> tuple[torch.Tensor, float, float]:
+    """Return softplus's arguments with a high threshold."""
+    return x, beta, max(threshold, 40.0)
+
+
 EPSILONS = (1e-5, 1e-6, 1e-3, 1e-4, 1e-7, 1e-8, 1e-12, 0.0)  # that layers of either framework have
 LARGEST_EPSILON = 1e-2
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # that a port may have in the place of another one
@@ -798,7 +813,8 @@ class Rounded(TorchDispatchMode):
 
     What then moves further shows how much rounding alone can do, as where large terms cancel in a gradient. This is
     the Monte Carlo arithmetic of Parker (1997), for float64. An operation that keeps its result for the backward pass,
-    as softmax does, keeps the moved one. Whole numbers, such as a mask or positions, are exact.
+    as softmax does, keeps the moved one. Whole numbers, such as a mask or positions, are exact, and so is what is only
+    chosen: the gradient of a maximum goes to the values that are equal to it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -808,7 +824,8 @@ class Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operation, and move what it computed; a view has nothing of its own."""
         outputs = func(*args, **(kwargs or {}))
-        for result in () if func.is_view else outputs if isinstance(outputs, tuple | list) else (outputs,):
+        exact = func.is_view or func.overloadpacket.__name__ in ("amax", "amin", "max", "min")
+        for result in () if exact else outputs if isinstance(outputs, tuple | list) else (outputs,):
             if isinstance(result, torch.Tensor) and result.dtype is torch.float64 and result.layout is torch.strided:
                 self.move(result)
         return outputs

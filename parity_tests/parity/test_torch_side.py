@@ -504,6 +504,11 @@ def test_other_rounding_shows_what_can_cancel_in_a_gradient() -> None:
     plain = gradient()
     assert np.abs(gradient(move=1e-15) / plain - 1).max() < 1e-9
     assert max(np.abs(gradient(seed=seed) / plain - 1).max() for seed in range(4)) > 1e-4
+    x = torch.tensor([1.5, 2.5], dtype=torch.float64, requires_grad=True)
+    with Rounded(0):
+        x.amax().backward()  # its gradient goes to what equals the maximum, which must not be moved
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("function", [F.hardswish, F.relu, F.relu6, F.gelu, F.silu, F.logsigmoid, F.mish, torch.erf])

@@ -561,6 +561,15 @@ def test_a_less_exact_formula_is_no_difference() -> None:
     assert not examine(pair, names=STAGE_CHECKS).divergences
 
 
+def test_a_softplus_without_pytorchs_threshold_is_no_difference() -> None:
+    reference = nn.Sequential(nn.Linear(4, 5), nn.Softplus())
+    net = LinenNet(lambda x: linen.softplus(linen.Dense(5)(x)))
+    pair = Pair(reference, net, 10 * values(8, 4), batch_sizes=(64,))
+    result = examine(pair, names=("outputs", "gradients", "trajectory"))
+    assert len(result.passed) == 3
+    assert any("its input above 20" in note for note in result.notes)
+
+
 @pytest.mark.parametrize(
     ("module", "function", "is_sound"),
     [
@@ -1476,6 +1485,22 @@ def test_neither_a_scale_of_0_nor_rounding_hides_that_either_slope_at_a_kink_is_
     reference = nn.Sequential(nn.Sequential(bare[0], shift()), nn.LayerNorm(8), nn.LeakyReLU(0.2), bare[1])
     pair = Pair(reference, net, np.arange(-20.0, 20.0, dtype=np.float32).reshape(8, 5), dict, batch_sizes=(32,))
     assert not examine(pair, names=("parameters", "outputs", "gradients")).divergences
+
+
+def test_the_slope_that_rounding_chooses_in_a_row_of_zeros_is_no_fault() -> None:
+    """The norm of a channel that is the same everywhere is 0 but for rounding, and every second bias behind it is 0."""
+
+    def conv(tree: Any, name: str, x: jax.Array) -> jax.Array:
+        return jnp.einsum("nihw,oi->nohw", x, tree[f"{name}.weight"][..., 0, 0]) + tree[f"{name}.bias"][:, None, None]
+
+    def net(tree: Any, x: jax.Array) -> jax.Array:
+        x = conv(tree, "0", x)
+        mean, square = x.mean((2, 3), keepdims=True), jnp.square(x).mean((2, 3), keepdims=True)
+        return jax.nn.selu(conv(tree, "2", (x - mean) * lax.rsqrt(square - mean**2 + 1e-5)))
+
+    layers = nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1), nn.SELU()
+    pair = Pair(nn.Sequential(*layers), net, values(8, 3, 5, 7), dict, jax_inputs="same", batch_sizes=(8,))
+    assert not places(pair, "outputs", "gradients", "trajectory")
 
 
 class Shifted(nn.Module):
