@@ -1142,7 +1142,7 @@ class Sweeper:
         of_functions = differences(take(sweep.values, functions), take_expected(reference.values, functions))
         for limits in self.limits:
             side, of_functions = excuse_side(side, limits), excuse(of_functions, limits["values"])
-        return side, of_functions
+        return excuse_padding(self, sweep, side), of_functions
 
     def idle(self, sweep: Sweep) -> tuple[str, ...]:
         """Return the weights whose gradient is 0 in a run of JAX, and not in PyTorch.
@@ -1283,8 +1283,7 @@ def compare_sides(case: Case, size: int, training: bool, cuts: tuple[Cut, ...] =
     )
     if not any_problem(inherited, local):
         return comparison
-    comparison = excuse_rounding(sweeper, excuse_padding(sweeper, comparison))
-    comparison = exchange_names(sweeper, comparison)
+    comparison = exchange_names(sweeper, excuse_rounding(sweeper, comparison))
     moved = find_moved(sweeper, comparison)
     comparison = comparison if moved else exchange_operations(sweeper, comparison)
     comparison = follow_functions(sweeper, drop_false_matches(sweeper, comparison))
@@ -1303,21 +1302,26 @@ def any_problem(*sides: Side) -> bool:
     return any(difference.problem for side in sides for part in side for difference in part.values())
 
 
-def excuse_padding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
+def excuse_padding(sweeper: Sweeper, sweep: Sweep, side: Side) -> Side:
     """Take back what PyTorch's gradient shows in the row of an embedding's padding, if JAX's is 0 behind the embedding.
 
     PyTorch stops this gradient inside of the layer, such a port behind it: its weight alone must not be judged there.
     """
-    local, expected = comparison.local, sweeper.reference.gradients
     for name, layer in sweeper.module.named_modules():
-        if getattr(layer, "padding_idx", None) is None or not (found := local.gradients.get(name)) or not found.problem:
+        if getattr(layer, "padding_idx", None) is None or not (found := side.gradients.get(name)) or not found.problem:
             continue
-        actual = take(sweeper.steered(True, True).gradients, {name: sweeper.stages[name]})[name]
-        limit = STAGE_BOUND.limit * largest(expected[name])
-        if np.all((actual == 0) | (np.abs(actual - expected[name]) <= limit)):
-            everything = {name: np.inf, f"{name}.weight".lstrip("."): np.inf}
-            local = excuse_side(local, {"outputs": {}, "values": {}, "gradients": everything, "weights": everything})
-    return comparison._replace(local=local)
+        weight, expected = f"{name}.weight".lstrip("."), sweeper.reference.gradients[name]
+        actual = take(sweep.gradients, {name: sweeper.stages[name]})[name]
+        stopped = np.all(actual == 0, axis=-1) & np.any(expected != 0, axis=-1)
+        by_weight = [np.asarray(each[weight]) for each in (sweep.weight_gradients, sweeper.expected_gradients)]
+        others = [np.delete(array, layer.padding_idx, 0) for array in by_weight]
+        limits: Limits = {kind: {} for kind in Side._fields}
+        if stopped.any() and relative_error(*others) <= STAGE_BOUND.limit:
+            limits["weights"] = {weight: np.inf}
+        if relative_error(actual[~stopped], expected[~stopped]) <= STAGE_BOUND.limit:
+            limits["gradients"] = {name: np.inf}
+        side = excuse_side(side, limits)
+    return side
 
 
 def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:

@@ -481,15 +481,23 @@ def test_a_row_of_padding_that_only_jax_trains_is_named() -> None:
     assert found.cause == "PyTorch's padding_idx=2 gives this row no gradient"
 
 
-def test_a_gradient_of_padding_that_is_stopped_behind_the_embedding_is_not_told_beside_a_fault() -> None:
-    def net(tree: Any, tokens: jax.Array) -> jax.Array:
-        x = tree["0.weight"][tokens]
-        x = jnp.where((tokens == 2)[..., None], lax.stop_gradient(x), x)
-        return jnp.tanh(x @ tree["1.weight"].T + tree["1.bias"])
+@pytest.mark.parametrize(("residual", "where"), [(True, "output of act"), (False, "output of add")])
+def test_a_gradient_of_padding_that_is_stopped_behind_the_embedding_is_not_told_beside_a_fault(
+    residual: bool, where: str
+) -> None:
+    def forward(net: Any, tokens: torch.Tensor) -> torch.Tensor:
+        x = net.embed(tokens)
+        return x + net.act(net.fc(x))
 
-    reference = nn.Sequential(nn.Embedding(5, 3, padding_idx=2), nn.Linear(3, 4), nn.Sigmoid())
-    pair = Pair(reference, net, np.arange(8).reshape(2, 4) % 5, dict, batch_sizes=(2,))
-    assert places(pair, "outputs", "gradients") == ["output of 2"]
+    def port(tree: Any, tokens: jax.Array) -> jax.Array:
+        x = tree["embed.weight"][tokens]
+        x = jnp.where((tokens == 2)[..., None], lax.stop_gradient(x), x)
+        y = linear({"weight": tree["fc.weight"], "bias": tree["fc.bias"]}, x)
+        return x + jnp.tanh(y) if residual else jax.nn.sigmoid(y)
+
+    layers = {"embed": nn.Embedding(5, 3, padding_idx=2), "fc": nn.Linear(3, 3), "act": nn.Sigmoid()}
+    pair = Pair(TorchNet(forward, **layers), port, np.arange(8).reshape(2, 4) % 5, dict, batch_sizes=(2,))
+    assert places(pair, "outputs", "gradients") == [where]
 
 
 def test_a_model_makes_its_variables_with_arrays_of_jax() -> None:
