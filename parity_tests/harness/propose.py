@@ -45,6 +45,7 @@ from parity_tests.harness.weights import (
     module_paths,
     parent,
     qkv,
+    rnn,
     rule_for,
     rule_for_tensor,
     same,
@@ -75,6 +76,17 @@ SYNONYMS = {
 LAYERS_WITH_A_LAYOUT = {"Linear", "Dense", "DenseGeneral", "LinearGeneral", "Conv", "ConvTranspose", "Einsum"}
 ORDERS = (("ifgo", "igfo", "ifog"), ("rzn", "zrn", "-zrn"))  # of the gates of LSTMs and GRUs, as libraries pack them
 OTHER_LETTERS = {4: {"c": "g"}, 3: {"u": "z", "h": "n"}}  # of gates, by how many a cell has
+OF_STATE = {
+    "ih": "hh",
+    "ii": "hh",
+    "xh": "hh",
+    "i2h": "h2h",
+    "x2h": "h2h",
+    "wx": "wh",
+    "input": "hidden",
+    "x": "h",
+    "i": "h",
+}
 IMAGINARY = {"re": "im", "real": "imag", "r": "i"}  # words for the two parts of a complex leaf
 MOST_LEAVES = 4  # of a cell whose gates are packed: two weights and two biases
 CLOSE = 10.0  # one map must be this many times nearer than another to be preferred
@@ -346,7 +358,7 @@ def list_places(
 def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterator[tuple[str, dict[str, Shape]]]:
     """Yield the cells and attentions that a recurrent module or an attention of PyTorch fits into."""
     stacks = [stack for families in families_of(units) for family, stack in families if stack and len(family) > 1]
-    compound = [unit for unit in (*units, *stacks) if unit.make in (lstm, gru, attention)]
+    compound = [unit for unit in (*units, *stacks) if unit.make in (lstm, gru, rnn, attention)]
     found = False
     paths = [path for path in module_paths(free) if any(unit.make is attention for unit in compound)]
     paths += cells_below(Layer("", {}, ("",), free)) if compound else []
@@ -362,10 +374,27 @@ def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterato
                 break
     left = dict(free)
     cells = [unit for unit in units if unit.make in (lstm, gru) and not found]
-    for own in (loose_cell(unit, left) or gates_apart(unit, left) for unit in cells):
+    for own in (two_layers(unit, left) or loose_cell(unit, left) or gates_apart(unit, left) for unit in cells):
         left = {leaf: shape for leaf, shape in left.items() if leaf not in own}
         if own:
             yield ", ".join(own), own
+
+
+def two_layers(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the leaves of a cell that is two linear layers, one of the input and one of the state, by their names."""
+    shapes = [shape for local, shape in unit.layers[0].tensors.items() if local.startswith(("weight_ih", "weight_hh"))]
+    modules: dict[str, list[str]] = {}
+    for leaf in free:
+        modules.setdefault(parent(leaf), []).append(leaf)
+    for path, (word, other) in itertools.product(modules, OF_STATE.items()):
+        front, _, last = path.rpartition("/")
+        state = join(front, "/", re.sub(f"(?<![a-z]){word}(?![a-z])", other, last, flags=re.IGNORECASE))
+        both = [modules[path], modules.get(state, []) if state != path else []]
+        weights = [[leaf for leaf in own if free[leaf] in (w, w[::-1])] for own, w in zip(both, shapes, strict=True)]
+        if all(len(found) == 1 for found in weights):
+            biases = [leaf for own in both for leaf in own if free[leaf] == shapes[0][:1]]
+            return {leaf: free[leaf] for leaf in (*weights[0], *weights[1], *biases)}
+    return {}
 
 
 def loose_cell(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -475,7 +504,7 @@ def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     """Return the ways to carry a unit to a place, the usual one first; none if it does not fit."""
     shape = next(iter(unit.layers[0].tensors.values()))
     size = math.prod(shape) * len(unit.layers)
-    compound = unit.make in (lstm, gru, attention, complex_parts)
+    compound = unit.make in (lstm, gru, rnn, attention, complex_parts)
     if not compound and not any(math.prod(leaf) == size for leaf in place.leaves.values()):
         return ()
     if len(place.targets) > 1 and unit.make not in (lstm, gru, complex_parts):
@@ -902,6 +931,7 @@ def left_over(
         make = rule_for_tensor(side.modules[owner], name.rpartition(".")[2])
         if shape[-1:] == (2,) and shape not in free.values() and shape[:-1] in map(free.get, imaginary):
             make = complex_parts
+        make = same if make is rnn else make
         if name not in carried and make not in (lstm, gru, attention):
             local = name.removeprefix(f"{owner}.").removeprefix(PARAMETRIZED)
             local = "weight" if local.startswith(PROJECTED) else local

@@ -29,8 +29,8 @@ BIAS = ("bias", "b", "offset", "beta")
 TABLE = ("embedding", "embeddings", "weight", "table", "w")
 MEAN = ("mean", "running_mean", "moving_mean", "~/mean_ema/average")
 VARIANCE = ("var", "running_var", "moving_variance", "~/var_ema/average")
-INPUT_WEIGHT = ("dense_i/kernel", "weight_ih", "w_ih", "w_i")
-STATE_WEIGHT = ("dense_h/kernel", "weight_hh", "w_hh", "w_h")
+INPUT_WEIGHT = ("dense_i/kernel", "weight_ih", "w_ih", "w_i", "i/kernel")
+STATE_WEIGHT = ("dense_h/kernel", "weight_hh", "w_hh", "w_h", "h/kernel")
 JOINT_WEIGHT = ("linear/w", "w_joint")  # [inputs + hidden, gates]; the first is Haiku's
 ROLES = {
     "query": ("query", "q", "q_proj", "query_proj", "to_q"),
@@ -889,6 +889,15 @@ def gru(*to: str, order: str | None = None) -> Rule:
     return Rule(carry, paths(*to), how)
 
 
+def rnn(*to: str) -> Rule:
+    """Carry nn.RNN or nn.RNNCell to cells of Flax, Equinox or of one's own; two biases become one.
+
+    Args:
+        to: the cell in JAX; one for each layer and direction, forward first; or the module that holds them all.
+    """
+    return Rule(lambda layer: recurrent(layer, call("rnn"), "h", None, 0), paths(*to), call("rnn"))
+
+
 def recurrent(layer: Layer, how: str, gates: str, order: str | None, forget_bias: float | None) -> list[Entry]:
     """Carry every layer and direction of a recurrent module to its cell."""
     suffixes = [name.removeprefix("weight_ih") for name in layer.tensors if name.startswith("weight_ih")]
@@ -995,7 +1004,7 @@ def gate_by_gate(cell: Layer, how: str, gates: str) -> list[Entry]:
 def packed_gates(cell: Layer, how: str, gates: str, order: str | None, forget_bias: float | None) -> list[Entry]:
     """Carry a cell to one that packs all its gates in one kernel, or in one by the input and one by the state."""
     haiku = cell.find_name(("linear/w", "w_i")) is not None
-    order = order or ({"ifgo": "igfo", "rzn": "-zrn"}[gates] if haiku else gates)
+    order = order or ({"ifgo": "igfo", "rzn": "-zrn"}.get(gates, gates) if haiku else gates)
     signs = re.findall("-?[a-z]", order)
     added = {"f": (1.0 if haiku and gates == "ifgo" else 0.0) if forget_bias is None else forget_bias}
     if sorted(sign[-1] for sign in signs) != sorted(gates):
@@ -1042,7 +1051,10 @@ def packed_biases(
             for tensor, leaf in zip(tensors, two, strict=True)
             if leaf
         ]
-    one, extra = cell.find_name(("dense_h/bias", "dense_i/bias", "linear/b", *BIAS)), cell.find_name(("bias_n", "b_n"))
+    one, extra = (
+        cell.find_name(("dense_h/bias", "dense_i/bias", "i/bias", "linear/b", *BIAS)),
+        cell.find_name(("bias_n", "b_n")),
+    )
     if one is None:
         return []
     size = cell.tensors["weight_hh"][0] // len(gates)
@@ -1192,6 +1204,8 @@ RULES: dict[str, Callable[..., Rule]] = {
     "LSTMCell": lstm,
     "GRU": gru,
     "GRUCell": gru,
+    "RNN": rnn,
+    "RNNCell": rnn,
     "MultiheadAttention": attention,
 }
 

@@ -748,6 +748,28 @@ def test_layers_of_other_shapes_show_the_layout_of_square_ones(path: str, sizes:
     np.testing.assert_array_equal(square, expected)
 
 
+@pytest.mark.parametrize(
+    ("layer", "leaves"),
+    [
+        (nn.LSTM, {"i2h/w": (4, 24), "i2h/b": (24,), "h2h/w": (6, 24), "h2h/b": (24,)}),
+        (
+            nn.GRU,
+            {
+                "cell/hh_0/kernel": (6, 18),
+                "cell/hh_0/bias": (18,),
+                "cell/ih_0/kernel": (4, 18),
+                "cell/ih_0/bias": (18,),
+            },
+        ),
+        (nn.RNN, {"i/kernel": (4, 6), "i/bias": (6,), "h/kernel": (6, 6)}),
+    ],
+)
+def test_a_cell_of_two_layers_is_carried_and_two_biases_become_one(layer: Any, leaves: dict[str, Any]) -> None:
+    proposal = propose(layer(4, 6), {path: shape(*size) for path, size in leaves.items()})
+    assert not proposal.gaps.torch
+    assert not proposal.gaps.jax
+
+
 def test_leaves_with_more_axes_are_tried_first_in_the_layout_of_the_others() -> None:
     """The outputs decide, but those of a faulty port cannot."""
     widths = {"up": (4, 8), "down": (8, 4), "out": (4, 4)}
