@@ -1343,7 +1343,8 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     comparison = excuse_noise(sweeper, comparison, [allowed["weights"], in_jax["weights"]])
     comparison = excuse_threshold(sweeper, excuse_tiny(sweeper, excuse_constants(sweeper, comparison)))
     comparison = excuse_ties(sweeper, excuse_kinks(sweeper, excuse_tables(sweeper, comparison)))
-    small = [found.error for part in comparison.inherited for found in part.values() if found.problem]
+    alarms = comparison.inherited.outputs, comparison.inherited.weights  # a stage alone raises none
+    small = [found.error for part in alarms for found in part.values() if found.problem]
     if not small or max(small) > LARGEST_OWN_ERROR:
         return comparison
     return excuse_own_errors(sweeper, comparison)

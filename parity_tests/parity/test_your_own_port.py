@@ -481,10 +481,15 @@ def test_a_row_of_padding_that_only_jax_trains_is_named() -> None:
     assert found.cause == "PyTorch's padding_idx=2 gives this row no gradient"
 
 
-@pytest.mark.parametrize(("residual", "where"), [(True, "output of act"), (False, "output of add")])
+@pytest.mark.parametrize(
+    ("module", "residual", "found"),
+    [(nn.Tanh(), True, ["act"]), (nn.Sigmoid(), False, ["add"]), (nn.Hardsigmoid(), True, [])],
+)
 def test_a_gradient_of_padding_that_is_stopped_behind_the_embedding_is_not_told_beside_a_fault(
-    residual: bool, where: str
+    module: nn.Module, residual: bool, found: list[str]
 ) -> None:
+    """Nor does it hide that PyTorch's own gradient of hardsigmoid is off by more than rounding."""
+
     def forward(net: Any, tokens: torch.Tensor) -> torch.Tensor:
         x = net.embed(tokens)
         return x + net.act(net.fc(x))
@@ -493,11 +498,11 @@ def test_a_gradient_of_padding_that_is_stopped_behind_the_embedding_is_not_told_
         x = tree["embed.weight"][tokens]
         x = jnp.where((tokens == 2)[..., None], lax.stop_gradient(x), x)
         y = linear({"weight": tree["fc.weight"], "bias": tree["fc.bias"]}, x)
-        return x + jnp.tanh(y) if residual else jax.nn.sigmoid(y)
+        return x + jnp.clip(y / 6 + 0.5, 0, 1) if residual else jax.nn.sigmoid(y)
 
-    layers = {"embed": nn.Embedding(5, 3, padding_idx=2), "fc": nn.Linear(3, 3), "act": nn.Sigmoid()}
+    layers = {"embed": nn.Embedding(5, 3, padding_idx=2), "fc": nn.Linear(3, 3), "act": module}
     pair = Pair(TorchNet(forward, **layers), port, np.arange(8).reshape(2, 4) % 5, dict, batch_sizes=(2,))
-    assert places(pair, "outputs", "gradients") == [where]
+    assert places(pair, "outputs", "gradients") == [f"output of {name}" for name in found]
 
 
 def test_a_model_makes_its_variables_with_arrays_of_jax() -> None:
