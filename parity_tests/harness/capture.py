@@ -1308,15 +1308,16 @@ def excuse_padding(sweeper: Sweeper, sweep: Sweep, side: Side) -> Side:
     PyTorch stops this gradient inside of the layer, such a port behind it: its weight alone must not be judged there.
     """
     for name, layer in sweeper.module.named_modules():
-        if getattr(layer, "padding_idx", None) is None or not (found := side.gradients.get(name)) or not found.problem:
+        found, weight = side.gradients.get(name), f"{name}.weight".lstrip(".")
+        if getattr(layer, "padding_idx", None) is None or weight not in side.weights or not (found and found.problem):
             continue
-        weight, expected = f"{name}.weight".lstrip("."), sweeper.reference.gradients[name]
+        expected = sweeper.reference.gradients[name]
         actual = take(sweep.gradients, {name: sweeper.stages[name]})[name]
         stopped = np.all(actual == 0, axis=-1) & np.any(expected != 0, axis=-1)
-        by_weight = [np.asarray(each[weight]) for each in (sweep.weight_gradients, sweeper.expected_gradients)]
-        others = [np.delete(array, layer.padding_idx, 0) for array in by_weight]
-        limits: Limits = {kind: {} for kind in Side._fields}
-        if stopped.any() and relative_error(*others) <= STAGE_BOUND.limit:
+        both = sweep.weight_gradients[weight], sweeper.expected_gradients[weight]
+        ours, theirs = (np.delete(np.asarray(array), layer.padding_idx, 0) for array in both)
+        limits: dict[str, dict[str, float]] = {kind: {} for kind in Side._fields}
+        if stopped.any() and relative_error(ours, theirs) <= STAGE_BOUND.limit:
             limits["weights"] = {weight: np.inf}
         if relative_error(actual[~stopped], expected[~stopped]) <= STAGE_BOUND.limit:
             limits["gradients"] = {name: np.inf}
