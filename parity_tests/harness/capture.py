@@ -2144,8 +2144,12 @@ class History(NamedTuple):
                     return Origin(
                         place, f"{problem}; JAX takes other parts of {before}, or in another order", (), before
                     )
-                if before in self.comparison.stages or self.has(instead):
-                    break
+                if (
+                    before in self.comparison.stages
+                    or self.has(instead)
+                    or largest(instead) < EQUAL * largest(argument)
+                ):
+                    break  # if it is 0, JAX leaves a term of a sum out
                 problem = difference(instead, argument, 0.0).problem
                 return Origin(before, f"{problem}; JAX has PyTorch's value too, and goes on with this one", ())
             if (laid_out := lay_out(instead, argument, self.values[before])) is None:

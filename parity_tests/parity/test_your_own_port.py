@@ -1164,6 +1164,22 @@ def test_two_operations_that_take_each_others_values_are_told_once(of: str) -> N
     assert f"JAX takes {words}, and the other way round in add" in found.problem
 
 
+def test_a_term_that_is_left_out_is_told_at_the_sum_although_jax_has_zeros_somewhere() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = net.first(x)
+        x = x + torch.tanh(x)
+        return net.head(x + net.out(torch.sigmoid(x)))
+
+    def port(x: jax.Array) -> jax.Array:
+        x = linen.Dense(6, name="first")(x)
+        x = x + jnp.tanh(x)
+        y = linen.Dense(6, name="out")(jax.nn.sigmoid(x))
+        return linen.Dense(3, name="head")(jnp.maximum(y, jnp.zeros_like(x) - 1e9))
+
+    reference = TorchNet(forward, first=nn.Linear(4, 6), out=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    assert places(Pair(reference, LinenNet(port), values(8, 4), batch_sizes=(8,))) == ["output of add#2"]
+
+
 def test_a_formula_written_otherwise_is_not_told_beside_a_fault() -> None:
     """JAX turns pairs of numbers in one step, and leaves out a bias behind them."""
 
