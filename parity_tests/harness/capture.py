@@ -1462,12 +1462,13 @@ def nudge_float32(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note: str) -> Comparison:
-    """Take back differences that a rounding to float32 on one side explains, and say so."""
+    """Take back differences that a rounding on one side explains, and say so if there are some."""
     limits = {
         kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in found.items()}
         for kind, found in errors.items()
     }
-    return take_back(sweeper, comparison, limits)._replace(notes=(*comparison.notes, note))
+    taken = take_back(sweeper, comparison, limits)
+    return taken if taken == comparison else taken._replace(notes=(*comparison.notes, note))
 
 
 def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:

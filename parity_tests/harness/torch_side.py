@@ -670,8 +670,8 @@ class Otherwise(TorchFunctionMode):
 # The lower and the upper limit of the values of each function that has some.
 LIMITS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "clamp": lambda given, min=None, max=None, **_: (min, max),
-    "clamp_min": lambda given, min: (min, None),
-    "clamp_max": lambda given, max: (None, max),
+    "clamp_min": lambda given, min, **_: (min, None),
+    "clamp_max": lambda given, max, **_: (None, max),
     "hardtanh": lambda given, min_val=-1.0, max_val=1.0, **_: (min_val, max_val),
     "relu6": lambda given, **_: (None, 6.0),
     "hardsigmoid": lambda given, **_: (-3.0, 3.0),
