@@ -643,7 +643,10 @@ class Case:
         in the place of an even one, or the other way round.
         """
         inputs, found = self.pair.draw_inputs(self.seed, self.sizes[-1]), list[Cut]()
-        whole, shapes = self.strided_sizes(inputs), [leaf.shape for leaf in inputs.arrays()]
+        try:
+            whole, shapes = self.strided_sizes(inputs), [leaf.shape for leaf in inputs.arrays()]
+        except Refused:  # NaN in the weights is told by the check of transfer
+            return ()
         most = max(map(len, shapes), default=0)
         for length in sorted({size for shape in shapes for size in shape[1:] if size >= SHORTEST}):
             for axes in (range(1, most), (1,), range(2, most)):
