@@ -25,7 +25,6 @@ from torch import nn
 from parity_tests.harness import training
 from parity_tests.harness.adapters import Model, has_collections, without_training
 from parity_tests.harness.capture import (
-    KINK,
     LARGEST_OF_TABLES,
     NOISE,
     Case,
@@ -35,7 +34,6 @@ from parity_tests.harness.capture import (
     align_outputs,
     carried,
     exact_arithmetic,
-    gap_before,
     has_problem,
     release_memory,
     to_jnp,
@@ -58,6 +56,7 @@ from parity_tests.harness.compare import (
     relative_error,
     shorten,
 )
+from parity_tests.harness.explain import KINK, compare_batches, gap_before
 from parity_tests.harness.pair import (
     Batch,
     Inputs,
@@ -188,7 +187,7 @@ def arrays_of(batch: Batch) -> dict[str, np.ndarray]:
 def outputs(case: Case) -> Iterator[Divergence]:
     """Compare the final outputs, and say in which stages a difference is born."""
     seen: set[str] = set()
-    for comparison in case.comparisons:
+    for comparison in compare_batches(case):
         if not has_problem(comparison.inherited.outputs):
             continue
         idle = f"JAX's outputs do not depend on {shorten(comparison.idle)}" if comparison.idle else ""
@@ -363,7 +362,7 @@ def gradients(case: Case) -> Iterator[Divergence]:
             f"JAX holds it {len(paths)} times, as {' and '.join(paths)}: each gets the gradient of its own use alone"
         )
         yield Divergence("gradients", f"gradient by {name}", problem)
-    for comparison in case.comparisons:
+    for comparison in compare_batches(case):
         if not has_problem(comparison.inherited.weights):
             continue
         wrong_outputs = has_problem(comparison.inherited.outputs)
@@ -1011,7 +1010,7 @@ def examine(
             result.passed.append(name)
     result.weights = case.proposal.rows
     if "parameters" not in failed:
-        result.comparisons = case.comparisons if {"outputs", "gradients"} & set(names) else []
+        result.comparisons = compare_batches(case) if {"outputs", "gradients"} & set(names) else []
         result.float32 = case.shared.get("float32", {})
         if steps and not (why_not_optimized(case) or why_not_trained(case)):
             progress(f"drift over {steps} steps")

@@ -29,8 +29,9 @@ from jax_cnn.config import UserError
 from parity_tests import command
 from parity_tests.command import ReportConfig, find_users_frame, load_pair, plant
 from parity_tests.harness import Batch, Inputs, Pair, Result, examine
-from parity_tests.harness.capture import Case, Inside, has_training_mode
+from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused, order_between
+from parity_tests.harness.explain import Inside, compare_batches
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
 from parity_tests.parity.networks import LinenNet, NnxNet, TorchNet, linear, nested, network, values
@@ -1454,7 +1455,7 @@ def haiku_pair(size: int, **fields: Any) -> Pair:
 
 
 def test_norm_and_pool_are_stages_of_a_network_in_haiku() -> None:
-    found = Case(haiku_pair(9, training=False)).comparisons[0]
+    found = compare_batches(Case(haiku_pair(9, training=False)))[0]
     assert found.stages["norm"].jax == "norm"
     assert {"conv", "norm", "out"} <= found.stages.keys()
     assert not any(difference.problem for difference in found.inherited.outputs.values())
@@ -1470,7 +1471,7 @@ def test_averages_that_start_with_the_first_batch_are_no_tables_and_their_correc
 
 
 def test_padding_of_a_pool_is_found_at_the_pool() -> None:
-    found = Case(haiku_pair(10, training=False)).comparisons[0]
+    found = compare_batches(Case(haiku_pair(10, training=False)))[0]
     wrong = [name for name, difference in found.local.values.items() if difference.problem]
     assert wrong == ["pool"]
 
