@@ -102,20 +102,24 @@ def parameters(case: Case) -> Iterator[Divergence]:
     paths = [path for path in leaves if path not in case.no_weights]
     gaps = check_complete(weight_map, list(tensors_of(case.module)), paths)
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
-    for name in gaps.torch:
-        size = size_of(weight_map.tensors[name])
+    names = list(weight_map.tensors)
+    lost = {name: size_of(weight_map.tensors[name]) for name in gaps.torch if name in weight_map.lost}
+    found = wholes([name for name in gaps.torch if name not in lost], names, weight_map.tensors, ".") | lost
+    known = [*names, *(name[: mark.start()] for name in names for mark in re.finditer(r"\.", name))]
+    for name, size in found.items():
         if callable(case.pair.weights):
-            hint = f"; if the port needs none, let your function take it out of the state dict: state.pop({name!r})"
+            popped = f": state.pop({name!r})" if name in names else ""
+            hint = f"; if the port needs none, let your function take it out of the state dict{popped}"
         else:
-            key = pattern_of(name, gaps.torch, list(weight_map.tensors))
+            key = pattern_of(name, [*found], known)
             hint = f"; if the port needs none, declare weights={{{key!r}: unused()}}, of parity_tests.harness.weights"
-        what = "a part of it" if name in weight_map.lost else "it"
+        what = "a part of it" if name in lost else "it"
         yield Divergence(
             "parameters", name, f"PyTorch has it, {size}, and nothing carries {what} to JAX ({counts}){hint}"
         )
-    for path in gaps.jax:
-        size = size_of(weight_map.leaves[path])
-        hint = "" if callable(case.pair.weights) else f"; if JAX alone has it, declare weights={{{path!r}: unused()}}"
+    for path, size in wholes(gaps.jax, paths, weight_map.leaves, "/").items():
+        key = repr(path) if path in leaves else "the path of each leaf in it"
+        hint = "" if callable(case.pair.weights) else f"; if JAX alone has it, declare weights={{{key}: unused()}}"
         yield Divergence(
             "parameters", path, f"JAX has it, {size}, and no tensor of PyTorch's fills it ({counts}){hint}"
         )
@@ -128,6 +132,22 @@ def parameters(case: Case) -> Iterator[Divergence]:
     for path, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float64:
             yield Divergence("parameters", path, f"it is {leaf.dtype} in JAX in a float64 run")
+
+
+def wholes(missing: Sequence[str], names: Collection[str], shapes: Mapping[str, Any], separator: str) -> dict[str, str]:
+    """Return the outermost modules that are missing as a whole, and the other missing tensors, with their sizes."""
+    inside, gone = dict[str, list[str]](), {*missing}
+    for name in missing:
+        fronts = [name[: mark.start() + 1] for mark in re.finditer(re.escape(separator), name)]
+        below = ({other for other in names if other.startswith(front)} for front in fronts)
+        whole = (front for front, own in zip(fronts, below, strict=True) if len(own) > 1 and own <= gone)
+        inside.setdefault(next(whole, name), []).append(name)
+    return {
+        front.removesuffix(separator): shorten(
+            [f"{name.removeprefix(front)} {size_of(shapes[name])}".lstrip() for name in own]
+        )
+        for front, own in inside.items()
+    }
 
 
 def pattern_of(name: str, missing: Sequence[str], tensors: Sequence[str]) -> str:

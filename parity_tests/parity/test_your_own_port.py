@@ -236,7 +236,7 @@ def test_buffers_that_a_port_computes_itself_are_no_gap_but_statistics_are(upper
     tree = {"fc": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
     pair = Pair(Buffers, (tree, port), np.ones((8, 4), np.float32), training=False)
     found = examine(pair, names=("parameters",))
-    assert {divergence.where for divergence in found.divergences} == {"norm.running_mean", "norm.running_var", "offset"}
+    assert {divergence.where for divergence in found.divergences} == {"norm", "offset"}
     declared = replace(pair, weights={"norm": unused(), "offset": unused()})
     result = examine(declared, names=("parameters", "outputs"))
     assert [divergence.where for divergence in result.divergences][:1] == (["output of matmul"] if upper else [])
@@ -1277,6 +1277,20 @@ def test_the_sizes_of_what_is_not_carried_are_told() -> None:
     found = {divergence.where: divergence.problem for divergence in examine(pair, names=("parameters",)).divergences}
     assert "PyTorch has it, 2x4, and nothing" in found["weight"]
     assert "JAX has it, 4x3, and no tensor" in found["kernel"]
+
+
+@pytest.mark.parametrize(("in_torch", "in_jax", "where"), [(3, 2, "2"), (2, 3, "block_2")])
+def test_a_block_without_a_partner_is_told_once(in_torch: int, in_jax: int, where: str) -> None:
+    def block(x: jax.Array) -> jax.Array:
+        return linen.LayerNorm(name="norm")(linen.Dense(4, name="fc")(x))
+
+    def port(x: jax.Array) -> jax.Array:
+        for number in range(in_jax):
+            x = LinenNet(block, name=f"block_{number}")(x)
+        return x
+
+    reference = nn.Sequential(*(network(fc=nn.Linear(4, 4), norm=nn.LayerNorm(4)) for _ in range(in_torch)))
+    assert places(Pair(reference, LinenNet(port), values(4, 4)), "parameters") == [where]
 
 
 def test_layers_that_jax_stacks_and_scans_are_compared_one_by_one() -> None:
