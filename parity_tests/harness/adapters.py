@@ -573,7 +573,7 @@ def linen_without_dropout() -> Iterator[None]:
         is_off = getattr(call.module, "deterministic", None) if given is None else given
         try:
             for name, rate in before.items():
-                note_rate(0.0 if is_off else rate)
+                note_rate(0.0 if is_off else rate, "/".join(call.module.path))
                 object.__setattr__(call.module, name, 0.0)
             return run(*args, **kwargs)
         finally:
@@ -705,9 +705,9 @@ def nnx_without_dropout(model: Any) -> None:
     """Set the rates of dropout, of drop path and of attention's dropout to 0."""
     from flax import nnx
 
-    for _, module in nnx.iter_modules(model):
+    for place, module in nnx.iter_modules(model):
         for name, rate in rates_of(module).items():
-            note_rate(rate)
+            note_rate(rate, "/".join(map(str, place)))
             setattr(module, name, 0.0)
 
 
@@ -736,7 +736,8 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
     def prepare(variables: Any, training: bool) -> Any:
         variables = eqx.nn.inference_mode(variables, value=not training)
         if training:
-            variables = jax.tree.map(equinox_without_dropout, variables, is_leaf=lambda part: bool(rates_of(part)))
+            drops = {"is_leaf": lambda part: bool(rates_of(part))}
+            variables = jax.tree_util.tree_map_with_path(equinox_without_dropout, variables, **drops)
         return tapped_copy(variables) if watched.get() is not None else variables
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
@@ -793,12 +794,12 @@ def model_of(variables: Any) -> Any:
     return variables[0] if stateful else variables
 
 
-def equinox_without_dropout(part: Any) -> Any:
+def equinox_without_dropout(place: tuple[Any, ...], part: Any) -> Any:
     """Return a layer that drops with rates of 0, which may be static fields, and any other part as it is."""
     if rates := rates_of(part):
         part = copy.copy(part)
         for name, rate in rates.items():
-            note_rate(rate)
+            note_rate(rate, path_of(place, boxed=False))
             object.__setattr__(part, name, 0.0)
     return part
 

@@ -40,6 +40,7 @@ from parity_tests.harness.capture import (
 )
 from parity_tests.harness.compare import (
     EXACT,
+    NAMES_SHOWN,
     Bound,
     Divergence,
     Refused,
@@ -55,6 +56,7 @@ from parity_tests.harness.compare import (
     note_rate,
     relative_error,
     shorten,
+    without_float32,
 )
 from parity_tests.harness.explain import KINK, compare_batches, gap_before
 from parity_tests.harness.pair import (
@@ -827,9 +829,10 @@ def trajectory(case: Case) -> Iterator[Divergence]:
 def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
     """Compare the rates of dropout in training.
 
-    Another rate is a fault if both sides drop equally often, or no rate of one side is the other's, else a remark.
+    Another rate is a fault if both sides drop equally often, or no rate of one side is the other's, else a remark. So
+    are the rates of two layers the other way round.
     """
-    rates: dict[str, list[float]] = {"PyTorch": [], "JAX": []}
+    rates: dict[str, list[tuple[str, float]]] = {"PyTorch": [], "JAX": []}
     token = dropped.set(rates["PyTorch"])
     try:
         module = copy_module(case.module).train()
@@ -841,23 +844,36 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
                     note_rate(getattr(part, name, 0.0))
         case.first_outputs(module)
         dropped.set(rates["JAX"])
-        setup, inputs = case_setup(case), Inputs(*batch["args"], **batch["kwargs"]).unfixed()
+        inputs = Inputs(*batch["args"], **batch["kwargs"]).unfixed()
         with exact_arithmetic("float64"):
-            jax.eval_shape(lambda: case.model.apply(setup.variables, inputs.map(jnp.asarray), True)[0])
+            variables = case.variables({name: jnp.asarray(array, "float64") for name, array in case.tensors.items()})
+            jax.eval_shape(lambda: case.model.apply(variables, inputs.map(jnp.asarray), True)[0])
     finally:
         dropped.reset(token)
-    counts = {side: Counter(found) for side, found in rates.items()}
+    lists = {side: [rate for _, rate in found] for side, found in rates.items()}
+    counts = {side: Counter(found) for side, found in lists.items()}
     others = {*(counts["PyTorch"] - counts["JAX"]), *(counts["JAX"] - counts["PyTorch"])}
     as_often = counts["PyTorch"].total() == counts["JAX"].total()
-    if not others or case.model.library in ("Haiku", "function"):  # which tell no rates
+    if case.model.library in ("Haiku", "function"):  # which tell no rates
         return
-    shown = {side: sorted(found if as_often else {*found}) for side, found in rates.items()}
+    own = {name: part.p for name, part in case.module.named_modules() if isinstance(getattr(part, "p", None), float)}
+    own = {name: without_float32(rate) for name, rate in own.items()}
+    if not others and len(counts["JAX"]) > 1:
+        stages, of_jax = compare_batches(case)[0].stages, dict(rates["JAX"])
+        found = {name: of_jax.get(stages[name].jax, rate) for name, rate in own.items() if name in stages}
+        if wrong := [name for name, rate in found.items() if rate != own[name]]:
+            sides = [", ".join(f"{of_side[name]:g}" for name in wrong[:NAMES_SHOWN]) for of_side in (found, own)]
+            text = f"the rates of dropout in training are, in this order, {sides[0]} in JAX, and {sides[1]} in PyTorch"
+            yield Divergence("trajectory", f"dropout {shorten(wrong)}", text)
+    if not others:
+        return
+    shown = {side: sorted(found if as_often else {*found}) for side, found in lists.items()}
     seen = {side: ", ".join(f"{rate:g}" for rate in found) or "none" for side, found in shown.items()}
     text = f"the rates of dropout in training are {seen['JAX']} in JAX, and {seen['PyTorch']} in PyTorch"
-    if as_often or (all(rates.values()) and counts["PyTorch"].keys().isdisjoint(counts["JAX"])):
-        parts = ((name, getattr(part, "p", None)) for name, part in case.module.named_modules())
-        names = [name for name, rate in parts if isinstance(rate, float) and float(f"{rate:.6g}") in others]
-        yield Divergence("trajectory", f"dropout {shorten(names)}".rstrip(), text)
+    if as_often or (all(lists.values()) and counts["PyTorch"].keys().isdisjoint(counts["JAX"])):
+        yield Divergence(
+            "trajectory", f"dropout {shorten([n for n, rate in own.items() if rate in others])}".rstrip(), text
+        )
     elif counts["PyTorch"].keys() != counts["JAX"].keys():
         add_note(case.notes, f"{text}; both sides are compared at a rate of 0")
 

@@ -480,10 +480,15 @@ def keeps_float32(array: Any) -> bool:
     return bool((fractions * 2.0**12 % 1 != 0).any())
 
 
-dropped: ContextVar[list[float] | None] = ContextVar("dropped", default=None)
+dropped: ContextVar[list[tuple[str, float]] | None] = ContextVar("dropped", default=None)
 
 
-def note_rate(rate: Any) -> None:
-    """Keep the rate of a dropout that is switched off, if somebody asks for the rates."""
+def note_rate(rate: Any, path: str = "") -> None:
+    """Keep the rate of a dropout that is switched off, and its path in JAX, if somebody asks for the rates."""
     if (rates := dropped.get()) is not None and isinstance(rate, int | float) and rate > 0:
-        rates.append(float(f"{rate:.6g}"))  # one of float32, as of `torch.linspace`, is no other rate
+        rates.append((path, without_float32(rate)))
+
+
+def without_float32(rate: float) -> float:
+    """Return a rate as it was written: one of float32, as of `torch.linspace`, is no other one."""
+    return float(f"{rate:.6g}")

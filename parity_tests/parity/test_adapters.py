@@ -690,6 +690,32 @@ def test_equinoxs_batch_norm_that_counts_its_batches_is_that_of_pytorch_but_for_
     assert (found.check, found.where.partition(" ")[0]) == ("statistics", "norm.running_var")
 
 
+class EqxOwnNorm(eqx.Module):
+    """A layer and a user's own batch norm, which keeps its statistics in float32."""
+
+    fc: eqx.nn.Linear
+    statistics: eqx.nn.StateIndex
+    inference: bool = False
+
+    def __call__(self, row: Array, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:
+        row, (mean, variance), size = self.fc(row), state.get(self.statistics), len(ROWS)
+        if not self.inference:
+            kept, mean = (mean, variance), lax.pmean(row, "batch")
+            variance = lax.pmean((row - mean) ** 2, "batch")
+            new = mean, variance * size / (size - 1)
+            after = [(0.9 * old + 0.1 * own).astype(jnp.float32) for old, own in zip(kept, new, strict=True)]
+            state = state.set(self.statistics, tuple(after))
+        return (row - mean) / jnp.sqrt(variance + 1e-5), state
+
+
+def test_a_state_of_a_users_own_in_float32_is_taken_in_training() -> None:
+    statistics = eqx.nn.StateIndex((jnp.zeros(WIDTH, jnp.float32), jnp.ones(WIDTH, jnp.float32)))
+    made = eqx.nn.make_with_state(lambda: EqxOwnNorm(eqx.nn.Linear(WIDTH, WIDTH, key=KEY), statistics))()
+    reference = network(fc=torch.nn.Linear(WIDTH, WIDTH), norm=torch.nn.BatchNorm1d(WIDTH, affine=False))
+    pair = Pair(reference, made, ROWS, batch_sizes=(len(ROWS),))
+    assert not examine(pair, names=("parameters", "outputs", "trajectory")).divergences
+
+
 class EqxKeyed(eqx.Module):
     """A model whose call needs a key and its mode."""
 

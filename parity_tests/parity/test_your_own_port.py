@@ -2074,6 +2074,38 @@ def test_another_rate_of_dropout_is_a_fault_and_none_at_all_is_remarked(library:
     assert any("dropout in training are none in JAX" in note for note in result.notes) == (rate == 0)
 
 
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
+def test_rates_of_two_dropouts_the_other_way_round_are_told(library: str) -> None:
+    keys, rngs = jax.random.split(jax.random.key(0)), nnx.Rngs(0)
+
+    class Port(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            x = linen.Dropout(0.3)(linen.Dense(4)(x), deterministic=not train)
+            return linen.Dropout(0.1)(linen.Dense(2)(x), deterministic=not train)
+
+    def equinox() -> Any:
+        first, second = (eqx.nn.Linear(*size, key=key) for size, key in zip(((3, 4), (4, 2)), keys, strict=True))
+        return eqx.nn.Sequential([first, eqx.nn.Dropout(0.3), second, eqx.nn.Dropout(0.1)])
+
+    ports: dict[str, Callable[[], Any]] = {
+        "linen": Port,
+        "nnx": lambda: nnx.Sequential(
+            nnx.Linear(3, 4, rngs=rngs),
+            nnx.Dropout(0.3, rngs=rngs),
+            nnx.Linear(4, 2, rngs=rngs),
+            nnx.Dropout(0.1, rngs=rngs),
+        ),
+        "equinox": equinox,
+    }
+    reference = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 2), nn.Dropout(0.3))
+    (found,) = examine(Pair(reference, ports[library](), values(4, 3)), names=("parameters", "trajectory")).divergences
+    words = (
+        "trajectory: dropout 1, 3: the rates of dropout in training are, in this order, 0.3, 0.1 in JAX, and 0.1, 0.3"
+    )
+    assert str(found).startswith(words)
+
+
 def test_another_rate_of_one_of_two_dropouts_is_told_at_its_layer() -> None:
     rngs = nnx.Rngs(0)
     port = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.Dropout(0.1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
