@@ -96,6 +96,7 @@ MOST_PAIRS = 2_000  # values of JAX's that are tried for two arguments of one op
 MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 MOST_INSTEAD = 64  # values that are tried in the place of one
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
+MUCH_BETTER = 1e-3  # of an error: less may be chance
 
 
 def compare_batches(case: Case) -> list[Comparison]:
@@ -160,7 +161,7 @@ def compare_sides(case: Case, size: int, training: bool, cuts: tuple[Cut, ...] =
     comparison = tell_once(sweeper, comparison._replace(idle=idle), moved)
     try:
         comparison = find_causes(sweeper, comparison)
-        return comparison._replace(origins=find_origins(sweeper, comparison))
+        return comparison._replace(origins={**find_origins(sweeper, comparison), **comparison.origins})
     except Exception as error:  # an operation may not run on its own, and the report must not fail for a sharper place
         note = f"the places of differences are less exact: PyTorch's operations do not run alone ({describe(error)})"
         return comparison._replace(notes=(*comparison.notes, note))
@@ -571,16 +572,17 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     for _ in range(UNSWAPPED):
         wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
         ends = [*wrong, *([""] if has_problem(comparison.local.outputs) else [])]
-        found = ((sharpen(comparison, end), end) for end in ends)
+        tables = [name for name in tables_among(comparison) if name not in comparison.born] if ends else []
+        found = itertools.chain(zip(tables, tables, strict=True), ((sharpen(comparison, end), end) for end in ends))
         place, end = next((pair for pair in found if pair[0] in comparison.functions), ("", ""))
         if not place:
             break
         side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
         before, after = errors_of(comparison.local, comparison.functions), errors_of(side, functions)
         differing = {name for name, difference in comparison.functions.items() if difference.problem} - {place}
-        better = any(after[name] < 0.1 * before[name] for name in differing | wrong_places(comparison.local))
+        better = any(after[name] < MUCH_BETTER * before[name] for name in differing | wrong_places(comparison.local))
         worse = any(after[name] > 10 * before[name] for name in wrong_places(comparison.local))
-        sure = (better or not has_gap(comparison, end)) and not worse
+        sure = (better or not (place in tables or has_gap(comparison, end))) and not worse
         if sure and wrong_places(side) <= wrong_places(comparison.local):
             comparison = comparison._replace(local=side, functions=functions, born=(*comparison.born, place))
         else:
@@ -588,6 +590,11 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
             del sweeper.functions[place]
             comparison = comparison._replace(functions=kept, unseen={**comparison.unseen, place: ""})
     return comparison
+
+
+def tables_among(comparison: Comparison) -> list[str]:
+    """Return the functions with another value that no weight and no input of floats has a part in, as a mask."""
+    return [name for name, found in comparison.functions.items() if found.problem and name not in comparison.sources]
 
 
 def exchange_unseen(sweeper: Sweeper, comparison: Comparison) -> Comparison:
@@ -779,6 +786,14 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
                 if not any(np.array_equal(given, value) for value in values.values()):
                     values[f"what {name} takes"] = given
         instead = {name: found for name in unknown if (found := taken_instead(actual[name], calls[name], values))}
+    wrong = {*comparison.born, *(name for name, found in comparison.local.values.items() if found.problem)}
+    left_out = {name for name, (own, _) in instead.items() if users_of(comparison, own) <= wrong}
+    origins = {
+        name: Origin(own, f"{difference(values[other], values[own], 0.0).problem}; JAX takes {other} in its place", ())
+        for name, (own, other) in instead.items()
+        if name in left_out
+    }
+    instead = {name: both for name, both in instead.items() if name not in left_out}
     causes |= {name: f"JAX takes {other} in the place of {own}" for name, (own, other) in instead.items()}
     silent = set[str]()
     for one, other in itertools.combinations(instead, 2):
@@ -786,7 +801,15 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
             causes[one] += f", and the other way round in {other}"
             silent.add(other)
     limits: Limits = {kind: {} for kind in Side._fields} | {"values": dict.fromkeys(silent, np.inf)}
-    return take_back(sweeper, comparison._replace(causes=causes), limits)
+    return take_back(sweeper, comparison._replace(causes=causes, origins=origins), limits)
+
+
+def users_of(comparison: Comparison, name: str) -> set[str]:
+    """Return all that is computed from a value that JAX has not under a name; of another value it is all values."""
+    known = {*comparison.stages, *comparison.functions}
+    if name in known or name not in comparison.order:
+        return {*comparison.order}
+    return {other for other in known if name in behind_last_given(comparison, other)}
 
 
 def taken_instead(
@@ -838,16 +861,19 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     wrong = {name for name, found in comparison.local.values.items() if found.problem} | {*comparison.born}
     uses = Counter(stage for name in wrong for stage in inputs_of(comparison, name))
     several = {name for name in wrong if any(uses[stage] > 1 for stage in inputs_of(comparison, name))}
+    tables = {name for name in values if name not in comparison.sources and name not in comparison.stages}
     places = [name for name in comparison.order if name in several or (name in wrong and has_gap(comparison, name))]
+    shared = sorted(wrong - {*places} - comparison.causes.keys()) if tables and len(wrong) > 1 else []
     ends = [name for name, found in comparison.local.outputs.items() if found.problem and has_gap(comparison, "")]
     ends = [name for name in ends if name in values and sweeper.outputs[name].carry is not None]
-    if not (places or ends) or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
+    if not (places or ends or shared) or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
         return {}
     calls = calls_in(
         sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), set(values) - {""}, training=sweeper.training
     )
     leaves = [leaf for _, *arguments in calls.values() for leaf in flat(arguments).values() if is_array(leaf)]
-    sizes = {int(np.prod(np.shape(leaf))) for leaf in [*leaves, *values.values()]} - {1}
+    arrays = [np.asarray(leaf) for leaf in [*leaves, *values.values()]]
+    sizes = {size for array in arrays for size in (array.size, without_copies(array).size)} - {1}
     given = {*sweeper.stages, *comparison.born}
     with exact_arithmetic("float64"):
         taken = sweeper.in_jax({name: values[name] for name in given if name in values})
@@ -861,11 +887,12 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
     with alone(sweeper):
         traced = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
+        traced |= {name: history.trace_table(name, actual[name], tables) for name in shared}
     known = {name: origin for name, origin in traced.items() if origin is not None}
     origins = {
         name: next(other for other in known.values() if other.taken == origin.taken) if origin.taken else origin
         for name, origin in known.items()
-        if origin.taken or name in ends or has_gap(comparison, name)
+        if origin.taken or name in ends or has_gap(comparison, name) or origin.place in tables
     }
     # A difference that may be born in the place of another one is told there, once.
     told = {origin.place: origin for origin in origins.values()}
@@ -910,7 +937,13 @@ class Inside:
             first = np.moveaxis(value, -1, 1)
             for found in (value, first) if value.shape[1] == shape[1] else (first,):
                 if found.shape[1] == shape[1] and found.shape != shape:
-                    yield found
+                    whole = all(size in (1, other) for size, other in zip(found.shape, shape, strict=True))
+                    yield np.broadcast_to(found, shape) if whole else found
+
+    def without_copies(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the values that fit what PyTorch has several times in an array, as often as it has that."""
+        if (once := without_copies(array)).size < array.size:
+            yield from (np.broadcast_to(value, array.shape) for value in self.of_shape(once.shape))
 
     def has(self, array: np.ndarray) -> bool:
         """Return whether one of them is this value of PyTorch's; most are told apart by their sums."""
@@ -919,9 +952,19 @@ class Inside:
             self.sums[array.size] = np.array([value.sum() for value in known])
         with np.errstate(invalid="ignore"):  # as where masked values are infinite
             distance = np.abs(self.sums[array.size] - array.sum())
-        if not (distance <= EQUAL * array.size * largest(array)).any() and np.isfinite(distance).all():
-            return False
-        return any(is_same(value, array) for value in self.of_shape(array.shape))
+        found = (distance <= EQUAL * array.size * largest(array)).any() or not np.isfinite(distance).all()
+        if found and any(is_same(value, array) for value in self.of_shape(array.shape)):
+            return True
+        return any(is_same(value, array) for value in self.without_copies(array))
+
+
+def without_copies(array: np.ndarray) -> np.ndarray:
+    """Return an array with the first part alone of each axis along which all parts are the same, as in a mask."""
+    for axis in range(array.ndim if array.ndim > 2 else 0):
+        first = array.take([0], axis)
+        if array.shape[axis] > 1 and np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return array
 
 
 def is_same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -983,6 +1026,14 @@ class History(NamedTuple):
         gap = (name for name in unseen if not any(self.right_steps(name)))
         return Origin(place, problem, tuple(f"{name}{self.comparison.unseen.get(name, '')}" for name in gap))
 
+    def trace_table(self, place: str, actual: np.ndarray, tables: Collection[str]) -> Origin | None:
+        """Return where a table is made that other operations may take too, if JAX's one makes JAX's value."""
+        for argument, instead, result in self.tries(place, tables):
+            if is_same(result, actual) and (before := self.maker(argument, place)) is not None:
+                laid_out = lay_out(instead, argument, self.values[before])
+                return None if laid_out is None else self.trace_back(before, laid_out)
+        return None
+
     def is_known(self, name: str) -> bool:
         """Return whether JAX has this value."""
         return name in self.comparison.stages or self.inside.has(self.values[name])
@@ -1027,13 +1078,21 @@ class History(NamedTuple):
             yield keys, array
             arrays = {key: other for key, other in arrays.items() if key not in keys}
 
-    def tries(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield an argument of an operation, a value of JAX's in its place, and what PyTorch makes of that."""
+    def tries(
+        self, place: str, among: Collection[str] | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield an argument of an operation, a value of JAX's in its place, and what PyTorch makes of that.
+
+        The argument is one of these values, if some are given.
+        """
         if place not in self.calls:
             return
         function, *nest = self.calls[place]
         for keys, argument in self.arguments(place):
-            fitting = self.inside.of_shape(argument.shape), self.inside.of_another_size(argument.shape)
+            if among is not None and self.maker(argument, place) not in among:
+                continue
+            inside, shape = self.inside, argument.shape
+            fitting = inside.of_shape(shape), inside.without_copies(argument), inside.of_another_size(shape)
             for instead in itertools.chain(*fitting):
                 if is_same(instead, argument):
                     continue

@@ -1181,6 +1181,48 @@ def test_a_term_that_is_left_out_is_told_at_the_sum_although_jax_has_zeros_somew
     assert places(Pair(reference, LinenNet(port), values(8, 4), batch_sizes=(8,))) == ["output of add#2"]
 
 
+def test_a_sum_that_is_left_out_at_the_end_of_a_block_is_told_once_although_two_operations_take_its_value() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.tanh(net.mix(net.norm(x)))
+        return x + net.fc(torch.sigmoid(x))
+
+    def block(number: int, x: jax.Array) -> jax.Array:
+        x = x + jnp.tanh(linen.Dense(4, name="mix")(linen.LayerNorm(epsilon=1e-5, name="norm")(x)))
+        y = linen.Dense(4, name="fc")(jax.nn.sigmoid(x))
+        return x + y if number else y
+
+    def port(x: jax.Array) -> jax.Array:
+        for number in range(2):
+            x = LinenNet(partial(block, number), name=f"block_{number}")(x)
+        return linen.Dense(3, name="head")(x)
+
+    layers = ({"mix": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)} for _ in range(2))
+    reference = nn.Sequential(*(TorchNet(forward, **block) for block in layers), nn.Linear(4, 3))
+    assert places(Pair(reference, LinenNet(port), values(4, 4), batch_sizes=(4,))) == ["output of 0.add#2"]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_wrong_table_is_told_once_where_it_is_made_and_not_in_each_layer_that_takes_it(copies: int) -> None:
+    """JAX has a mask once, and PyTorch for each example."""
+
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.full((5, 5), -torch.inf).triu(1)
+        mask = mask if copies == 1 else mask.repeat(len(x), 1, 1)
+        for layer in net.layers:
+            x = x + (layer(x) @ x.mT + mask).softmax(-1) @ x
+        return net.head(x)
+
+    def port(x: jax.Array) -> jax.Array:
+        mask = jnp.where(jnp.tri(5, k=1), 0, -jnp.inf)  # shows the next value
+        for number in range(2):
+            x = x + jax.nn.softmax(linen.Dense(4, name=f"layers_{number}")(x) @ x.mT + mask) @ x
+        return linen.Dense(2, name="head")(x)
+
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    reference = TorchNet(forward, layers=layers, head=nn.Linear(4, 2))
+    assert places(Pair(reference, LinenNet(port), values(4, 5, 4), batch_sizes=(4,))) == ["output of triu"]
+
+
 def test_a_formula_written_otherwise_is_not_told_beside_a_fault() -> None:
     """JAX turns pairs of numbers in one step, and leaves out a bias behind them."""
 
