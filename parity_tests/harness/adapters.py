@@ -736,8 +736,9 @@ def adapt_equinox(given: Any, function: Callable[..., Any] | None, kwargs: Keywo
     def prepare(variables: Any, training: bool) -> Any:
         variables = eqx.nn.inference_mode(variables, value=not training)
         if training:
-            drops = {"is_leaf": lambda part: bool(rates_of(part))}
-            variables = jax.tree_util.tree_map_with_path(equinox_without_dropout, variables, **drops)
+            variables = jax.tree_util.tree_map_with_path(
+                equinox_without_dropout, variables, is_leaf=lambda part: bool(rates_of(part))
+            )
         return tapped_copy(variables) if watched.get() is not None else variables
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:

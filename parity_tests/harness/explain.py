@@ -92,7 +92,7 @@ LARGEST_OWN_ERROR = 1e-4  # a larger difference is not float32's rounding
 KINK = 1e-9  # how far a bias of 0 moves, to get beside the kink of an activation
 EQUAL = 1e-9  # relative: values of both sides that differ less are one value, whatever a model amplified on the way
 ONE_SIDED = 1e-6  # relative: gradients that differ less are those of the same side of a kink
-MOST_PAIRS = 2_000  # values of JAX's that are tried for two arguments of one operation
+MOST_OF_TWO = 44  # values of JAX's that are tried for either of two arguments of one operation
 MOST_ARGUMENTS = 3  # of such an operation, as of an attention
 MOST_INSTEAD = 64  # values that are tried in the place of one
 UNSWAPPED = 12  # suspicious stages that are tried without PyTorch's value
@@ -909,25 +909,41 @@ class Inside:
         self.channels_last = channels_last
         self.by_size: dict[int, list[np.ndarray]] = {}
         self.sums: dict[int, np.ndarray] = {}
-        self.shaped: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self.shaped: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        self.order = {id(value): number for number, value in enumerate(values)}
         for value in values:
             self.by_size.setdefault(value.size, []).append(value)
 
     def of_shape(self, shape: tuple[int, ...]) -> list[np.ndarray]:
         """Return the values that fit a shape of PyTorch's, in every layout in which they do, each once."""
+        return [value for _, value in self.numbered(shape)]
+
+    def nearest(self, shape: tuple[int, ...], actual: np.ndarray) -> list[np.ndarray]:
+        """Return the values of a shape that JAX computes last before this one, which are likely to be of its layer."""
+        found = self.numbered(shape)
+        end = next((number for number, value in self.numbered(actual.shape) if is_same(value, actual)), 0)
+        near = sorted(found, key=lambda pair: (pair[0] >= end, abs(end - pair[0])))[:MOST_OF_TWO]
+        return [value for _, value in sorted(near, key=lambda pair: pair[0])]
+
+    def numbered(self, shape: tuple[int, ...]) -> list[tuple[int, np.ndarray]]:
+        """Return the values that fit a shape of PyTorch's, each once, with their places in the program."""
         if shape not in self.shaped:
-            self.shaped[shape] = list({value.tobytes(): value for value in self.views(shape)}.values())
+            unique: dict[bytes, tuple[int, np.ndarray]] = {}
+            for number, value in self.views(shape):
+                unique.setdefault(value.tobytes(), (number, value))
+            self.shaped[shape] = [*unique.values()]
         return self.shaped[shape]
 
-    def views(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    def views(self, shape: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the values in every layout that fits a shape of PyTorch's; many are only copies of others."""
         for value in self.by_size.get(prod(shape), []):
+            number = self.order[id(value)]
             for way in candidates(shape, value.shape, self.channels_last):
-                yield np.asarray(way.to_torch(value))
-            if value.ndim in (2, 3, 4) and sorted(value.shape) == sorted(shape):
+                yield number, np.asarray(way.to_torch(value))
+            if value.ndim in (2, 3, 4) and value.shape != shape and sorted(value.shape) == sorted(shape):
                 for axes in itertools.permutations(range(value.ndim)):
                     if tuple(value.shape[axis] for axis in axes) == shape:
-                        yield value.transpose(axes)
+                        yield number, value.transpose(axes)
 
     def of_another_size(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """Yield the values of the same batch and as many channels, but of images or sequences of another size."""
@@ -1100,7 +1116,7 @@ class History(NamedTuple):
                 with suppress(Exception):  # as where a value is not in an operation's range
                     yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
-    def tries_of_two(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def tries_of_two(self, place: str, actual: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield what `tries` does where two arguments are JAX's, as in a loop: the one that is made first."""
         known = list(self.arguments(place)) if place in self.calls else []
         makers = [self.maker(argument, place) for _, argument in known]
@@ -1109,11 +1125,11 @@ class History(NamedTuple):
             return
         function, *nest = self.calls[place]
         values = [
-            [value for value in self.inside.of_shape(argument.shape) if not is_same(value, argument)]
+            [value for value in self.inside.nearest(argument.shape, actual) if not is_same(value, argument)]
             for _, argument in known
         ]
         for (_, first), (_, second) in itertools.combinations(made, 2):
-            for one, other in itertools.islice(itertools.product(values[first], values[second]), MOST_PAIRS):
+            for one, other in itertools.product(values[first], values[second]):
                 instead = map_leaves(partial(put, known[first][0], one), nest)
                 args, kwargs = map_leaves(partial(put, known[second][0], other), instead)
                 with suppress(Exception):
@@ -1126,7 +1142,7 @@ class History(NamedTuple):
             return None
         found = (
             (argument, instead)
-            for argument, instead, result in itertools.chain(self.tries(place), self.tries_of_two(place))
+            for argument, instead, result in itertools.chain(self.tries(place), self.tries_of_two(place, actual))
             if is_same(result, actual) and not is_same(instead, actual)
         )
         return next(found, None)

@@ -694,7 +694,7 @@ class EqxOwnNorm(eqx.Module):
     """A layer and a user's own batch norm, which keeps its statistics in float32."""
 
     fc: eqx.nn.Linear
-    statistics: eqx.nn.StateIndex
+    statistics: eqx.nn.StateIndex[Any]
     inference: bool = False
 
     def __call__(self, row: Array, state: eqx.nn.State) -> tuple[Array, eqx.nn.State]:

@@ -31,7 +31,7 @@ from parity_tests.command import ReportConfig, find_users_frame, load_pair, plan
 from parity_tests.harness import Batch, Inputs, Pair, Result, examine
 from parity_tests.harness.capture import Case, has_training_mode
 from parity_tests.harness.compare import Refused, order_between
-from parity_tests.harness.explain import Inside, compare_batches
+from parity_tests.harness.explain import MOST_OF_TWO, Inside, compare_batches
 from parity_tests.harness.report import BORN, INHERITED, SAME_LOCALLY, stage_rows
 from parity_tests.harness.weights import unused
 from parity_tests.parity.networks import LinenNet, NnxNet, TorchNet, linear, nested, network, values
@@ -443,6 +443,13 @@ def test_copies_of_a_value_are_tried_once_for_the_terms_of_a_sum() -> None:
     value = values(2, 3)
     inside = Inside([value, value.copy(), value.T.copy(), 2 * value], channels_last=False)
     assert len([*inside.of_shape((2, 3))]) == 2
+
+
+def test_values_just_before_a_wrong_one_are_tried_for_two_arguments() -> None:
+    """Behind many layers, all values would be too many."""
+    layers = [np.full((2, 3), float(number)) for number in range(MOST_OF_TWO + 6)]
+    tried = Inside(layers, channels_last=False).nearest((2, 3), layers[-3])
+    assert [int(value[0, 0]) for value in tried] == [*range(3, MOST_OF_TWO + 3)]
 
 
 class Configured(nn.Sequential):
@@ -2058,6 +2065,22 @@ def test_an_attention_without_a_scale_is_told_in_the_attention_and_not_in_the_la
     (found,) = examine(pair, names=("outputs",)).divergences
     assert found.where == "output of scaled_dot_product_attention"
     assert "; or in" not in found.problem
+
+
+def test_queries_and_keys_the_other_way_round_are_told_at_their_product_although_jax_scales_behind_it() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in net.qkv(x).chunk(3, -1))
+        return net.out(((q * 0.5 @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def port(x: jax.Array) -> jax.Array:
+        q, k, v = (part.reshape(*x.shape[:2], 2, 4) for part in jnp.split(linen.Dense(24, name="qkv")(x), 3, -1))
+        shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", k, q) * 0.5)
+        return linen.Dense(8, name="out")(jnp.einsum("bhqk,bkhd->bqhd", shares, v).reshape(x.shape))
+
+    pair = Pair(TorchNet(forward, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8)), LinenNet(port), values(4, 5, 8))
+    (found,) = examine(replace(pair, batch_sizes=(3,)), names=("outputs",)).divergences
+    assert found.where == "output of matmul"
+    assert "PyTorch's with axes 2 and 3 exchanged" in found.problem
 
 
 def shuffled() -> nn.Module:
