@@ -26,8 +26,7 @@ from experiments.speed import benchmark, gpu, torch_steps
 from experiments.speed.config import CHECKPOINTS, DOTS, QUICK, BenchmarkConfig, Task, Unavailable, apply_presets
 from experiments.speed.jax_steps import STAGES, Loop, backward, make_loops, repeat, select_weights
 from experiments.speed.results import checkpoint_table, paired_ratios, sentence, short, spread, tables
-from experiments.speed.work import DOT_FLOP, order_of_round
-from experiments.speed.workers import WorkerFailed, time_in_turns
+from experiments.speed.workers import DOT_FLOP, WorkerFailed, order_of_round, time_in_turns
 from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError
 from jax_cnn.model import Params, apply, init_params

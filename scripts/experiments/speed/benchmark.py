@@ -18,8 +18,7 @@ from experiments.records import PACKAGES, Json, Show, flags, read_metrics, train
 from experiments.speed import results
 from experiments.speed.config import CHECKPOINTS, CONTENDERS, DOTS, STAGE_TIMES, BenchmarkConfig, Task
 from experiments.speed.results import Spread, paired_ratios, spread
-from experiments.speed.work import DOT_FLOP, order_of_round
-from experiments.speed.workers import time_in_turns
+from experiments.speed.workers import DOT_FLOP, order_of_round, time_in_turns
 from jax_cnn.config import TrainConfig, UserError
 from jax_cnn.files import write_json, writing
 from jax_cnn.run.display import ProgressBar

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, UInt8
 
 from experiments.speed.config import CHECKPOINTS, STAGE_TIMES, Task
-from experiments.speed.work import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
+from experiments.speed.workers import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
 from jax_cnn import ops
 from jax_cnn.compiler import compiler_options
 from jax_cnn.config import AdamConfig

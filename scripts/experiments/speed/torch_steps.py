@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.speed.config import CHECKPOINTS, Task, Unavailable
-from experiments.speed.work import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
+from experiments.speed.workers import DOTS_PER_ROUND, Point, Work, checkpointing, dot_factors, sweep, training
 from jax_cnn.data import epoch_order, load_fashion_mnist
 from torch_ref.model import SimpleCNN
 from torch_ref.train import criterion

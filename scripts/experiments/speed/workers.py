@@ -1,34 +1,51 @@
 """One process for each contender, timed in turns: only one of them works at a time.
 
 In one process the frameworks' threads would share cores and caches, and neither the memory of one nor its time to load
-could be measured. The benchmark starts `python -m experiments.speed.workers TASK`, with a `Task` as JSON. The worker
+could be measured. A worker is a process that runs `main` of this file, with a `Task` as JSON on its command line. It
 builds its work and reports that. Then it does one round for every line that it reads, and ends when its input ends, so
 that no worker outlives the benchmark. It answers in lines of JSON.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Self
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Float
 
 from experiments.records import SCRIPTS, Json, Show, read_peak_memory
 from experiments.speed.config import CONTENDERS, Task, Unavailable
-from experiments.speed.work import Work, order_of_round
+from jax_cnn.checkpoint import AdamState, Checkpoint, Progress
+from jax_cnn.run.resume import CheckpointWriter
+
+if TYPE_CHECKING:  # the loop and its display would only add to the memory of every worker
+    from jax_cnn.run.loop import Trainer
+
+Name = TypeVar("Name", bound=str)
+
+START = "from experiments.speed.workers import main; main()"  # the program of a worker
 
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"  # of a GPU's memory 75 %, when JAX starts
 # Only this file sets variables that tell thread pools how to wait and how large to be, and no compiled code is reused.
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "JAX_COMPILATION_CACHE", "TORCHINDUCTOR_")
 STOP_TIMEOUT = 5.0  # seconds for an idle worker to notice the end of its input
+
+DOT_SIZE = 2048  # rows and columns of the square matrices
+DOTS_PER_ROUND = 8
+DOT_FLOP = 2 * DOT_SIZE**3 * DOTS_PER_ROUND
+WARM_UP_IMAGES = 4096
 
 
 def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
@@ -63,6 +80,12 @@ def time_in_turns(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, J
     return results
 
 
+def order_of_round(names: Sequence[Name], number: int) -> list[Name]:
+    """Return the order of the names in a round: each round begins one name later than the round before."""
+    start = number % len(names)
+    return [*names[start:], *names[:start]]
+
+
 class WorkerFailed(Exception):
     """A worker ended too early. The message gives its exit status and all that it wrote to stderr."""
 
@@ -76,7 +99,7 @@ class Worker:
         self._errors = scratch / f"{task.contender}.log"
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "experiments.speed.workers", json.dumps(asdict(task))],
+                [sys.executable, "-P", "-c", START, json.dumps(asdict(task))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -145,7 +168,94 @@ def worker_environment(task: Task, scratch: Path) -> dict[str, str]:
     return inherited | common | (on_cpu if task.device == "cpu" else on_gpu) | CONTENDERS[task.contender].environment
 
 
-# --- The rest runs in the worker's process ---
+# --- The work of a worker, as far as it does not depend on a framework ---
+
+
+class Work(NamedTuple):
+    """Work that can be timed again and again."""
+
+    round: Callable[[int], dict[str, Any]]
+    """Does the work of the round with this number, and returns what belongs into the results."""
+    compile_seconds: float = 0.0
+    warm_up: Callable[[], object] | None = None
+    """Works until the next round takes as long as all later ones. Without it a round does."""
+
+
+class Point(NamedTuple):
+    """A part of a round that is timed alone, such as the training at one precision and batch size."""
+
+    steps: int
+    take: Callable[[], float | None]
+    """Takes the steps, waits for the last one, and may return its loss."""
+
+
+def training(train_epoch: Callable[[int], Iterator[tuple[int, Any]]], compile_seconds: float = 0.0) -> Work:
+    """Return work whose round is one epoch. `train_epoch` trains it and yields numbers of images with their losses."""
+
+    def warm_up() -> None:
+        images = 0
+        for count, _ in train_epoch(0):
+            images += count
+            if images >= WARM_UP_IMAGES:  # a whole epoch can be long
+                break
+
+    def train(number: int) -> dict[str, Any]:
+        parts = list(train_epoch(1 + number))  # to read a loss earlier would mean to wait for its step
+        loss_sum = sum(count * float(np.asarray(losses).mean()) for count, losses in parts)
+        return {"loss": loss_sum / sum(count for count, _ in parts)}
+
+    return Work(train, compile_seconds, warm_up)
+
+
+def sweep(points: Mapping[str, Point], compile_seconds: float) -> Work:
+    """Return work whose round takes every point once, in turns: the seconds of a step, and the last loss."""
+
+    def take_all(number: int) -> dict[str, Any]:
+        seconds, losses = dict.fromkeys(points, 0.0), {}
+        for name in order_of_round(list(points), number):
+            started = time.perf_counter()
+            losses[name] = points[name].take()
+            seconds[name] = (time.perf_counter() - started) / points[name].steps
+        return {"seconds_a_step": seconds, "losses": losses}
+
+    return Work(take_all, compile_seconds)
+
+
+def checkpointing(trainer: "Trainer") -> Work:
+    """Return work whose round is two epochs. One of them writes a checkpoint while it trains.
+
+    A single checkpoint in 30 s of training would be lost in the noise of a step's time. The files go into a temporary
+    folder, which is removed with those of the other workers.
+    """
+    epochs = itertools.count()
+    writer = CheckpointWriter(Path(mkdtemp()), interval=0.0)
+
+    def train_both(number: int) -> dict[str, Any]:
+        """Return the seconds of each epoch, and those for which training waits for a copy of the state."""
+        seconds = {}
+        for epoch in order_of_round(("without", "with"), number):
+            started = time.perf_counter()
+            if epoch == "with":
+                state = AdamState(*trainer.state())
+                writer.write(Checkpoint(state, Progress(0, state.step, 0.0, 0.0, []), {}))
+                seconds["copy"] = time.perf_counter() - started
+            for _ in trainer.train_epoch(next(epochs)):
+                pass
+            writer.wait()  # until the file is on disk, although a run would train on meanwhile
+            seconds[epoch] = time.perf_counter() - started
+        return {f"{name}_seconds": value for name, value in seconds.items()}
+
+    return Work(train_both, trainer.compile_seconds)
+
+
+def dot_factors(seed: int) -> tuple[Float[np.ndarray, "size size"], Float[np.ndarray, "size size"]]:
+    """Return two float32 matrices. Repeated products with the second one keep the size of the numbers."""
+    generator = np.random.default_rng(seed)
+    left, right = generator.standard_normal((2, DOT_SIZE, DOT_SIZE), np.float32)
+    return left, right / np.float32(DOT_SIZE**0.5)
+
+
+# --- In the worker's process ---
 
 
 def main() -> None:
@@ -197,7 +307,3 @@ def build(task: Task) -> tuple[Work, dict[str, float]]:
         "compile_seconds": work.compile_seconds,
         "warm_up_seconds": time.perf_counter() - built,
     }
-
-
-if __name__ == "__main__":
-    main()
