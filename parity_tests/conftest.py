@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # Each of several workers, and the commands that it starts, use cores of their own: on shared cores the threads of one
 # worker would wait for those of another. This comes before the frameworks load, because they count the cores then.
@@ -55,9 +54,6 @@ install_import_hook("jax_cnn", "beartype.beartype")
 from jax_cnn.data import FashionMNIST, load_fashion_mnist, prepare_fashion_mnist
 from jax_cnn.torch_layout import TorchDict
 from parity_tests.support import ROOT, TrainedRun, TrainOnce, run_successfully
-
-if TYPE_CHECKING:  # the process that only hands out the tests need not load the frameworks
-    from jax_cnn.model import Params
 
 MOST_WORKERS = 4  # each loads both frameworks, which takes about 3 GB
 LONGEST = (  # a minute and more
@@ -154,16 +150,6 @@ def torch_weights() -> TorchDict:
 
     torch.manual_seed(0)
     return {name: tensor.numpy() for name, tensor in SimpleCNN().state_dict().items()}
-
-
-@pytest.fixture
-def jax_weights() -> "Params":
-    """Return initial weights of JAX, as a Flax tree."""
-    import jax
-
-    from jax_cnn.model import init_params
-
-    return init_params(jax.random.key(0))
 
 
 @pytest.fixture

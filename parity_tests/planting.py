@@ -30,7 +30,6 @@ Plant = Callable[[Pair], Pair]
 Leaves = dict[str, Any]  # by path
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-RECURRENT = (nn.RNNBase,)
 
 
 class NoPlace(Refused, LookupError):

@@ -60,6 +60,12 @@ def run_command(
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def run_python(code: str, *arguments: object, env: Mapping[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    """Run code that imports the project in a process of its own, and return how it ends."""
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
 # Runs Python programs one after the other, and prints a line of JSON with the exit status, output and errors of each.
 IN_ONE_PROCESS = """
 import contextlib, io, json, runpy, sys, traceback

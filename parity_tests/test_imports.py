@@ -1,12 +1,9 @@
 """The layout holds: who may import whom, and what an import loads."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
-import pytest
-
-from parity_tests.support import ROOT
+from parity_tests.support import ROOT, run_python
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -16,8 +13,8 @@ MODULES = sorted(
 
 def loaded_by(code: str) -> set[str]:
     """Return the packages that are loaded once this code has run in a process of its own."""
-    look = f"{code}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    done = run_python(f"{code}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})")
+    assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 
@@ -28,24 +25,17 @@ def test_importing_all_of_jax_cnn_loads_no_torch() -> None:
     assert not loaded & {"torch", "torchvision", "torch_ref"}
 
 
+def test_loading_the_data_loads_no_framework(data_dir: Path) -> None:
+    code = f"import pathlib; from jax_cnn import data; data.load_fashion_mnist(pathlib.Path({str(data_dir)!r}))"
+    assert not loaded_by(code) & {"torch", "torchvision", "jax", "jaxlib"}
+
+
 def test_adapting_a_function_loads_no_library() -> None:
     code = "from parity_tests.harness.adapters import adapt; adapt(lambda variables, rows: rows)"
     assert not loaded_by(code) & {"flax", "equinox", "haiku"}
 
 
 def test_import_linter_keeps_the_contracts() -> None:
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from importlinter.cli import lint_imports_command; lint_imports_command()",
-            "--no-cache",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": "scripts"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        pytest.fail(result.stdout + result.stderr)
+    lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    result = run_python(lint, "--no-cache", env={**os.environ, "PYTHONPATH": "scripts"})
+    assert result.returncode == 0, result.stdout + result.stderr

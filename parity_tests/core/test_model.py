@@ -208,18 +208,6 @@ def gradients(function: Callable[..., jax.Array], *arguments: jax.Array) -> tupl
     return tuple(map(np.asarray, jax.grad(weighted, tuple(range(len(arguments))))(*arguments)))
 
 
-@pytest.mark.parametrize(("channels", "features"), [(1, 32), (32, 64)])
-def test_convolution_equals_xlas_in_value_and_gradient(channels: int, features: int) -> None:
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        images = jnp.asarray(rng.normal(size=(4, 14, 10, channels)))
-        kernel = jnp.asarray(rng.normal(size=(3, 3, channels, features)))
-        assert np.abs(ops.conv3x3(images, kernel) - xla_conv(images, kernel)).max() <= FLOAT64_BOUND
-        ours, theirs = gradients(ops.conv3x3, images, kernel), gradients(xla_conv, images, kernel)
-    for our, their in zip(ours, theirs, strict=True):
-        assert np.abs(our - their).max() <= FLOAT64_BOUND
-
-
 @pytest.mark.parametrize("levels", [1, 3, 1000], ids=["all ties", "many ties", "few ties"])
 def test_max_pool_sends_the_gradient_to_the_first_maximum(levels: int) -> None:
     images = jnp.asarray(np.random.default_rng(0).integers(levels, size=(4, 14, 10, 8)), jnp.float32)

@@ -231,17 +231,6 @@ def output_of(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_importing_and_loading_load_no_framework(data_dir: Path) -> None:
-    code = """if True:
-        import sys
-        from pathlib import Path
-        from jax_cnn.data import load_fashion_mnist
-        data = load_fashion_mnist(Path(sys.argv[1]))
-        print(len(data.train_labels), {"torch", "torchvision", "jax", "jaxlib"} & set(sys.modules))
-    """
-    assert output_of(start_python(code, data_dir)) == "60000 set()\n"
-
-
 # Fetching at the same time, and being killed
 
 # Arguments: the data folder, the good files, a file that the source makes when it is asked, a file that it waits for,

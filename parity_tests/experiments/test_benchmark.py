@@ -440,7 +440,7 @@ def test_the_benchmark_for_the_gpu_runs_to_its_end_on_a_cpu(data_dir: Path, tmp_
 STAGE_BOUND = 1e-6
 
 
-def test_the_chain_of_all_stages_is_the_network_forward_and_backward(jax_weights: Params, images: np.ndarray) -> None:
+def test_the_chain_of_all_stages_is_the_network_forward_and_backward(images: np.ndarray) -> None:
     def chain(params: Params, value: jax.Array, grad: jax.Array) -> tuple[jax.Array, Params]:
         inputs, grads = [], {layer: dict[str, jax.Array]() for layer in params}
         for stage in STAGES:
@@ -456,8 +456,8 @@ def test_the_chain_of_all_stages_is_the_network_forward_and_backward(jax_weights
         logits, pull_back = jax.vjp(lambda params: apply(params, images), params)
         return logits, pull_back(grad)[0]
 
-    grad = np.ones((len(images), 10), np.float32)
-    actual, expected = (jax.jit(function)(jax_weights, images, grad) for function in (chain, network))
+    arguments = init_params(jax.random.key(0)), images, np.ones((len(images), 10), np.float32)
+    actual, expected = (jax.jit(function)(*arguments) for function in (chain, network))
     assert actual[1].keys() == expected[1].keys()
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert one.shape == other.shape

@@ -351,14 +351,6 @@ def test_convolution_is_of_todays_networks_for_the_epochs_that_the_pace_gives() 
             assert all(len(values) == len(runs) for values in figures[framework]["shifted"].values())
 
 
-def test_hardly_a_picture_misleads_however_it_was_saved() -> None:
-    assert (PICTURES["images"], PICTURES["confident"]) == (1_000, 0.9)
-    *saved, garments, digits = PICTURES["rows"].values()
-    assert all(row["misleading"] < 0.02 for row in (*saved, garments, digits))
-    assert all(row["right"] + row["warned"] >= saved[0]["right"] - 0.03 for row in saved)
-    assert min(garments["warned"], digits["warned"]) >= 0.9
-
-
 # --- The pages that quote them ---
 
 

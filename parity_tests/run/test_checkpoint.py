@@ -24,7 +24,6 @@ from jax_cnn.run.resume import checkpoint_files, find_checkpoint
 from jax_cnn.torch_layout import TorchDict, layout_of
 from parity_tests.support import (
     ENVIRONMENT,
-    ROOT,
     TIMEOUT,
     TrainOnce,
     assert_slip,
@@ -32,6 +31,7 @@ from parity_tests.support import (
     contents,
     read_metrics,
     run_command,
+    run_python,
     wait_until,
 )
 
@@ -164,14 +164,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 
 
 def test_a_second_signal_ends_a_run_at_once() -> None:
-    """Even a run whose step never ends."""
+    """The run ends even if its step never does."""
     code = (
         "import os, signal, time; from jax_cnn.run.command_line import postponed_interrupts\n"
         "with postponed_interrupts() as signal_received:\n"
         "    os.kill(os.getpid(), signal.SIGINT); print(signal_received(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(600)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_python(code)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, f"{signal.SIGINT:d}\n", "")
 
 

@@ -1,8 +1,9 @@
-"""Nothing in an environment breaks a run: CUDA, JAX's variables, a notebook's kernel, locales."""
+"""Nothing in an environment breaks a run: CUDA, JAX's variables, a notebook's kernel, locales, folders, users."""
 
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -33,11 +35,12 @@ from jax_cnn.files import write_json
 from jax_cnn.model import init_params
 from jax_cnn.run import command_line, loop, provenance, resume
 from jax_cnn.run.display import epoch_table, show_table
+from jax_cnn.run.folder import FILES
 from jax_cnn.run.loop import chance, fit
 from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from parity_tests import command
-from parity_tests.support import ROOT, assert_slip, zero_weights
+from parity_tests.support import ROOT, TIMEOUT, assert_slip, run_python, zero_weights
 
 # One CUDA for both frameworks
 
@@ -67,11 +70,11 @@ def test_no_two_versions_of_cuda_are_installed_here() -> None:
 def test_two_versions_of_cuda_are_one_line_when_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["torch", "nvidia-cudnn-cu13", "nvidia-cublas", "jax-cuda12-plugin", "nvidia_nccl_cu12"]
     monkeypatch.setattr(provenance, "distributions", lambda: [SimpleNamespace(name=name) for name in names])
-    said: list[str] = []
+    messages: list[str] = []
     devices: tuple[Device, ...] = ("cpu", "gpu")
     for device in devices:
-        warn_of_two_cudas(device, said.append)
-    (line,) = said
+        warn_of_two_cudas(device, messages.append)
+    (line,) = messages
     assert "CUDA 12 and 13" in line
     assert "'.[cuda]'" in line
 
@@ -97,7 +100,7 @@ def test_jax_leaves_memory_of_a_gpu_to_pytorch_where_both_run(monkeypatch: pytes
     for value in ("false", "true"):  # a user's own value is kept
         env = {name: text for name, text in os.environ.items() if name != PREALLOCATE}
         env |= {PREALLOCATE: value} if value == "true" else {}
-        done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = run_python(look, env=env)
         assert done.stdout.split() == [value, "False"], done.stderr
     monkeypatch.delenv(PREALLOCATE, raising=False)
     contender = Task("gpu-jax", 64, 64, 1, 0, "data", device="gpu")
@@ -153,10 +156,7 @@ for kind in ("auto", "gpu", "cpu", "gpu"):
 @pytest.mark.parametrize(("variable", "what"), [("JAX_PLATFORMS", "abacus"), ("JAX_PLATFORM_NAME", "its devices")])
 def test_a_platform_that_jax_cannot_start_is_one_line_and_no_obstacle_for_the_cpu(variable: str, what: str) -> None:
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {variable: "abacus"}
-    done = subprocess.run(
-        [sys.executable, "-c", PLATFORMS], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    auto, gpu, cpu, second = done.stdout.splitlines()
+    auto, gpu, cpu, second = run_python(PLATFORMS, env=env).stdout.splitlines()
     assert auto == gpu
     assert auto.startswith(f"JAX cannot start {what}: ")
     assert auto.endswith(f"; unset {variable}, or use --device cpu")
@@ -189,8 +189,7 @@ def test_a_variable_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixtur
 
 def test_a_backend_that_matplotlib_does_not_know_is_such_a_variable() -> None:
     load = "from jax_cnn.run import command_line; command_line.run(lambda: __import__('matplotlib'))"
-    env = os.environ | {"MPLBACKEND": "abacus"}
-    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = run_python(load, env=os.environ | {"MPLBACKEND": "abacus"})
     assert_slip(done, "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value")
 
 
@@ -297,3 +296,135 @@ def test_a_name_that_the_locale_cannot_decode_is_written_as_utf_8(tmp_path: Path
     name = "Läufe".encode().decode("ascii", "surrogateescape")  # as Python reads it from a command line
     write_json(tmp_path / "file", {"command": name, "latin": "\udce4"})
     assert json.loads((tmp_path / "file").read_text(encoding="utf-8")) == {"command": "Läufe", "latin": "�"}
+
+
+# All bad conditions at once
+
+# The checkout and the data cannot be written, and their paths have spaces and letters beyond ASCII. The data do not lie
+# as torchvision keeps them. The user has no home, LANG is C, there is no terminal, and one core. JAX's variables forbid
+# what training does, and name a platform that is not there.
+SMALL = ("--limit-train", 200, "--batch-size", 50, "--limit-test", 100, "--device", "cpu")  # four steps
+STRANGER = 54_321  # a user that the system does not know: no name, no home
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the source that cannot be written."""
+    copy = tmp_path_factory.mktemp("somewhere") / "ein Weg – mit Umläuten"
+    for name in ("jax_cnn", "torch_ref", "scripts"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    return copy
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """Return a folder that anybody can write, with a folder for temporary files and no home in it."""
+    folder = tmp_path / "Ergebnisse für später"
+    for path in (folder, folder / "tmp"):
+        path.mkdir()
+        path.chmod(0o777)
+    return folder
+
+
+@pytest.fixture
+def launch(checkout: Path, desk: Path) -> Launch:
+    """Return a function that starts a script of that checkout under all these conditions."""
+    environment = {
+        "PATH": os.defpath,
+        "LANG": "C",
+        "LC_ALL": "C",
+        "JAX_PLATFORMS": "abacus",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_TRANSFER_GUARD": "disallow",
+        "PYTHONPATH": str(checkout),
+        "TMPDIR": str(desk / "tmp"),
+    }
+    if os.geteuid():  # this user keeps the name, and so needs another home
+        environment["HOME"] = str(checkout / "none")
+    core = str(max(os.sched_getaffinity(0)))
+
+    def run(script: str, *flags: object, cwd: Path = desk) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(checkout / "scripts" / f"{script}.py"), *map(str, flags)]
+        return subprocess.run(
+            ["taskset", "--cpu-list", core, *as_stranger(line)],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            start_new_session=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+
+    return run
+
+
+def as_stranger(line: list[str]) -> list[str]:
+    """Return the command that runs this one as a user without a home and, unlike root, without the right to write.
+
+    The user keeps the right to read, because Python may be installed in root's home.
+    """
+    if os.geteuid():
+        return line
+    flags = [f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
+    return ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups", *flags, *line]
+
+
+@pytest.fixture
+def _conditions(checkout: Path) -> None:
+    """Skip where another user cannot be had, and assert that the checkout cannot be written."""
+    if not all(map(shutil.which, ("setpriv", "taskset"))):
+        pytest.skip("needs setpriv and taskset (util-linux)")
+    attempt = as_stranger([sys.executable, "-c", "import pathlib; pathlib.Path('file').touch()"])
+    done = subprocess.run(attempt, cwd=checkout, capture_output=True, text=True, check=False)
+    if "setpriv" in done.stderr:
+        pytest.skip(f"cannot become another user here: {done.stderr.strip()}")
+    assert "PermissionError" in done.stderr, "the checkout can be written"
+
+
+def anywhere(test: Callable[..., None]) -> Any:
+    """Mark a test that runs the commands under all of these conditions."""
+    linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's users, capabilities and cores")
+    return pytest.mark.extended(linux(pytest.mark.usefixtures("_conditions")(test)))
+
+
+@anywhere
+def test_training_resuming_and_predicting_work(launch: Launch, good: Path, desk: Path, framework: str) -> None:
+    data = desk / "Daten zum Üben"
+    data.mkdir()
+    for file in good.iterdir():
+        (data / file.name).symlink_to(file.resolve())
+    data.chmod(0o555)
+    flags = (*SMALL, "--data-dir", data.name, "--out-dir", "Läufe")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(desk / "schwarzes Bild.png")
+    for more in (("--epochs", 1), ("--epochs", 2, "--resume")):
+        done = launch(f"train_{framework}", *flags, *more)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "going on after step 4" in done.stdout
+    assert {*FILES} <= {path.name for path in (desk / "Läufe").iterdir()}
+    done = launch("predict", "--framework", framework, "--weights", "Läufe/weights.safetensors", "schwarzes Bild.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("schwarzes Bild.png: ")
+    assert not [path.name for path in (desk / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+
+
+@anywhere
+def test_a_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: Path, framework: str) -> None:
+    done = launch(f"train_{framework}", *SMALL, cwd=checkout)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"error: --out-dir runs/{framework}: cannot write there (Permission denied); choose another folder\n"
+    )
+
+
+@anywhere
+def test_an_incomplete_data_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: Path) -> None:
+    done = launch("train_torch", *SMALL, "--data-dir", checkout)
+    assert_slip(done, f"Fashion-MNIST is not in {checkout}/FashionMNIST/raw (missing: ", "Permission denied")
+    assert "give a data folder that can be written to" in done.stderr

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from safetensors.numpy import save
 
-from experiments.records import explain_mismatch
+from experiments.records import explain_mismatch, read_peak_memory
 from jax_cnn.checkpoint import Unusable, interpret, load_checkpoint
 from jax_cnn.config import CNN, TrainConfig, UserError
 from jax_cnn.data import decode_idx
@@ -64,7 +64,7 @@ def read_all(read: Read, inputs: st.SearchStrategy[bytes], count: int) -> None:
     """Read so many inputs, and assert that the memory of the process stays within its bound."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux then measures the peak anew
-    before, tried = peak_memory(), 0
+    before, tried = read_peak_memory(), 0
 
     def counted(content: bytes) -> None:
         nonlocal tried
@@ -80,14 +80,8 @@ def read_all(read: Read, inputs: st.SearchStrategy[bytes], count: int) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large],
     )
     repeatable(given(inputs)(counted))()
-    assert peak_memory() - before <= MEMORY
+    assert read_peak_memory() - before <= MEMORY
     assert tried >= count, f"{tried} inputs of {count}: there are no more of this kind"
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has held since the peak was cleared."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.slow)])
