@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 10):
 def compiler_options(platform: str) -> dict[str, str | bool]:
     """Return the options of `CPU_OPTIONS` that this jaxlib knows; none on another platform.
 
-    They are no part of the variable XLA_FLAGS, where an unknown name would end the process.
+    They are not given in the variable XLA_FLAGS, because an unknown name there would end the process.
     """
     if platform != "cpu":
         return {}

@@ -1,7 +1,7 @@
 """The network's convolution, bias and max-pool, with backward passes that are fast on the CPU.
 
 Each operation has the value and the gradient of its XLA counterpart, ties included. Only the way to compute them
-is another, because three of XLA's own ways are slow on a CPU:
+differs, because three of XLA's own ways are slow on a CPU:
 - The gradient of `lax.conv_general_dilated` inside `lax.scan` runs in a naive loop, because XLA rewrites convolutions
   for its fast kernels only outside of loops: a step takes 271 ms.
 - The gradient of `lax.reduce_window` runs on one thread: a step takes 41 ms.

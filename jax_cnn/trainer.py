@@ -58,8 +58,8 @@ class JaxTrainer:
     ) -> None:
         """Place the initial state and the test set on the devices, and compile.
 
-        Each device holds the whole state, and gets its share of every batch. Of the whole data set as many images are
-        used as the configuration says. Without initial weights they are drawn from the seed.
+        Each device holds the whole state, and gets its share of every batch. The configuration says how many images of
+        the data set are used. Without initial weights they are drawn from the seed.
         """
         jax.config.update("jax_enable_x64", config.precision == "float64")
         self._config = config

@@ -47,7 +47,7 @@ def load_weights(
         dtype: float32 or float64.
         network: the weights have to be this network's; with None they may be any network's (see `recognise`).
         read_torch: reads the tensors of a PyTorch file (`torch_ref.weights.read_tensors`), which this package cannot.
-        say: shows a line to the user if the names in the file are others.
+        say: shows a line to the user if tensors of the file were renamed.
 
     Raises:
         UserError: the file is missing or cannot be read, or holds another network, or a tensor is missing or unknown,
@@ -65,9 +65,9 @@ def load_weights(
             check_shapes(tensors, layout)
         except ValueError as error:
             wanted = {name: leaf.shape for name, leaf in layout.items()}
-            found = {name: tensors[name].shape for name in sorted(tensors)}
+            given = {name: tensors[name].shape for name in sorted(tensors)}
             raise ValueError(
-                f"{error} ({kind} with {listing(found)}; {network or recognised} has {listing(wanted)})"
+                f"{error} ({kind} with {listing(given)}; {network or recognised} has {listing(wanted)})"
             ) from None
         for name, array in tensors.items():
             if not np.issubdtype(array.dtype, np.floating):
@@ -108,7 +108,7 @@ def read_file(path: Path, read_torch: Callable[[Path], TorchDict] | None) -> tup
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is of no kind that is known, or damaged.
+        ValueError: its kind is not known, or it is damaged.
     """
     with path.open("rb") as file:
         start = file.read(24)

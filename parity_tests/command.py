@@ -37,7 +37,7 @@ class ReportConfig(FolderConfig, SeedConfig):
     """The flags of this command."""
 
     which: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PAIR")] = ""
-    """The pair, the same as --pair."""
+    """The pair to compare; --pair takes the same."""
     pair: str = ""
     """module:name or path/file.py:name of your own Pair, or of a function that returns one. Without it the pair is
     simple_cnn; feed_forward and softmax_regression come with the project too."""
@@ -203,9 +203,9 @@ def refusals(config: ReportConfig) -> Iterator[None]:
 
 
 def find_users_frame(error: BaseException) -> str | None:
-    """Return the innermost line of the pair's own files that an error went through, also of an installed port, or None.
+    """Return the innermost line of the pair's own files that an error went through, or None if there is none.
 
-    What this project or a library of its own raises of itself is no fault of the pair.
+    The files of an installed port count as the pair's own, those of this project and of its libraries do not.
     """
     own, python = Path(__file__).parents[1], Path(os.__file__).parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -245,7 +245,7 @@ def load_pair(config: ReportConfig, console: Console) -> "Pair":
     try:
         imported = importlib.import_module(module)
         if not hasattr(imported, name):
-            pairs = [found for found, value in vars(imported).items() if isinstance(value, Pair)]
+            pairs = [attribute for attribute, value in vars(imported).items() if isinstance(value, Pair)]
             has = f"; its pairs are {', '.join(pairs)}" if pairs else ""
             raise UserError(f"--pair {config.name}: {module} has no {name}{has}")
         declared = getattr(imported, name)

@@ -39,7 +39,7 @@ def product_pair(
         network: which one.
         dialect: how the JAX side is written.
         data_dir: where FashionMNIST is, or None for a pair without data pipelines.
-        limit: use only so many training images.
+        limit: the number of training images, or None for all.
         fused: compute SimpleCNN's blocks as one operation each, as training does; else in three stages.
     """
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from parity_tests.harness.pair import Inputs, Pair
 from parity_tests.harness.taps import Modules, Plan, TapInfo, Traced, arrays_of, tap_p, trace
 from parity_tests.planting import Find, NoPlace, Plant, case_of, find_tied, paths_of, with_model
 
-# What a tap hands on. It gets the name of the tap, what is known of it, and the value.
+# Returns what a tap hands on, from the name of the tap, what is known of it, and the value.
 Change = Callable[[str, TapInfo, Array], Array]
 Edit = Callable[[Plan], Plan]
 
@@ -86,7 +86,7 @@ def change_program(
 
 
 def try_out(pair: Pair) -> None:
-    """Trace the JAX model in evaluation mode, so that what finds no place in it says so."""
+    """Trace the JAX model in evaluation mode: a fault that has no place in it raises `NoPlace` here."""
     case = case_of(pair)
     call = case.cast(case.jax_inputs(pair.draw_inputs(0, pair.sizes()[0])), "float64")
     with exact_arithmetic("float64"):
@@ -101,15 +101,15 @@ def try_out(pair: Pair) -> None:
 
 def parameters_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the parameters of the taps that adapters placed, by name."""
-    found = {
+    parameters = {
         name: dict(plan.jaxpr.eqns[index].params)
         for index, name in plan.taps.items()
         if plan.jaxpr.eqns[index].primitive is tap_p
     }
     for plans in plan.inner.values():
         for inner in plans:
-            found |= parameters_of(inner)
-    return found
+            parameters |= parameters_of(inner)
+    return parameters
 
 
 def path_of(pair: Pair, layer: str) -> str:
@@ -176,7 +176,7 @@ def flip_largest(gradient: Array) -> Array:
 
 # --- Equations of the traced program ---
 
-# What replaces an equation, or None where it stays. It gets the equation, the name of its tap, and the program.
+# Returns what replaces an equation, or None where it stays, from the equation, the name of its tap, and the program.
 Choose = Callable[[JaxprEqn, str, Jaxpr], JaxprEqn | None]
 
 
@@ -184,7 +184,7 @@ def change_equation(what: str, choose: Choose) -> Plant:
     """Replace the first equation for which there is a replacement.
 
     Args:
-        what: is looked for, in words.
+        what: a name for such an equation, for the message if there is none.
         choose: returns the replacement.
     """
 
@@ -248,7 +248,7 @@ def compute(equation: JaxprEqn, function: Callable[..., Array]) -> JaxprEqn:
 
 
 def known(variable: Any) -> Any:
-    """Return what is known of a variable: its shape, its number of axes and its dtype."""
+    """Return the shape, the number of axes and the dtype of a variable."""
     return variable.aval
 
 
@@ -286,7 +286,7 @@ def pad_one_sided(equation: JaxprEqn, name: str, jaxpr: Jaxpr) -> JaxprEqn | Non
 
 
 def replace_relu(function: Callable[[Array], Array]) -> Choose:
-    """Return what replaces a ReLU by another function."""
+    """Return a function that replaces a ReLU by another function."""
 
     def choose(equation: JaxprEqn, name: str, jaxpr: Jaxpr) -> JaxprEqn | None:
         if equation.primitive.name != "custom_jvp_call" or len(equation.invars) != 1:
@@ -299,7 +299,7 @@ def replace_relu(function: Callable[[Array], Array]) -> Choose:
 
 
 def replace_pool(reduce: Callable[..., Array]) -> Choose:
-    """Return what replaces a max-pool by another reduction over the first axis of its shifted inputs."""
+    """Return a function that replaces a max-pool by another reduction over the first axis of its shifted inputs."""
 
     def choose(equation: JaxprEqn, name: str, jaxpr: Jaxpr) -> JaxprEqn | None:
         if equation.primitive.name not in ("reduce_window_max", "reduce_window"):

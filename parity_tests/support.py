@@ -24,7 +24,7 @@ TIMEOUT = 300.0  # seconds for a small run of a command, on a machine that is bu
 STYLING = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in STYLING} | {"TERM": "xterm"}
 
-# The data set: the names of two of its files, and all that is in a data folder once they were fetched.
+# The names of two files of the data set, and all paths in a data folder after a download.
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 COMPLETE = sorted(
     [".fashion_mnist.lock", "FashionMNIST", "FashionMNIST/raw", *(f"FashionMNIST/raw/{name}" for name in FILES)]

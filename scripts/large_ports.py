@@ -31,8 +31,8 @@ class LargePortsConfig:
     """Check the first network in this process, instead of each in a process of its own."""
 
 
-class Network(NamedTuple):
-    """A network that is measured."""
+class Limits(NamedTuple):
+    """The name of a network in the table, and what its checks may take."""
 
     title: str
     seconds: int
@@ -41,10 +41,10 @@ class Network(NamedTuple):
     """Memory that they may hold."""
 
 
-NETWORKS: dict[Name, Network] = {
-    "resnet18": Network("ResNet-18, 3x64x64", 75, 2.5),
-    "resnet50": Network("ResNet-50, 3x224x224, batch of 2", 240, 6.0),
-    "gpt2": Network("GPT-2 small, 32 tokens, batch of 2", 360, 11.0),
+NETWORKS: dict[Name, Limits] = {
+    "resnet18": Limits("ResNet-18, 3x64x64", 75, 2.5),
+    "resnet50": Limits("ResNet-50, 3x224x224, batch of 2", 240, 6.0),
+    "gpt2": Limits("GPT-2 small, 32 tokens, batch of 2", 360, 11.0),
 }
 
 

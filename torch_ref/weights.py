@@ -35,8 +35,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def explain(message: str) -> str:
     """Return on one line what PyTorch says of a file, without its advice to execute what is in it."""
-    if found := re.search(r"GLOBAL ([\w.]+)", message):
-        return f"it holds {found[1]} beside tensors, which would be executed: save model.state_dict() alone"
+    if match := re.search(r"GLOBAL ([\w.]+)", message):
+        return f"it holds {match[1]} beside tensors, which would be executed: save model.state_dict() alone"
     if "TorchScript" in message:
         return "it is a TorchScript archive, which is a program: save model.state_dict() alone"
     if "weights_only" in message:
@@ -92,9 +92,9 @@ def find_state_dict(content: Any, kinds: tuple[type, ...]) -> Mapping[Any, Any]:
     for _ in range(DEPTH):
         inner = [item for entries in level for item in entries.items() if is_state_dict(item[1])]
         for usual in (*STATE_DICTS, None):
-            found = [value for name, value in inner if usual in (name, None) and isinstance(name, str)]
-            if len(found) == 1:
-                return found[0]
+            candidates = [value for name, value in inner if usual in (name, None) and isinstance(name, str)]
+            if len(candidates) == 1:
+                return candidates[0]
         if inner:
             break
         level = [value for entries in level for value in entries.values() if isinstance(value, Mapping)]

@@ -49,11 +49,11 @@ def load_fashion_mnist(
         any_data: take files of the same format with other contents.
 
     Raises:
-        UserError: no source has a file that is needed and the data folder lacks, or that folder cannot be written to;
-            or a file has other contents than the published one.
+        UserError: no source has a file that is missing; or the data folder cannot be written to; or the contents of a
+            file are not the published ones.
     """
-    found = read_or_fetch(data_dir, say, sources, any_data)
-    return FashionMNIST(*(decode_idx(found[name].content) for name in FILES))
+    files = read_or_fetch(data_dir, say, sources, any_data)
+    return FashionMNIST(*(decode_idx(files[name].content) for name in FILES))
 
 
 def prepare_fashion_mnist(
@@ -64,13 +64,13 @@ def prepare_fashion_mnist(
     It is the data folder, if the files lie there as torchvision keeps them. Otherwise it is a temporary folder with
     links to them, which is removed when the process ends. Arguments and errors are those of `load_fashion_mnist`.
     """
-    found = read_or_fetch(data_dir, say, sources, any_data)
-    if all(file.path == raw_folder(data_dir) / name and not file.packed for name, file in found.items()):
+    files = read_or_fetch(data_dir, say, sources, any_data)
+    if all(file.path == raw_folder(data_dir) / name and not file.packed for name, file in files.items()):
         return data_dir
     root = Path(tempfile.mkdtemp(prefix=".fashion_mnist-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     raw_folder(root).mkdir(parents=True)
-    for name, file in found.items():
+    for name, file in files.items():
         link = raw_folder(root) / name
         if file.packed:
             link.write_bytes(file.content)
@@ -81,8 +81,8 @@ def prepare_fashion_mnist(
 
 def other_files(data_dir: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in the data folder that has other contents than the published one, by name."""
-    found, _ = find_files(data_dir, FILES, any_data=True)
-    digests = {name: hashlib.sha256(file.content).hexdigest() for name, file in found.items()}
+    files, _ = find_files(data_dir, FILES, any_data=True)
+    digests = {name: hashlib.sha256(file.content).hexdigest() for name, file in files.items()}
     return {name: digest for name, digest in digests.items() if digest != FILES[name]}
 
 

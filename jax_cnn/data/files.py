@@ -61,7 +61,7 @@ class OtherFormat(OtherContents):
 
 
 class Found(NamedTuple):
-    """A file that is good to use: where it lies, and its unpacked contents."""
+    """A file that can be used: its path and its unpacked contents."""
 
     path: Path
     content: bytes
@@ -76,9 +76,9 @@ def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source], any_data:
     """Return the four files by name, after putting what is missing into the data folder."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: the data folder is a file; give the folder of the data, or a new one")
-    found, problems = find_files(data_dir, FILES, any_data)
+    files, problems = find_files(data_dir, FILES, any_data)
     if not problems:
-        return found
+        return files
     raw = raw_folder(data_dir)
     try:
         raw.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def read_or_fetch(data_dir: Path, say: Say, sources: Sequence[Source], any_data:
             repaired, problems = find_files(data_dir, problems, any_data)
             if problems:
                 repaired |= fetch(problems, raw, data_dir / ".fashion_mnist.partial", say, sources)
-            return found | repaired
+            return files | repaired
     except OSError as error:
         raise UserError(
             f"Fashion-MNIST is not in {raw} ({list_problems(problems)}) and cannot be put there ({error}): "
@@ -106,7 +106,7 @@ def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[di
     Raises:
         UserError: a file has other contents than the published one, and `any_data` is false or it cannot be used.
     """
-    found: dict[str, Found] = {}
+    files: dict[str, Found] = {}
     problems: dict[str, str] = {}
     for name in names:
         reasons = []
@@ -114,7 +114,7 @@ def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[di
         spellings = (name, f"{name}.gz", dotted, f"{dotted}.gz")
         for path in (data_dir / place / spelling for place in PLACES for spelling in spellings):
             try:
-                found[name] = Found(path, read_verified(path, name, any_data))
+                files[name] = Found(path, read_verified(path, name, any_data))
                 break
             except OtherContents as error:
                 knowingly = ", or add --any-data to train_jax.py, train_torch.py or compare.py to train on it"
@@ -126,7 +126,7 @@ def find_files(data_dir: Path, names: Iterable[str], any_data: bool) -> tuple[di
                 reasons.append(str(error))
         else:
             problems[name] = next((reason for reason in reasons if reason != MISSING), MISSING)
-    return found, problems
+    return files, problems
 
 
 def fetch(problems: dict[str, str], raw: Path, workdir: Path, say: Say, sources: Sequence[Source]) -> dict[str, Found]:
@@ -210,13 +210,13 @@ def read_verified(path: Path, name: str, any_data: bool = False) -> bytes:
     """Return the unpacked contents of a file.
 
     Raises:
-        UnusableFile: they are not those that were published under this name; with `any_data`, not of their format.
+        UnusableFile: the contents are not the published ones, or with `any_data` not of the published format.
     """
     size = SIZES[name]
     try:
         with path.open("rb") as file:
             packed = file.peek(len(GZIP)).startswith(GZIP)
-            # And no more than this: a small packed file can unpack to any size.
+            # Read no more than this: a small packed file can unpack to any size.
             content = (gzip.GzipFile(fileobj=file) if packed else file).read(size + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnusableFile(MISSING) from error

@@ -130,7 +130,7 @@ def is_framed(foreground: Bool[np.ndarray, "height width"]) -> bool:
 
 
 def is_picture(grey: UInt8[np.ndarray, "height width"]) -> bool:
-    """Return whether something lies on an own background, which reaches half of the border and two corners or more."""
+    """Return whether something lies on an even background that covers half of the border and two corners or more."""
     height, width = grey.shape
     if max(height, width) > LONGEST * min(height, width):
         return False

@@ -28,9 +28,7 @@ LIGHT_CORNER = 25  # of 255, for the second-lightest corner: a garment may reach
 CLUTTERED = 0.5  # share of the border that differs from the background: a garment touches it in a few places
 FLAT = 16.0  # of 255, for the standard deviation of the pixels
 ROUGH = 0.9  # mean difference of neighbours in units of that deviation; 1.13 for Gaussian noise
-SMALL = (
-    22  # pixels: the longer edge of a garment is 28, of a digit in MNIST 20; of 2 in 70,000 images it is less than 22
-)
+SMALL = 22  # pixels: the longer edge of a garment is 28, of a digit in MNIST 20; 2 of 70,000 images are below this
 INK = 60  # of 255: a pixel that is lighter belongs to what is drawn
 PEN = 7  # pixels: the lines of a drawn digit are thinner, at least three quarters of their area (`THIN`)
 THIN = 0.25

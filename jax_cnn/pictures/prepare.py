@@ -32,16 +32,17 @@ Invert = Literal["auto", "yes", "no"]
 Outline = list[tuple[np.ndarray, ...]]  # of a thing: where it begins and ends in each column, and in each row
 
 EDGE = 28  # pixels
-# What is smaller than this share of the largest thing, such as a strap of a sandal, is part of it, and so is what is
-# nearer than a share of the longer edge: of 1,000 photographs of single garments 3 are then taken for several.
+# A thing is a part of the largest one, such as a strap of a sandal, if its area is below the first share of that one's,
+# or its distance below the second share of the longer edge: of 1,000 photographs of single garments, 3 are then taken
+# for several.
 SMALL_PART, NEAR = 0.4, 1 / 56
-# Nearer things stand apart, too, if they are this large and fill this share of their boxes. Parts of one garment are
-# often thin: straps, handles, sleeves of which only the edges are seen.
+# Nearer things stand apart, too, if each has this share of the largest area and fills this share of its box. Parts of
+# one garment are often thin: straps, handles, or sleeves that show only their edges.
 LARGE_PART, SOLID = 0.3, 0.6
 # Two things that face each other at this median distance or less, as a share of the longer edge, are one garment with a
-# belt, a stripe or a sole in the shade of the background. The outlines of two garments come so near in a few places.
+# belt, a stripe or a sole in the shade of the background. Two garments come as near to each other in a few places only.
 STRIPE = 0.1
-MOST_THINGS = 8  # are compared with one another; noise consists of thousands
+MOST_THINGS = 8  # that are compared with one another; noise consists of thousands of things
 RECTANGULAR = 0.9  # area / area of the box around it
 
 
@@ -118,7 +119,7 @@ def label_things(foreground: Bool[np.ndarray, "height width"]) -> Int[np.ndarray
 
 
 def list_things(labels: Int[np.ndarray, "height width"], part: float, solid: float = 0) -> list[int]:
-    """Return the numbers of things that have this part of the largest one's area and fill this share of their boxes."""
+    """Return the numbers of things with this `part` of the largest area that fill a share of `solid` of their boxes."""
     areas = np.bincount(labels.ravel())[1:]
     boxes = [
         (rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in ndimage.find_objects(labels)
@@ -128,7 +129,7 @@ def list_things(labels: Int[np.ndarray, "height width"], part: float, solid: flo
 
 
 def count_apart(labels: Int[np.ndarray, "height width"], numbers: list[int]) -> int:
-    """Return how many things remain if those count as one that only a stripe divides."""
+    """Count the things. Two that only a stripe divides count as one."""
     if len(numbers) > MOST_THINGS:
         return len(numbers)
     apart: list[Outline] = []

@@ -77,7 +77,7 @@ class ProgressBar:
 def epoch_table(rows: Sequence[Mapping[str, Any]], data: Mapping[str, str] | None = None) -> Table:
     """Return a table with one row for each epoch of metrics.jsonl.
 
-    Below it is the SHA-256 of each file, by name, that is not as FashionMNIST was published.
+    `data` holds the SHA-256 of each file that differs from the published FashionMNIST, by name. Its caption lists them.
     """
     table = Table()
     if data:

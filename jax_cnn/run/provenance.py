@@ -59,9 +59,9 @@ def cuda_versions(names: Iterable[str]) -> list[str]:
 
 
 def warn_of_two_cudas(device: Device, say: Callable[[str], None]) -> None:
-    """Say so if a run on a GPU would meet the libraries of two versions of CUDA, which overwrite each other's files.
+    """Warn of packages of two versions of CUDA before a run on a GPU: their libraries overwrite each other's files.
 
-    `auto` may be a GPU where its driver is loaded.
+    With `auto`, a run may be on a GPU if the driver of one is loaded.
     """
     if device == "gpu" or (device == "auto" and Path("/proc/driver/nvidia").exists()):
         versions = cuda_versions(package.name for package in distributions())

@@ -164,7 +164,7 @@ def test_an_epoch_compiles_nothing(trainer: JaxTrainer, caplog: pytest.LogCaptur
 
 
 def test_a_chunk_is_reported_when_it_is_done(trainer: JaxTrainer) -> None:
-    """So the measured time of an epoch includes its work, and not only its dispatch."""
+    """The measured time of an epoch has to include its work, and not only its dispatch."""
 
     def done() -> bool:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(trainer._state))
@@ -239,7 +239,7 @@ def test_the_merged_bias_relu_and_pool_equals_the_three_stages_bit_by_bit(levels
 
 
 def test_the_first_maximum_with_the_bias_is_another_one_than_without() -> None:
-    """So the test above fails if the gradient goes to the maximum of the features without their bias."""
+    """The test above could not see a gradient at the maximum without the bias if the two were at the same place."""
     features = jnp.asarray(rounded_together((4, 14, 10, 8)))
     with_bias, without = (np.asarray(ops._first_maximum(values)) for values in (features + 1, features))
     assert (with_bias != without).mean() > 0.01

@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from experiments.records import Json, Show
 from experiments.speed import benchmark, gpu, torch_steps
 from experiments.speed.config import CHECKPOINTS, DOTS, QUICK, BenchmarkConfig, Task, Unavailable, apply_presets
-from experiments.speed.jax_steps import STAGES, Loop, backward, make_loops, repeat, select_weights
+from experiments.speed.jax_steps import STAGES, TimedLoop, backward, make_loops, repeat, select_weights
 from experiments.speed.results import checkpoint_table, paired_ratios, sentence, short, spread, tables
 from experiments.speed.workers import DOT_FLOP, WorkerFailed, order_of_round, time_in_turns
 from jax_cnn.checkpoint import load_checkpoint
@@ -208,7 +208,7 @@ NO_SECTIONS = [
 ]
 
 
-class Run(NamedTuple):
+class SmallBenchmark(NamedTuple):
     """A small benchmark that has ended well, in a folder with an earlier one."""
 
     folder: Path
@@ -217,7 +217,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def small_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def small_benchmark(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallBenchmark:
     """Run the contest alone, with two contenders."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / benchmark.RESULT).write_text("an earlier one")
@@ -225,12 +225,12 @@ def small_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     env = ENVIRONMENT | {"COLUMNS": "80"}
     done = run_command("benchmark", *arguments, "--out-dir", folder, cwd=folder, env=env)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return Run(folder, done.stdout, read_json(folder / benchmark.RESULT))
+    return SmallBenchmark(folder, done.stdout, read_json(folder / benchmark.RESULT))
 
 
 @pytest.mark.extended
-def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_run: Run) -> None:
-    result = small_run.result
+def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_benchmark: SmallBenchmark) -> None:
+    result = small_benchmark.result
     assert set(result) >= {"command", "started", "machine", "versions", "environment", "load_before", "config"}
     assert {name: result[name] for name in benchmark.EMPTY_SECTIONS} == benchmark.EMPTY_SECTIONS
     assert "benchmark.py" in result["command"]
@@ -248,8 +248,8 @@ def test_the_file_holds_every_figure_its_rounds_and_where_it_comes_from(small_ru
 
 
 @pytest.mark.extended
-def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_run: Run) -> None:
-    lines = [small_run.result["contest"]["contenders"][name] for name in CONTENDING]
+def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_benchmark: SmallBenchmark) -> None:
+    lines = [small_benchmark.result["contest"]["contenders"][name] for name in CONTENDING]
     losses = np.array([[answer["loss"] for answer in line["rounds"]] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=0.2), "from other initial weights, on the same images"
     assert (np.diff(losses) < 0).all(), "a round does not go on from the last one"
@@ -259,11 +259,11 @@ def test_both_sides_do_the_same_work_and_are_still_while_others_do(small_run: Ru
 
 
 @pytest.mark.extended
-def test_the_table_shows_the_figures_of_the_file(small_run: Run) -> None:
+def test_the_table_shows_the_figures_of_the_file(small_benchmark: SmallBenchmark) -> None:
     parts = ("median", "low_quartile", "high_quartile")
     for name in CONTENDING:
-        line = small_run.result["contest"]["contenders"][name]
-        row = next(row for row in small_run.output.splitlines() if row.startswith(f" {line['title']} "))
+        line = small_benchmark.result["contest"]["contenders"][name]
+        row = next(row for row in small_benchmark.output.splitlines() if row.startswith(f" {line['title']} "))
         expected = [
             *(short(line["ms_per_step"][part]) for part in parts),
             f"{line['images_per_second']['median']:,.0f}",
@@ -274,12 +274,12 @@ def test_the_table_shows_the_figures_of_the_file(small_run: Run) -> None:
 
 
 @pytest.mark.extended
-def test_an_earlier_benchmark_is_moved_aside(small_run: Run) -> None:
-    assert (small_run.folder / "earlier-1" / benchmark.RESULT).read_text() == "an earlier one"
-    assert "earlier-1" in small_run.output
-    names = {path.name for path in small_run.folder.iterdir()}
+def test_an_earlier_benchmark_is_moved_aside(small_benchmark: SmallBenchmark) -> None:
+    assert (small_benchmark.folder / "earlier-1" / benchmark.RESULT).read_text() == "an earlier one"
+    assert "earlier-1" in small_benchmark.output
+    names = {path.name for path in small_benchmark.folder.iterdir()}
     assert names == {benchmark.RESULT, benchmark.THROUGHPUT, "earlier-1"}
-    assert_picture(small_run.folder / benchmark.THROUGHPUT)
+    assert_picture(small_benchmark.folder / benchmark.THROUGHPUT)
 
 
 def find_workers(seed: str) -> str:
@@ -465,13 +465,13 @@ def test_the_chain_of_all_stages_is_the_network_forward_and_backward(images: np.
 
 
 @pytest.fixture(scope="module")
-def loops() -> dict[str, Loop]:
+def loops() -> dict[str, TimedLoop]:
     """Return the loops of a step for a batch of two."""
     pixels = jnp.arange(2 * 28 * 28, dtype=jnp.uint8).reshape(2, 28, 28)
     return make_loops(init_params(jax.random.key(0)), pixels, jnp.array([3, 4], jnp.uint8))
 
 
-def test_every_stage_is_timed_forward_and_backward_and_all_else_of_a_step(loops: dict[str, Loop]) -> None:
+def test_every_stage_is_timed_forward_and_backward_and_all_else_of_a_step(loops: dict[str, TimedLoop]) -> None:
     passes = [f"{stage.name}, {part}" for stage in STAGES for part in ("forward", "backward")]
     assert list(loops) == ["scaling, forward", *passes, "loss, forward", "loss, backward", "Adam, update"]
 
@@ -488,7 +488,7 @@ def test_each_turn_writes_a_number_of_its_result_into_every_input_but_biases() -
     assert not np.array_equal(loop.turn(((weights, value), result))[1], result)
 
 
-def test_each_turn_of_adam_changes_weights_moments_and_gradients(loops: dict[str, Loop]) -> None:
+def test_each_turn_of_adam_changes_weights_moments_and_gradients(loops: dict[str, TimedLoop]) -> None:
     turn = jax.jit(loops["Adam, update"].turn)
     first = turn(loops["Adam, update"].first)
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(turn(first)), strict=True)

@@ -365,7 +365,7 @@ def test_what_is_taken_is_said_with_its_size(data: FashionMNIST) -> None:
 
 
 def test_one_figure_drawn_again_is_what_savefig_writes(data: FashionMNIST) -> None:
-    """So the study may use one figure for all images."""
+    """The study uses one figure for all images."""
     again = by_savefig("gray")
     for image in data.test_images[:3]:
         assert np.array_equal(np.asarray(again(image)), np.asarray(as_figure(cmap="gray")(image)))

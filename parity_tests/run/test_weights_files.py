@@ -110,10 +110,10 @@ def test_a_simple_cnn_with_other_names_is_taken_by_its_shapes_and_a_line_says_so
         {"model_state_dict": {f"module.{name}": tensor for name, tensor in module.state_dict().items()}},
         tmp_path / "student.pth",
     )
-    said: list[str] = []
-    weights = load_weights(tmp_path / "student.pth", "float32", None, read_tensors, said.append)
+    messages: list[str] = []
+    weights = load_weights(tmp_path / "student.pth", "float32", None, read_tensors, messages.append)
     assert all(np.array_equal(weights[name], tensor.numpy()) for name, tensor in named.items())
-    (line,) = said
+    (line,) = messages
     assert "took the prefix module. off" in line
     assert "0.weight as conv1.weight, 3.weight as conv2.weight, 7.weight as fc1.weight, 9.weight as fc2.weight" in line
 

@@ -130,7 +130,7 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     quick: bool = False
     """Measure fewer rounds and sizes and no whole commands, unless other flags ask for them: a few minutes."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """gpu: time an epoch on an NVIDIA GPU instead, by --batch-sizes and precision, fed from the GPU's memory."""
+    """gpu times an epoch on an NVIDIA GPU instead, with each of --batch-sizes and in three precisions."""
     rounds: int = 9
     """How many times the training of every contender is timed, in turns."""
     steps: int = 64

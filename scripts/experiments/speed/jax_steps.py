@@ -167,7 +167,7 @@ STAGES = (
 )
 
 
-class Loop(NamedTuple):
+class TimedLoop(NamedTuple):
     """A loop to time: `turn` computes the next state from the last one, starting with `first`."""
 
     turn: Callable[[Any], Any]
@@ -186,7 +186,9 @@ def backward(stage: Stage, weights: Layer, value: Array, grad: Array) -> Any:
     return jax.vjp(stage.forward, weights, value)[1](grad)
 
 
-def make_loops(params: Params, pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Array, " batch"]) -> dict[str, Loop]:
+def make_loops(
+    params: Params, pixels: UInt8[Array, "batch 28 28"], labels: UInt8[Array, " batch"]
+) -> dict[str, TimedLoop]:
     """Return a loop for everything that a training step does, by "stage, pass", in the order of the step."""
 
     def mean_loss(logits: Array) -> Array:
@@ -209,7 +211,7 @@ def make_loops(params: Params, pixels: UInt8[Array, "batch 28 28"], labels: UInt
     return loops
 
 
-def repeat(function: Callable[..., Any], *inputs: Any) -> Loop:
+def repeat(function: Callable[..., Any], *inputs: Any) -> TimedLoop:
     """Return a loop over a function whose result has other shapes than its inputs."""
 
     def turn(state: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -218,7 +220,7 @@ def repeat(function: Callable[..., Any], *inputs: Any) -> Loop:
         return mix_in(inputs, results), results
 
     shapes = jax.eval_shape(function, *inputs)
-    return Loop(turn, (inputs, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)))
+    return TimedLoop(turn, (inputs, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)))
 
 
 def mix_in(inputs: Any, results: Any) -> Any:
@@ -234,7 +236,7 @@ def mix_in(inputs: Any, results: Any) -> Any:
     return jax.tree.map(replace_first, inputs)
 
 
-def adam_loop(params: Params) -> Loop:
+def adam_loop(params: Params) -> TimedLoop:
     """Return a loop that updates the weights in place as training does, with invented gradients."""
     optimizer = make_optimizer(AdamConfig())
 
@@ -244,7 +246,7 @@ def adam_loop(params: Params) -> Loop:
         params = optax.apply_updates(params, updates)
         return mix_in(grads, params), (params, opt_state)
 
-    return Loop(turn, (jax.tree.map(lambda leaf: leaf * 1e-3, params), tuple(init_state(params, optimizer))))
+    return TimedLoop(turn, (jax.tree.map(lambda leaf: leaf * 1e-3, params), tuple(init_state(params, optimizer))))
 
 
 def time_stages(task: Task) -> Work:
@@ -260,7 +262,7 @@ def time_stages(task: Task) -> Work:
     return sweep({**points, WHOLE: Point(steps, whole_epochs(trainer))}, compile_seconds)
 
 
-def compile_loop(loop: Loop, steps: int) -> Callable[[], None]:
+def compile_loop(loop: TimedLoop, steps: int) -> Callable[[], None]:
     """Compile a loop of this number of turns. Every call goes on from the state of the last one."""
     run = jax.jit(lambda state: lax.fori_loop(0, steps, lambda _, state: loop.turn(state), state), donate_argnums=0)
     program = run.lower(loop.first).compile(compiler_options("cpu"))

@@ -66,8 +66,8 @@ def run_study(study: PicturesConfig, console: Console) -> None:
             for index in range(len(images)):
                 pictures.append(prepare_picture(decode_picture(make(index))))
                 progress.report(f"{index + 1:,} of {len(images):,}")
-            nothing = name in ("several garments", "drawn digits")  # is a right answer
-            rows[name] = judge(network["framework"], weights, pictures, None if nothing else labels)
+            has_class = name not in ("several garments", "drawn digits")  # for these, no answer is right
+            rows[name] = judge(network["framework"], weights, pictures, labels if has_class else None)
     result = provenance((*PACKAGES, "scipy", "matplotlib", "pillow")) | {"network": network, "images": study.images}
     write_results(result | {"confident": CONFIDENT, "rows": rows}, study.out_dir / "pictures.json", "--out-dir")
     console.print(result_table(rows))
