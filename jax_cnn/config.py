@@ -173,11 +173,11 @@ class JaxTrainConfig(TrainConfig):
         address, numbers = self.coordinator, (self.num_processes, self.process_id)
         if address in (None, CLUSTER):
             if numbers != (None, None):
-                raise UserError("--num-processes and --process-id need --coordinator HOST:PORT, where processes meet")
+                raise UserError("--num-processes and --process-id: give --coordinator HOST:PORT too")
         elif not (port := re.fullmatch(r".+:(\d{1,5})", str(address))) or not 1 <= int(port[1]) <= 65_535:
             raise UserError(f"--coordinator must be HOST:PORT or {CLUSTER}, not {address}")
         elif self.num_processes is None or self.process_id is None:
-            raise UserError(f"--coordinator {address} needs --num-processes and --process-id as well")
+            raise UserError(f"--coordinator {address}: give --num-processes and --process-id too")
         elif not 0 <= self.process_id < self.num_processes:
             last = self.num_processes - 1
             raise UserError(f"--process-id must be between 0 and {last} (--num-processes - 1), not {self.process_id}")

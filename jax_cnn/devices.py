@@ -105,7 +105,7 @@ def pick_devices(config: JaxTrainConfig) -> list[jax.Device]:
     if config.batch_size % count:
         raise UserError(
             f"--batch-size {config.batch_size} cannot be shared among {count} devices; "
-            f"--batch-size {math.ceil(config.batch_size / count) * count} can"
+            f"use --batch-size {math.ceil(config.batch_size / count) * count}"
         )
     if count < len(available) and jax.process_count() > 1:
         raise UserError(f"--devices {count}: a run of several processes takes all of their {len(available)} devices")

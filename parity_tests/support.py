@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -54,14 +55,20 @@ def run_command(
     cwd: Path,
     env: Mapping[str, str] = ENVIRONMENT,
     timeout: float = TIMEOUT,
-) -> subprocess.CompletedProcess[str]:
+) -> CompletedProcess[str]:
     """Run `scripts/<script>.py` to its end with its output in pipes, whatever its exit status is."""
     line = command_line(script, *arguments)
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def run_python(code: str, *arguments: object, env: Mapping[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
-    """Run code that imports the project in a process of its own, and return how it ends."""
+def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a process that runs code which imports the project, with its output in pipes."""
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_python(code: str, *arguments: object, env: Mapping[str, str] = ENVIRONMENT) -> CompletedProcess[str]:
+    """Run such code to its end, whatever its exit status is."""
     line = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
@@ -84,13 +91,13 @@ for sys.argv in json.load(sys.stdin):
 
 def run_in_one_process(
     lines: Sequence[Sequence[str]], cwd: Path, env: Mapping[str, str], python: str | Path = sys.executable
-) -> list[subprocess.CompletedProcess[str]]:
+) -> list[CompletedProcess[str]]:
     """Run Python programs, each the words of a line, in one process, because most of their time is its start."""
     process = [python, "-c", IN_ONE_PROCESS]
     done = subprocess.run(process, input=json.dumps(lines), cwd=cwd, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     results = map(json.loads, done.stdout.splitlines())
-    return [subprocess.CompletedProcess(line, *result) for line, result in zip(lines, results, strict=True)]
+    return [CompletedProcess(line, *result) for line, result in zip(lines, results, strict=True)]
 
 
 def run_successfully(script: str, *arguments: object, cwd: Path) -> str:
@@ -133,7 +140,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def assert_slip(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_slip(done: CompletedProcess[str], *words: str) -> None:
     """Assert that a command ended as it must after a user's slip: status 2 and one line that names these words."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")

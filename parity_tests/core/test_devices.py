@@ -1,11 +1,8 @@
 """Several devices and several processes train what one device trains alone."""
 
 import json
-import os
-import re
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,10 +12,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_cnn.checkpoint import load_checkpoint
-from jax_cnn.config import JaxTrainConfig, UserError
-from jax_cnn.run.command_line import parse
 from jax_cnn.torch_layout import TorchDict
-from parity_tests.support import ROOT, TIMEOUT, assert_slip, command_line, run_command
+from parity_tests.support import (
+    ENVIRONMENT,
+    ROOT,
+    TIMEOUT,
+    command_line,
+    read_metrics,
+    run_command,
+    run_python,
+    start_python,
+)
 
 BOUND = 1e-10  # absolute, on float64 weights after 6 steps; worst seen on eight devices after 12: 3.5e-15
 # Two batches of 16 and ten images left over, which eight devices cannot share; two evaluation batches, one not full.
@@ -27,6 +31,8 @@ SMALL = ("--precision", "float64", "--epochs", "2", *SIZES, "--device", "cpu")
 # How devices share batches and processes meet does not depend on the network, and this one compiles in a second.
 NETWORK = ("--model", "mlp", "--hidden", 20)
 PARTIAL_SUMS = 14 * 14 * 32 - 32 + 7 * 7 * 64 - 64  # two bias gradients are exchanged before their sum over the map
+
+WITH_SCRIPTS = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "scripts")}
 
 Train = Callable[..., Path]  # flags -> the folder of the results
 
@@ -69,18 +75,12 @@ def max_distance(weights: TorchDict, other: TorchDict) -> float:
     return max(float(np.abs(weights[name] - other[name]).max()) for name in weights)
 
 
-def last_epoch(results: Path) -> dict[str, float]:
-    """Return the last line of a run's metrics."""
-    line: dict[str, float] = json.loads((results / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return line
-
-
 @pytest.mark.extended
 def test_eight_devices_train_what_one_trains(train: Train) -> None:
     one, eight = train(*NETWORK), train(*NETWORK, "--devices", 8)
     assert distance(eight, one) <= BOUND
     for figure in ("train_loss", "test_loss", "test_accuracy"):
-        assert last_epoch(eight)[figure] == pytest.approx(last_epoch(one)[figure], rel=1e-12)
+        assert read_metrics(eight)[-1][figure] == pytest.approx(read_metrics(one)[-1][figure], rel=1e-12)
     assert json.loads((eight / "config.json").read_text(encoding="utf-8"))["device"] == "8 x cpu"
     weights = load_file(one / "weights.safetensors")
     before = load_checkpoint(one / "checkpoint-000000003.safetensors").state.weights
@@ -99,13 +99,6 @@ def test_two_processes_train_what_one_trains(train: Train, data_dir: Path, tmp_p
     assert not list((tmp_path / "second").iterdir())  # only the first writes
 
 
-def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start Python on some code that imports the project."""
-    line = [sys.executable, "-c", code, *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
-
-
 EXCHANGES = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
@@ -120,7 +113,7 @@ for exchange in tpu.find_collectives(program.lower(*arguments).compile().as_text
 @pytest.mark.extended
 def test_eight_devices_exchange_their_gradients_and_loss_once_a_step() -> None:
     """The second batch cannot be shared among eight devices: each computes all of it. So the check can fail."""
-    shared, whole = (run_python(EXCHANGES, batch).communicate(timeout=TIMEOUT)[0] for batch in (64, 66))
+    shared, whole = (run_python(EXCHANGES, batch, env=WITH_SCRIPTS).stdout for batch in (64, 66))
     assert shared.split() == ["all-reduce", str(4 * (1_630_090 + PARTIAL_SUMS + 1))]
     assert whole == ""
 
@@ -138,43 +131,12 @@ devices.place_batches(mesh, (2, 64), lambda share: print(share[1]) or numpy.zero
 
 def test_each_process_reads_its_own_share_only() -> None:
     address = free_address()
-    processes = [run_python(SHARES, address, process_id) for process_id in (0, 1)]
+    processes = [start_python(SHARES, address, process_id) for process_id in (0, 1)]
     shares = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     slices = [[line for line in share.splitlines() if line.startswith("slice")] for share in shares]
     assert slices[0] == ["slice(0, 16, None)", "slice(16, 32, None)"]
     assert slices[1] == ["slice(32, 48, None)", "slice(48, 64, None)"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ("--devices 0", "--devices must be between 1 and 1,000,000, not 0"),
-        ("--coordinator here", "--coordinator must be HOST:PORT or cluster, not here"),
-        ("--coordinator here:99999", "--coordinator must be HOST:PORT or cluster, not here:99999"),
-        ("--coordinator here:1", "--coordinator here:1 needs --num-processes and --process-id as well"),
-        ("--process-id 1", "--num-processes and --process-id need --coordinator HOST:PORT"),
-        (
-            "--coordinator here:1 --num-processes 2 --process-id 2",
-            "--process-id must be between 0 and 1 (--num-processes - 1), not 2",
-        ),
-    ],
-)
-def test_flags_that_do_not_fit_together_are_refused(flags: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=re.escape(complaint)):
-        parse(JaxTrainConfig(), "", flags.split())
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (("--devices", 3), "--batch-size 64 cannot be shared among 3 devices; --batch-size 66 can"),
-        (("--coordinator", "cluster"), "--coordinator cluster: no cluster's environment tells where"),
-    ],
-)
-def test_a_slip_gets_one_line(flags: tuple[object, ...], complaint: str, tmp_path: Path) -> None:
-    clusterless = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
-    assert_slip(run_command("train_jax", *flags, "--out-dir", tmp_path, cwd=tmp_path, env=clusterless), complaint)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from jax_cnn.data import FashionMNIST
 from jax_cnn.devices import AXIS, make_mesh
 from jax_cnn.train import make_optimizer
 from jax_cnn.trainer import JaxTrainer
-from parity_tests.support import assert_slip, run_command
+from parity_tests.support import run_command
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 BATCH = 64
@@ -206,22 +206,6 @@ ENTRY %main.1 (state: f32[]) -> f32[] {
 }
 """
     assert tpu.count_cycles(hlo) == 23
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        pytest.param(
-            (),
-            "the TPU compiler is not installed here; pip install --editable '.[tpu]' brings it (libtpu)",
-            marks=pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed here"),
-        ),
-        (("--precisions", "float64"), "--precisions"),
-        (("--batch-per-chip", "0"), "--batch-per-chip must be between 1 and 60,000, not 0"),
-    ],
-)
-def test_a_slip_in_compile_tpu_gets_one_line(flags: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
-    assert_slip(run_command("compile_tpu", *flags, "--out-dir", tmp_path, cwd=tmp_path), complaint)
 
 
 # Compiled for TPUs that are not here

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tarfile
 import time
 import urllib.request
@@ -21,7 +20,7 @@ import pytest
 from jax_cnn.data import load_fashion_mnist, prepare_fashion_mnist, sources
 from jax_cnn.data.files import FILES
 from jax_cnn.data.sources import Source, SourceFailed
-from parity_tests.support import COMPLETE, IMAGES, LABELS, ROOT, listing, wait_until
+from parity_tests.support import COMPLETE, IMAGES, LABELS, listing, start_python, wait_until
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="not a Debian")
 needs_apt = pytest.mark.skipif(shutil.which("apt-get") is None, reason="not a Debian")
@@ -215,13 +214,7 @@ def test_apt_get_fetches_the_package_and_changes_nothing_else(
     assert [folder.stat().st_mtime_ns for folder in system] == before
 
 
-# In processes of their own
-
-
-def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python process in the repository."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# In processes of their own: fetching at the same time, and being killed
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
@@ -230,8 +223,6 @@ def output_of(process: subprocess.Popen[str]) -> str:
     assert process.returncode == 0, errors
     return output
 
-
-# Fetching at the same time, and being killed
 
 # Arguments: the data folder, the good files, a file that the source makes when it is asked, a file that it waits for,
 # and what the kernel does after a million bytes of a file: "kill" the process, "refuse" the rest, or "nothing".

@@ -1,5 +1,6 @@
 """The commands as a person runs them: in their own process, in a pipe and on a terminal, with and without a slip."""
 
+import importlib.util
 import math
 import os
 import re
@@ -223,6 +224,14 @@ SLIPS_OF_TRAINING = {
 SLIPS = {
     **{f"train_{name} {flags}": words for flags, words in SLIPS_OF_TRAINING.items() for name in FRAMEWORKS},
     "train_jax --dialect haiku": ("--dialect", "linen", "nnx", "plain"),
+    "train_jax --devices 0": ("--devices must be between 1 and 1,000,000, not 0",),
+    "train_jax --coordinator here": ("--coordinator must be HOST:PORT or cluster, not here",),
+    "train_jax --coordinator here:99999": ("--coordinator must be HOST:PORT or cluster, not here:99999",),
+    "train_jax --coordinator here:1": ("--coordinator here:1: give --num-processes and --process-id too",),
+    "train_jax --process-id 1": ("--num-processes and --process-id: give --coordinator HOST:PORT too",),
+    "train_jax --coordinator here:1 --num-processes 2 --process-id 2": (
+        "--process-id must be between 0 and 1 (--num-processes - 1), not 2",
+    ),
     "train_torch --dialect nnx": ("--dialect",),
     "train_torch --precision bfloat16": ("--precision bfloat16", "train_jax.py"),
     "predict": ("there is no picture to look at: give one or more files",),
@@ -253,6 +262,8 @@ SLIPS = {
     "compare --parity-report nowhere": ("--parity-report nowhere: No such file or directory",),
     "compare --parity-report other.json": ("--parity-report other.json: its content is not what",),
     "compare --out-dir /dev/null/x": ("--out-dir /dev/null/x: ",),
+    "compile_tpu --precisions float64": ("--precisions",),
+    "compile_tpu --batch-per-chip 0": ("--batch-per-chip must be between 1 and 60,000, not 0",),
     "study": ("give the study first: study.py accuracy, convolution or pictures",),
     "study speed": ("give the study first",),
     "study accuracy --pace-train 64": ("--pace-train",),
@@ -341,6 +352,8 @@ def test_a_slip_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str
 
 # What a command notices once its framework is loaded. The devices come first: nothing may have started JAX before.
 LATE_SLIPS: dict[str, tuple[str, ...]] = {
+    "train_jax --coordinator cluster": ("--coordinator cluster: no cluster's environment tells where",),
+    "train_jax --devices 3": ("--batch-size 64 cannot be shared among 3 devices; use --batch-size 66",),
     "train_jax --device gpu": ("--device gpu",),
     "train_torch --device gpu": ("--device gpu",),
     "train_jax": ("taken", "data folder"),
@@ -348,16 +361,19 @@ LATE_SLIPS: dict[str, tuple[str, ...]] = {
     "train_jax --init-weights weights": ("weights: it is of",),
     "train_torch --init-weights weights": ("weights: it is of",),
 }
+if importlib.util.find_spec("libtpu") is None:
+    LATE_SLIPS["compile_tpu --out-dir new"] = ("the TPU compiler is not installed here; pip install",)
+CLUSTERLESS = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
 
 
 @pytest.fixture(scope="module")
 def late_slips(folder: Path) -> dict[str, CompletedProcess[str]]:
     """Return how each command of `LATE_SLIPS` ends."""
-    return end_unchanged(LATE_SLIPS, folder, ENVIRONMENT)
+    return end_unchanged(LATE_SLIPS, folder, CLUSTERLESS)
 
 
 @pytest.mark.parametrize(("command", "words"), LATE_SLIPS.items(), ids=LATE_SLIPS)
-def test_a_device_a_data_folder_or_weights_that_do_not_serve_are_one_line_and_change_nothing(
+def test_devices_data_or_weights_that_do_not_serve_are_one_line_and_change_nothing(
     late_slips: dict[str, CompletedProcess[str]], command: str, words: tuple[str, ...]
 ) -> None:
     sees_gpu = torch.cuda.is_available() if "torch" in command else any(gpu.platform == "gpu" for gpu in jax.devices())
