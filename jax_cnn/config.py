@@ -58,7 +58,7 @@ class SeedConfig:
     """The seed of a command."""
 
     seed: int = 0
-    """Seed of the initial weights and of the order of the images."""
+    """Seed of everything that is drawn at random, such as the initial weights and the order of the images."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,13 @@ class JaxTrainConfig(TrainConfig):
     dialect: Dialect = "linen"
     """How the network is written: in Flax Linen, in Flax NNX, or as plain functions. The results are the same."""
     devices: int | None = None
-    """Number of devices, of all processes together, that share each batch. The default is 1, or with several processes
-    all."""
+    """Number of devices that share each batch, over all processes. The default is 1; with several processes, all."""
     coordinator: str | None = None
     """Address host:port of the first of several processes, or `cluster` to ask Slurm, Open MPI or the TPU pod."""
     num_processes: int | None = None
-    """Number of processes at that address. With `cluster` it is known."""
+    """Number of processes that meet at that address. Not needed with `cluster`."""
     process_id: int | None = None
-    """Number of this process, counted from 0. With `cluster` it is known."""
+    """Number of this process, counted from 0. Not needed with `cluster`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,10 +41,11 @@ class AccuracyConfig(StudyConfig):
     """
 
     out_dir: Path = Path("runs/accuracy_study")
+    """Folder for the runs and the results. Finished runs in it are taken; earlier results are replaced."""
     results: Path | None = None
     """The results file; by default accuracy.json in out-dir."""
     short_train: int = 12_800
-    """Images of a shortened training of one epoch, which the default tests repeat with one more seed."""
+    """Images of a shortened training of one epoch, which the tests repeat with one more seed (-m slow)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

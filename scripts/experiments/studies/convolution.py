@@ -70,6 +70,7 @@ class ConvolutionConfig(StudyConfig):
 
     seeds: int = 3
     out_dir: Path = Path("runs/convolution")
+    """Folder for the runs and the results. Finished runs in it are taken; earlier results are replaced."""
     pace_train: int = 19_200
     """Images in each epoch of the short runs whose time decides how many epochs are equal time."""
 

@@ -46,6 +46,7 @@ class PicturesConfig(FolderConfig):
     images: int = 1_000
     """The number of pictures in each row of the table."""
     out_dir: Path = Path("runs/pictures")
+    """Folder for pictures.json. An earlier one is replaced."""
 
     def __post_init__(self) -> None:
         check_limits(self, {"images": (1, TEST_SIZE)})
