@@ -9,13 +9,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
 from jaxtyping import Float
 
-from experiments.answers import compute_logits, softmax
+from experiments.answers import Framework, compute_logits, softmax
 from experiments.records import read_record
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS, print_to_stderr
@@ -36,7 +36,7 @@ class PredictConfig:
     """Files with pictures, or folders: all pictures in a folder are classified, in the order of their names."""
     weights: Path | None = None
     """The trained network: a run's folder, a weights file, or PyTorch's .pth; by default runs/jax or runs/torch."""
-    framework: Literal["jax", "torch"] = "jax"
+    framework: Framework = "jax"
     """The framework that computes; both give the same answer."""
     invert: Invert = "auto"
     """Swap light and dark, as the network expects light on black; auto swaps a picture that is dark on light."""

@@ -26,6 +26,7 @@ from experiments.answers import FRAMEWORKS, STAGES
 from experiments.comparison import figures, page, programs, report, runs, scores
 from experiments.comparison.figures import DARK, LIGHT
 from experiments.comparison.runs import CompareConfig
+from experiments.records import Json
 from jax_cnn.config import UserError
 from jax_cnn.data import CLASS_NAMES, CLASS_NUMBERS
 from jax_cnn.run.display import ProgressBar
@@ -38,8 +39,6 @@ from parity_tests.product import feed_forward
 from parity_tests.support import ROOT, read_json, run_successfully
 
 pytestmark = pytest.mark.extended
-
-Json = dict[str, Any]
 
 PARITY = ROOT / "docs" / "results" / "parity" / "report.json"
 

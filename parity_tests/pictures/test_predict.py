@@ -22,14 +22,14 @@ from scipy import special
 
 import predict as predict_command
 from experiments.answers import compute_logits
-from jax_cnn.config import UserError
+from jax_cnn.config import Network, UserError
 from jax_cnn.data import CLASS_NAMES, FashionMNIST
 from jax_cnn.files import write_json
 from jax_cnn.pictures import prepare
 from jax_cnn.pictures.likeness import find_oddities
 from jax_cnn.pictures.prepare import Prepared, prepare_picture
 from jax_cnn.pictures.read import Picture, decode_picture, list_pictures, read_picture
-from jax_cnn.torch_layout import TorchDict
+from jax_cnn.torch_layout import TorchDict, layout_of
 from jax_cnn.weights import load_weights, save_weights
 from parity_tests.support import (
     ENVIRONMENT,
@@ -53,7 +53,7 @@ AGREEMENT = 5e-6
 
 PORTRAIT = Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")  # a photograph before a flag
 
-Network = Callable[[np.ndarray], np.ndarray]
+Classifier = Callable[[np.ndarray], np.ndarray]
 
 
 def save_png(pixels: np.ndarray, path: Path) -> Path:
@@ -77,7 +77,7 @@ def trained(train_once: TrainOnce) -> Path:
 
 
 @pytest.fixture(scope="module")
-def network(trained: Path) -> Network:
+def network(trained: Path) -> Classifier:
     """Return the same network in PyTorch: a function of images, uint8 [size, 28, 28], that returns probabilities."""
     weights = load_weights(trained / WEIGHTS, "float32")
     return lambda images: special.softmax(compute_logits("torch", weights, images), axis=1)
@@ -108,7 +108,7 @@ def assert_agreement(actual: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--framework", "torch", "--weights", STATE_DICT)], ids=["jax", "torch"])
 def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
-    data: FashionMNIST, trained: Path, network: Network, test_pngs: list[Path], arguments: tuple[object, ...]
+    data: FashionMNIST, trained: Path, network: Classifier, test_pngs: list[Path], arguments: tuple[object, ...]
 ) -> None:
     expected = network(data.test_images[:COUNT])
     assert (expected.argmax(axis=1) == data.test_labels[:COUNT]).mean() > 0.7, "the network has learnt nothing"
@@ -118,19 +118,18 @@ def test_the_test_images_get_the_probabilities_that_the_network_gives_them(
     assert_agreement(actual, expected)
 
 
-def test_a_pixel_that_is_off_by_one_exceeds_the_bound(data: FashionMNIST, network: Network) -> None:
+def test_a_pixel_that_is_off_by_one_exceeds_the_bound(data: FashionMNIST, network: Classifier) -> None:
     pixels = data.test_images[:COUNT].copy()
     pixels[:, 14, 14] ^= 1
     with pytest.raises(AssertionError, match=r"> 5\.0e-06"):
         assert_agreement(network(pixels), network(data.test_images[:COUNT]))
 
 
-def test_weights_from_torch_serve_jax_and_are_found_in_torchs_output_folder(
-    torch_weights: TorchDict, tmp_path: Path, boot: Path
-) -> None:
+def test_weights_of_any_network_serve_both_and_are_found_in_torchs_output_folder(tmp_path: Path, boot: Path) -> None:
+    layout, rng = layout_of(Network("mlp", 20)), np.random.default_rng(0)
     weights = tmp_path / "runs" / "torch" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
-    save_weights(weights, torch_weights)
+    save_weights(weights, {name: rng.normal(0, 0.1, leaf.shape).astype("float32") for name, leaf in layout.items()})
     _, from_torch = predict(boot, "--framework", "torch", cwd=tmp_path)
     _, from_jax = predict(boot, "--weights", weights, cwd=tmp_path)
     assert_agreement(from_torch, from_jax)
@@ -162,13 +161,13 @@ def photographs(data: FashionMNIST) -> list[Picture]:
     return [photograph(image, index, index % 2 == 0) for index, image in enumerate(data.test_images[:PHOTOGRAPHS])]
 
 
-def measure_accuracy(network: Network, images: np.ndarray, data: FashionMNIST) -> float:
+def measure_accuracy(network: Classifier, images: np.ndarray, data: FashionMNIST) -> float:
     """Return the share of images that the network gives the label of the test image at the same place."""
     return float((network(images).argmax(axis=1) == data.test_labels[: len(images)]).mean())
 
 
 def test_photographs_are_recognised_as_well_as_the_images_that_they_show(
-    data: FashionMNIST, photographs: list[Picture], network: Network
+    data: FashionMNIST, photographs: list[Picture], network: Classifier
 ) -> None:
     prepared = [prepare_picture(picture) for picture in photographs]
     right = measure_accuracy(network, np.stack([picture.pixels for picture in prepared]), data)
@@ -191,7 +190,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], int]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_photographs_prepared_with_a_fault_are_recognised_less_well(
-    data: FashionMNIST, photographs: list[Picture], network: Network, monkeypatch: pytest.MonkeyPatch, fault: str
+    data: FashionMNIST, photographs: list[Picture], network: Classifier, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     name, faulty, few = FAULTS[fault]
     monkeypatch.setattr(prepare, name, faulty)
@@ -205,7 +204,7 @@ def test_photographs_prepared_with_a_fault_are_recognised_less_well(
 
 
 def test_the_text_is_three_classes_the_preparation_and_a_warning(
-    data: FashionMNIST, trained: Path, network: Network, tmp_path: Path
+    data: FashionMNIST, trained: Path, network: Classifier, tmp_path: Path
 ) -> None:
     """The name of a file stays on its line, even if the output cannot show its characters."""
     boot = data.test_images[0]

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import pickle
 import zipfile
 from argparse import Namespace
@@ -16,14 +15,12 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from PIL import Image
 
 from jax_cnn.checkpoint import AdamState, Checkpoint, Progress, save_checkpoint
 from jax_cnn.config import CNN, Network, UserError
-from jax_cnn.data import FashionMNIST
 from jax_cnn.torch_layout import TorchDict, layout_of
 from jax_cnn.weights import load_weights, recognise, save_weights
-from parity_tests.support import TrainOnce, read_json, run_successfully, zero_weights
+from parity_tests.support import TrainOnce, read_json, zero_weights
 from torch_ref.model import SimpleCNN, make_model
 from torch_ref.weights import read_tensors
 
@@ -248,13 +245,3 @@ def test_the_network_is_in_the_record_and_in_the_weights(train_once: TrainOnce, 
     config = read_json(results / "config.json")["config"]
     assert (config["model"], config["hidden"]) == ("mlp", 20)
     assert recognise(load_weights(results / "weights.safetensors", "float32", None)) == Network("mlp", 20)
-
-
-def test_both_frameworks_predict_with_it(train_once: TrainOnce, data: FashionMNIST, tmp_path: Path) -> None:
-    Image.fromarray(data.test_images[0]).save(tmp_path / "boot.png")
-    flags = ("--weights", train_once("jax", *MLP).results / "weights.safetensors", "--json")
-    from_jax, from_torch = (
-        json.loads(run_successfully("predict", "boot.png", *flags, "--framework", framework, cwd=tmp_path))
-        for framework in ("jax", "torch")
-    )
-    assert from_jax["probabilities"] == pytest.approx(from_torch["probabilities"], abs=1e-6)
