@@ -150,7 +150,7 @@ def checksum(text: str, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def decode(name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    """Return a tensor of a safetensors file. bfloat16 becomes float32, of which it is the upper half.
+    """Return a tensor of a safetensors file. bfloat16 becomes float32: its bits are the upper half of those.
 
     Raises:
         ValueError: NumPy has no such dtype.

@@ -140,8 +140,8 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def assert_slip(done: CompletedProcess[str], *words: str) -> None:
-    """Assert that a command ended as it must after a user's slip: status 2 and one line that names these words."""
+def assert_user_error(done: CompletedProcess[str], *words: str) -> None:
+    """Assert that a command ended as it must after a user's mistake: status 2 and one line that names these words."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1, done.stderr

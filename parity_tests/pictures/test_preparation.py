@@ -479,7 +479,7 @@ def test_the_study_counts_answers_warnings_and_what_misleads(
     certain = np.eye(10, dtype=np.float32)[[8] * 50] * 50
     monkeypatch.setattr(study, "compute_logits", lambda framework, weights, pixels: certain)
     enlarged = [prepare_image(enlarge(image)) for image in data.test_images[:50]]
-    enlarged[:5] = [picture._replace(garments=2) for picture in enlarged[:5]]  # of which no label is 8
+    enlarged[:5] = [picture._replace(garments=2) for picture in enlarged[:5]]  # none of these has the label 8
     bags, warned = (labels == 8).mean(), sum(find_oddities(picture) is not None for picture in enlarged) / 50
     row = study.judge("jax", {}, enlarged, labels)
     assert row == {"right": bags, "warned": warned, "misleading": pytest.approx(1 - bags - warned)}

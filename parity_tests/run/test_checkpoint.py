@@ -26,7 +26,7 @@ from parity_tests.support import (
     ENVIRONMENT,
     TIMEOUT,
     TrainOnce,
-    assert_slip,
+    assert_user_error,
     command_line,
     contents,
     read_metrics,
@@ -229,7 +229,7 @@ def test_a_finished_run_continues_to_more_epochs_as_if_they_had_been_asked_for_a
 def test_another_run_is_refused_and_the_old_one_stays(finished: Path, flags: Flags, resume: Resume) -> None:
     before = contents(finished)
     done = resume(framework="torch")
-    assert_slip(done, "framework was jax, not torch")
+    assert_user_error(done, "framework was jax, not torch")
     assert done.stdout == "", "refused after work was done"
     for more, message in (
         ("--batch-size 32", "batch-size was 16, not 32"),
@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(finished: Pa
     line = command_line("train_jax", *flags, "--epochs", 3, "--resume")
     line = [sys.executable, "-c", f"{limited}; os.execv(sys.argv[1], sys.argv[1:])", *line]
     done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert_slip(done, f"--out-dir {finished}: cannot write there (File too large); choose another folder")
+    assert_user_error(done, f"--out-dir {finished}: cannot write there (File too large); choose another folder")
     assert checkpoint_files(finished) == before
     assert all(load_checkpoint(path) for _, path in before)
     assert not list(finished.glob("*.tmp"))
@@ -290,7 +290,7 @@ def test_a_folder_that_is_taken_away_is_one_line(flags: Flags, results: Path, tm
         results.rename(tmp_path / "elsewhere")
         _, errors = process.communicate(timeout=TIMEOUT)
     done = subprocess.CompletedProcess(line, process.returncode, "", errors)
-    assert_slip(done, f"--out-dir {results}: cannot write there (No such file or directory)")
+    assert_user_error(done, f"--out-dir {results}: cannot write there (No such file or directory)")
     assert any(load_checkpoint(path) for _, path in checkpoint_files(tmp_path / "elsewhere"))
 
 
@@ -299,7 +299,7 @@ def test_a_loss_that_is_no_longer_a_number_stops_the_run_at_its_step(
     flags: Flags, results: Path, tmp_path: Path, framework: str
 ) -> None:
     done = run_command(f"train_{framework}", *flags, *OFTEN, "--learning-rate", "1e30", cwd=tmp_path)
-    assert_slip(done, "became", "step", "with --learning-rate 1e+30: try a smaller one")
+    assert_user_error(done, "became", "step", "with --learning-rate 1e+30: try a smaller one")
     for _, path in checkpoint_files(results):
         load_checkpoint(path)  # which refuses numbers that are not finite
 

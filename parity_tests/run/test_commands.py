@@ -1,4 +1,4 @@
-"""The commands as a person runs them: in their own process, in a pipe and on a terminal, with and without a slip."""
+"""The commands as a person runs them: in their own process, in a pipe and on a terminal, with and without a mistake."""
 
 import importlib.util
 import math
@@ -29,7 +29,7 @@ from parity_tests.support import (
     ROOT,
     TrainedRun,
     TrainOnce,
-    assert_slip,
+    assert_user_error,
     command_line,
     contents,
     read_json,
@@ -198,13 +198,13 @@ def assert_table_and_place(run: TrainedRun) -> None:
     assert all(name in lines[-1] for name in FILES)
 
 
-# --- A user's slip: one plain line that says what is wrong and what to do, and nothing changes ---
+# --- A user's mistake: one plain line that says what is wrong and what to do, and nothing changes ---
 
 
 ADVICE = re.compile(r"must (be|name)|--help|\b(add|choose|give|install|leave|put|train|try|use)\b")
 
 # Flags, and what the message names.
-SLIPS_OF_TRAINING = {
+TRAINING_MISTAKES = {
     "--epochs -1": ("--epochs", "-1", "between 1 and"),
     "--epochs abc": ("--epochs", "abc"),
     "--epoch 3": ("--epoch", "Perhaps you meant --epochs"),
@@ -221,8 +221,8 @@ SLIPS_OF_TRAINING = {
     "--out-dir taken/results": ("--out-dir", "taken/results"),
     "--out-dir new --resume": ("--resume", "no usable checkpoint in new", "leave --resume out"),
 }
-SLIPS = {
-    **{f"train_{name} {flags}": words for flags, words in SLIPS_OF_TRAINING.items() for name in FRAMEWORKS},
+MISTAKES = {
+    **{f"train_{name} {flags}": words for flags, words in TRAINING_MISTAKES.items() for name in FRAMEWORKS},
     "train_jax --dialect haiku": ("--dialect", "linen", "nnx", "plain"),
     "train_jax --devices 0": ("--devices must be between 1 and 1,000,000, not 0",),
     "train_jax --coordinator here": ("--coordinator must be HOST:PORT or cluster, not here",),
@@ -293,13 +293,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_data(script: str, *flags: str) -> list[str]:
-    """Return the words of a command. Training has no data folder: a slip that is not noticed ends in no download."""
+    """Return the words of a command. Training has no data folder: a mistake that is not noticed ends in no download."""
     return [script, *(("--data-dir", "taken") if script.startswith("train_") else ()), *flags]
 
 
 def assert_plain_line(done: CompletedProcess[str], words: tuple[str, ...]) -> None:
     """Assert that the message is one printable line that names these words and says what to do."""
-    assert_slip(done, *words)
+    assert_user_error(done, *words)
     assert done.stderr.endswith("\n")
     assert done.stderr.rstrip().isprintable(), f"not a line of plain text: {done.stderr!r}"
     assert ADVICE.search(done.stderr), f"what to do? {done.stderr}"
@@ -325,25 +325,25 @@ def end_unchanged(commands: Iterable[str], folder: Path, env: dict[str, str]) ->
 
 
 @pytest.fixture(scope="module")
-def slips(folder: Path, without_frameworks: dict[str, str]) -> dict[str, CompletedProcess[str]]:
-    """Return how each command of `SLIPS` ends."""
-    return end_unchanged(SLIPS, folder, without_frameworks)
+def mistakes(folder: Path, without_frameworks: dict[str, str]) -> dict[str, CompletedProcess[str]]:
+    """Return how each command of `MISTAKES` ends."""
+    return end_unchanged(MISTAKES, folder, without_frameworks)
 
 
-@pytest.mark.parametrize(("command", "words"), SLIPS.items(), ids=SLIPS)
+@pytest.mark.parametrize(("command", "words"), MISTAKES.items(), ids=MISTAKES)
 def test_a_wrong_flag_is_one_line_before_a_framework_loads_and_changes_nothing(
-    slips: dict[str, CompletedProcess[str]], command: str, words: tuple[str, ...]
+    mistakes: dict[str, CompletedProcess[str]], command: str, words: tuple[str, ...]
 ) -> None:
-    assert_plain_line(slips[command], words)
-    assert "Traceback" not in slips[command].stdout
+    assert_plain_line(mistakes[command], words)
+    assert "Traceback" not in mistakes[command].stdout
 
 
-def test_without_a_slip_the_command_loads_a_framework(folder: Path, without_frameworks: dict[str, str]) -> None:
+def test_without_a_mistake_the_command_loads_a_framework(folder: Path, without_frameworks: dict[str, str]) -> None:
     done = run_command("predict", "boot.png", "--weights", "weights", cwd=folder, env=without_frameworks)
     assert "ImportError: jax was imported" in done.stderr
 
 
-def test_a_slip_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str) -> None:
+def test_a_mistake_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str) -> None:
     """The library that reads the command line would draw a coloured frame there."""
     status, message = run_on_a_terminal(f"train_{framework}", "--epochs", "abc", cwd=folder)
     done = CompletedProcess([], status, "", message.replace("\r\n", "\n"))
@@ -351,7 +351,7 @@ def test_a_slip_on_a_terminal_is_one_plain_line_too(folder: Path, framework: str
 
 
 # What a command notices once its framework is loaded. The devices come first: nothing may have started JAX before.
-LATE_SLIPS: dict[str, tuple[str, ...]] = {
+LATE_MISTAKES: dict[str, tuple[str, ...]] = {
     "train_jax --coordinator cluster": ("--coordinator cluster: no cluster's environment tells where",),
     "train_jax --devices 3": ("--batch-size 64 cannot be shared among 3 devices; use --batch-size 66",),
     "train_jax --device gpu": ("--device gpu",),
@@ -362,25 +362,25 @@ LATE_SLIPS: dict[str, tuple[str, ...]] = {
     "train_torch --init-weights weights": ("weights: it is of",),
 }
 if importlib.util.find_spec("libtpu") is None:
-    LATE_SLIPS["compile_tpu --out-dir new"] = ("the TPU compiler is not installed here; pip install",)
+    LATE_MISTAKES["compile_tpu --out-dir new"] = ("the TPU compiler is not installed here; pip install",)
 CLUSTERLESS = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
 
 
 @pytest.fixture(scope="module")
-def late_slips(folder: Path) -> dict[str, CompletedProcess[str]]:
-    """Return how each command of `LATE_SLIPS` ends."""
-    return end_unchanged(LATE_SLIPS, folder, CLUSTERLESS)
+def late_mistakes(folder: Path) -> dict[str, CompletedProcess[str]]:
+    """Return how each command of `LATE_MISTAKES` ends."""
+    return end_unchanged(LATE_MISTAKES, folder, CLUSTERLESS)
 
 
-@pytest.mark.parametrize(("command", "words"), LATE_SLIPS.items(), ids=LATE_SLIPS)
+@pytest.mark.parametrize(("command", "words"), LATE_MISTAKES.items(), ids=LATE_MISTAKES)
 def test_devices_data_or_weights_that_do_not_serve_are_one_line_and_change_nothing(
-    late_slips: dict[str, CompletedProcess[str]], command: str, words: tuple[str, ...]
+    late_mistakes: dict[str, CompletedProcess[str]], command: str, words: tuple[str, ...]
 ) -> None:
     sees_gpu = torch.cuda.is_available() if "torch" in command else any(gpu.platform == "gpu" for gpu in jax.devices())
     if "gpu" in command and sees_gpu:
         pytest.skip("a GPU is here")
-    assert_plain_line(late_slips[command], words)
-    assert "Traceback" not in late_slips[command].stdout
+    assert_plain_line(late_mistakes[command], words)
+    assert "Traceback" not in late_mistakes[command].stdout
 
 
 def test_pytorch_has_no_tpu_and_says_what_has() -> None:

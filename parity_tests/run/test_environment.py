@@ -40,7 +40,7 @@ from jax_cnn.run.loop import chance, fit
 from jax_cnn.run.provenance import cuda_versions, warn_of_two_cudas
 from jax_cnn.run.resume import find_checkpoint
 from parity_tests import command
-from parity_tests.support import ROOT, TIMEOUT, assert_slip, run_python, zero_weights
+from parity_tests.support import ROOT, TIMEOUT, assert_user_error, run_python, zero_weights
 
 # One CUDA for both frameworks
 
@@ -190,7 +190,7 @@ def test_a_variable_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixtur
 def test_a_backend_that_matplotlib_does_not_know_is_such_a_variable() -> None:
     load = "from jax_cnn.run import command_line; command_line.run(lambda: __import__('matplotlib'))"
     done = run_python(load, env=os.environ | {"MPLBACKEND": "abacus"})
-    assert_slip(done, "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value")
+    assert_user_error(done, "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value")
 
 
 # The command line
@@ -208,7 +208,7 @@ def test_main_in_a_cell_does_not_read_the_kernel_s_own_flags(monkeypatch: pytest
     assert command_line.parse(TrainConfig(epochs=3), "") == TrainConfig(epochs=3)
 
 
-def test_a_slip_in_a_cell_is_one_line() -> None:
+def test_a_mistake_in_a_cell_is_one_line() -> None:
     """IPython calls this method instead of formatting a traceback."""
     assert UserError("--epochs must be 1 or more")._render_traceback_() == ["error: --epochs must be 1 or more"]
 
@@ -426,5 +426,5 @@ def test_a_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: P
 @anywhere
 def test_an_incomplete_data_folder_that_cannot_be_written_is_one_line(launch: Launch, checkout: Path) -> None:
     done = launch("train_torch", *SMALL, "--data-dir", checkout)
-    assert_slip(done, f"Fashion-MNIST is not in {checkout}/FashionMNIST/raw (missing: ", "Permission denied")
+    assert_user_error(done, f"Fashion-MNIST is not in {checkout}/FashionMNIST/raw (missing: ", "Permission denied")
     assert "give a data folder that can be written to" in done.stderr

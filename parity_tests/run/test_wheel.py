@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_slip, read_json, run_in_one_process
+from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_user_error, read_json, run_in_one_process
 
 pytestmark = pytest.mark.extended
 
@@ -201,11 +201,11 @@ def test_the_command_says_with_its_status_what_else_came_of_a_pair(environment: 
     assert "outputs: output of " in different.stdout
     assert read_json(folder / "faulty" / "report.json")["divergences"]
     words = "cannot be compared: the JAX model fails: ValueError: nothing works yet (my_port.py, line "
-    assert_slip(broken, f"--pair my_port:broken {words}")
+    assert_user_error(broken, f"--pair my_port:broken {words}")
     assert proposed.returncode in (None, 0), proposed.stdout + proposed.stderr
     for words in ("hidden.weight", "hidden/kernel", "linear("):
         assert words in proposed.stdout
-    assert_slip(own, "--pair simple_cnn needs", "jax-cnn-parity[train]")
+    assert_user_error(own, "--pair simple_cnn needs", "jax-cnn-parity[train]")
 
 
 def test_a_port_is_checked_in_the_porter_s_own_tests(environment: Path, folder: Path) -> None:

@@ -242,7 +242,7 @@ def sentences(result: Json) -> list[str]:
 
 def draw(result: Json, path: Path) -> None:
     """Draw the accuracy of every network, and how it falls on shifted test images, into a PNG."""
-    from matplotlib.figure import Figure  # only now: no slip should wait for matplotlib
+    from matplotlib.figure import Figure  # only now: an error should not wait for matplotlib
 
     *others, cnn = [mean(accuracies(entry)) for entry in result["entries"]]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
