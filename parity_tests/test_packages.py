@@ -1,4 +1,7 @@
-"""A porter installs the package beside their own libraries, and compares a pair of their own in their own folder."""
+"""The packages: who may import whom, what an import loads, and what the wheel is to somebody who has a port.
+
+A porter installs the wheel beside their own libraries, and compares a pair of their own in their own folder.
+"""
 
 import os
 import shutil
@@ -9,9 +12,53 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.support import ENVIRONMENT, ROOT, TIMEOUT, assert_user_error, read_json, run_in_one_process
+from parity_tests.support import (
+    ENVIRONMENT,
+    ROOT,
+    TIMEOUT,
+    assert_user_error,
+    read_json,
+    run_in_one_process,
+    run_python,
+)
 
-pytestmark = pytest.mark.extended
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "jax_cnn").rglob("*.py")
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the packages that are loaded once this code has run in a process of its own."""
+    done = run_python(f"{code}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_all_of_jax_cnn_loads_no_torch() -> None:
+    assert len(MODULES) > 10
+    loaded = loaded_by(f"import {', '.join(MODULES)}")
+    assert "jax" in loaded
+    assert not loaded & {"torch", "torchvision", "torch_ref"}
+
+
+def test_loading_the_data_loads_no_framework(data_dir: Path) -> None:
+    code = f"import pathlib; from jax_cnn import data; data.load_fashion_mnist(pathlib.Path({str(data_dir)!r}))"
+    assert not loaded_by(code) & {"torch", "torchvision", "jax", "jaxlib"}
+
+
+def test_adapting_a_function_loads_no_library() -> None:
+    code = "from parity_tests.harness.adapters import adapt; adapt(lambda variables, rows: rows)"
+    assert not loaded_by(code) & {"flax", "equinox", "haiku"}
+
+
+def test_import_linter_keeps_the_contracts() -> None:
+    lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    result = run_python(lint, "--no-cache", env={**os.environ, "PYTHONPATH": "scripts"})
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# --- The wheel ---
 
 # What the project's own networks need, but not the harness: a porter may have none of it.
 ONLY_FOR_TRAINING = ("flax", "torchvision", "jaxtyping", "safetensors", "platformdirs")
@@ -121,6 +168,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
+@pytest.mark.extended
 def test_the_wheel_has_the_packages_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"parity_tests/command.py", "parity_tests/harness/checks.py", "jax_cnn/model.py"} <= set(names)
@@ -179,6 +227,7 @@ def run(environment: Path, folder: Path, command: str, *arguments: str) -> subpr
     return subprocess.run(line, cwd=folder, env=VARIABLES, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
+@pytest.mark.extended
 def test_the_command_is_the_wheel_s_and_says_with_its_status_that_a_port_is_the_same(
     environment: Path, folder: Path
 ) -> None:
@@ -192,6 +241,7 @@ def test_the_command_is_the_wheel_s_and_says_with_its_status_that_a_port_is_the_
     assert {"outputs", "gradients", "optimizer", "trajectory"} <= set(report["passed"])
 
 
+@pytest.mark.extended
 def test_the_command_says_with_its_status_what_else_came_of_a_pair(environment: Path, folder: Path) -> None:
     """Run these commands in one process, because each would load both frameworks."""
     lines = [[str(script_of(environment, "parity-report")), *flags.split()] for flags in COMMANDS]
@@ -208,6 +258,7 @@ def test_the_command_says_with_its_status_what_else_came_of_a_pair(environment: 
     assert_user_error(own, "--pair simple_cnn needs", "jax-cnn-parity[train]")
 
 
+@pytest.mark.extended
 def test_a_port_is_checked_in_the_porter_s_own_tests(environment: Path, folder: Path) -> None:
     done = run(environment, folder, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 1, done.stdout + done.stderr
