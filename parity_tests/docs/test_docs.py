@@ -1,4 +1,4 @@
-"""What the docs and the lesson print is what they say.
+"""The docs and the lesson print what they say.
 
 The first Python block of docs/differences.md prepares what all its examples use. Every other Python block is an
 example, and the text block after it is its output. The table has one row for each section of the third level: a link to

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import compare
 from experiments.answers import FRAMEWORKS, STAGES
-from experiments.comparison import figures, page, programs, report, runs, scores
+from experiments.comparison import figures, listings, page, report, runs, scores
 from experiments.comparison.figures import DARK, LIGHT
 from experiments.comparison.runs import CompareConfig
 from experiments.records import Json
@@ -358,19 +358,19 @@ def f():
 def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings(tmp_path: Path) -> None:
     file = tmp_path / "program.py"
     file.write_text(PROGRAM, encoding="utf-8")
-    function, constant = programs.read_listing(str(file), "f"), programs.read_listing(str(file), "X")
+    function, constant = listings.read_listing(str(file), "f"), listings.read_listing(str(file), "X")
     assert (function["first_line"], function["last_line"]) == (6, 11)
-    assert programs.count_lines([function]) == 4
-    assert programs.count_lines([function, constant, constant]) == 5
+    assert listings.count_lines([function]) == 4
+    assert listings.count_lines([function, constant, constant]) == 5
     with pytest.raises(LookupError, match="holds no g"):
-        programs.read_listing(str(file), "g")
+        listings.read_listing(str(file), "g")
     with pytest.raises(LookupError, match="holds no f return yield"):
-        programs.read_listing(str(file), "f", "return", "yield")
+        listings.read_listing(str(file), "f", "return", "yield")
 
 
 def test_the_headline_counts_the_programs_that_ran(comparison: Comparison) -> None:
     (row,) = (row for row in comparison.report["headline"] if row["figure"] == "lines")
-    assert {side: row[side] for side in FRAMEWORKS} == programs.total_lines(comparison.report["programs"])
+    assert {side: row[side] for side in FRAMEWORKS} == listings.total_lines(comparison.report["programs"])
     lines = dict.fromkeys(FRAMEWORKS, 0)
     for part in comparison.report["programs"]:
         for program in part["programs"]:

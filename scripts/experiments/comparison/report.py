@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from experiments.answers import FRAMEWORKS, Framework
-from experiments.comparison import programs, scores
+from experiments.comparison import listings, scores
 from experiments.comparison.runs import (
     COMMITTED_BENCHMARK,
     MAY_DIFFER,
@@ -51,8 +51,8 @@ def measure(config: CompareConfig, progress: ProgressBar) -> Json:
         "runs": {framework: run._asdict() for framework, run in runs.items()},
         "speed": measure_speed(config, progress.report),
         "layers": scores.list_layers(),
-        "programs": programs.describe_parts(),
-        "operations": {"file": programs.OPERATIONS, "lines": len(programs.code_lines(programs.OPERATIONS))},
+        "programs": listings.describe_parts(),
+        "operations": {"file": listings.OPERATIONS, "lines": len(listings.code_lines(listings.OPERATIONS))},
     }
     begin(5, "test images")
     report |= scores.measure_networks(config, runs)
@@ -186,7 +186,7 @@ def headline(report: Json) -> list[Json]:
         "epoch_seconds": {side: median(row["train_seconds"] for row in rows) for side, rows in epochs.items()},
         "compile_seconds": {side: sum(row["compile_seconds"] for row in rows) for side, rows in epochs.items()},
         "peak_bytes": {side: report["runs"][side]["peak_bytes"] for side in FRAMEWORKS},
-        "lines": programs.total_lines(report["programs"]),
+        "lines": listings.total_lines(report["programs"]),
     }
     return [{"figure": name, **values} for name, values in figures.items()]
 
