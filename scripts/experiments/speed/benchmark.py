@@ -272,11 +272,11 @@ def measure_commands(config: BenchmarkConfig, show: Show) -> Json:
             for framework in order_of_round(list(runs), number):
                 label = f"train_{framework}.py, run {number + 1} of {config.command_runs}"
                 training = config.training(Path(folder) / f"{framework}-{number}")
-                runs[framework].append(run_command(framework, training, label, show))
+                runs[framework].append(time_command(framework, training, label, show))
     return {framework: describe_command(own_runs) for framework, own_runs in runs.items()}
 
 
-def run_command(framework: Framework, config: TrainConfig, label: str, show: Show) -> Json:
+def time_command(framework: Framework, config: TrainConfig, label: str, show: Show) -> Json:
     """Run one training command to its end, and show its progress behind the label."""
     first_report: tuple[float, int] | None = None  # its seconds and images
 
