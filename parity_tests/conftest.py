@@ -58,7 +58,7 @@ from parity_tests.support import ROOT, TrainedRun, TrainOnce, run_successfully
 MOST_WORKERS = 4  # each loads both frameworks, which takes about 3 GB
 LONGEST = (  # a minute and more
     *("test_parity.py", "test_checkpoint.py", "test_faults.py", "test_adapters.py"),
-    *("test_trainers.py", "test_devices.py", "test_comparison.py"),
+    *("test_trainers.py", "test_devices.py", "test_comparison.py", "test_docs.py", "test_environment.py"),
 )
 
 
