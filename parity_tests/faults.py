@@ -130,7 +130,7 @@ def mean_of_means(loss: Callable[..., Any], outputs: Any, targets: Any) -> Any:
 
 
 def smooth_labels(pair: Pair) -> Pair:
-    """Let PyTorch's loss count every class by 1 %."""
+    """Give all classes together a share of 1 % in the targets of PyTorch's loss."""
     loss = torch_objective(pair)
 
     def smoothed(outputs: Any, targets: Any) -> torch.Tensor:

@@ -46,7 +46,7 @@ from parity_tests.support import ROOT, TIMEOUT, assert_user_error, run_python, z
 
 
 def test_the_extras_bring_jax_the_cuda_that_the_installed_torch_has() -> None:
-    """Their libraries have the same paths, and pip lets one overwrite the other."""
+    """The libraries of two versions have the same paths, and pip lets one overwrite the other."""
     of_torch = cuda_versions(Requirement(line).name for line in requires("torch") or ())
     if not of_torch:
         pytest.skip("this torch is built without CUDA")

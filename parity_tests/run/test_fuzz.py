@@ -215,7 +215,7 @@ def test_the_damaged_text_of_a_checkpoint_gives_a_row_for_each_epoch_or_an_error
 
 
 def test_an_incomplete_run_is_not_a_finished_one(hammer: Hammer, tmp_path: Path) -> None:
-    """A study or a comparison does not train a finished run again."""
+    """A study or a comparison would not train it again if it were taken for one."""
     (tmp_path / "weights.safetensors").write_bytes(b"")
     record = {"framework": "jax", "config": {"epochs": 1}, "versions": {"jax": "0"}, "machine": {"cpu": "x"}}
     rows = b'{"epoch": 1, "test_accuracy": 0.5}\n'

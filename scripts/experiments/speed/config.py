@@ -144,11 +144,11 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
     """Batch sizes at which JAX and the best PyTorch are timed, on the images of a round or on one whole batch."""
     thread_counts: tuple[int, ...] | None = None
-    """Numbers of threads with which both are timed; 1, 2, 4 and so on up to all cores if not given."""
+    """Numbers of threads with which JAX and the best PyTorch are timed; 1, 2, 4 and so on up to all cores if not given."""
     sweep_rounds: int = 5
     """Rounds at each batch size and with each number of threads; 0 leaves both sections out."""
     train_sizes: tuple[int, ...] = (7_500, 15_000, 30_000, 60_000)
-    """Numbers of training images for which a whole epoch of both is timed."""
+    """Numbers of training images for which a whole epoch of JAX and of the best PyTorch is timed."""
     epoch_rounds: int = 3
     """Rounds for each number of training images; 0 leaves the section out."""
     stage_rounds: int = 5
@@ -158,9 +158,9 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     command_runs: int = 2
     """How many times train_jax.py and train_torch.py are run as whole commands; 0 leaves the section out."""
     command_epochs: int = TrainConfig.epochs
-    """Epochs of each of these runs."""
+    """Epochs of each run of a whole command."""
     command_images: int | None = None
-    """Train these runs on the first N images only."""
+    """Run the whole commands on the first N training images only."""
     out_dir: Path = Path("runs/benchmark")
     """Folder for the figures and charts. Earlier ones in it are moved aside, not overwritten."""
 
