@@ -144,7 +144,7 @@ class BenchmarkConfig(FolderConfig, SeedConfig):
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
     """Batch sizes at which JAX and the best PyTorch are timed, on the images of a round or on one whole batch."""
     thread_counts: tuple[int, ...] | None = None
-    """Numbers of threads with which JAX and the best PyTorch are timed; 1, 2, 4 and so on up to all cores if not given."""
+    """Numbers of threads at which JAX and the best PyTorch are timed; 1, 2, 4, … up to all cores if not given."""
     sweep_rounds: int = 5
     """Rounds at each batch size and with each number of threads; 0 leaves both sections out."""
     train_sizes: tuple[int, ...] = (7_500, 15_000, 30_000, 60_000)
