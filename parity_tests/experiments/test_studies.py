@@ -310,9 +310,6 @@ CONVOLUTION = read_json(ROOT / "docs" / "results" / "convolution" / "convolution
 PICTURES = read_json(ROOT / "docs" / "results" / "pictures" / "pictures.json")
 
 
-# --- The files ---
-
-
 @pytest.mark.parametrize(("setting", "epochs", "images"), [("full", 5, None), ("short", 1, 12_800)])
 def test_accuracy_is_of_todays_trainings_with_ten_complete_seeds(setting: str, epochs: int, images: int | None) -> None:
     planned = [run for run in accuracy.plan_runs(AccuracyConfig()) if run.name == setting]

@@ -175,22 +175,21 @@ def test_a_second_command_in_one_process_is_told_what_jax_reads_only_once() -> N
         pick_devices(JaxTrainConfig(devices=64))
 
 
-@pytest.mark.parametrize("reader", command_line.READERS)
-def test_a_variable_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str], reader: str) -> None:
-    def main() -> None:
-        place = str(Path("site-packages") / command_line.READERS[reader])
-        exec(compile("raise ValueError('invalid truth value: ITS_NAME')", place, "exec"))
-
-    with pytest.raises(SystemExit, match="2"):
-        command_line.run(main)
-    error = f"error: {reader} cannot read its variables (invalid truth value: ITS_NAME): unset or correct it\n"
-    assert capsys.readouterr().err == error
-
-
-def test_a_backend_that_matplotlib_does_not_know_is_such_a_variable() -> None:
-    load = "from jax_cnn.run import command_line; command_line.run(lambda: __import__('matplotlib'))"
-    done = run_python(load, env=os.environ | {"MPLBACKEND": "abacus"})
-    assert_user_error(done, "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value")
+@pytest.mark.parametrize(
+    ("library", "variable", "words"),
+    [
+        ("jax", "JAX_ENABLE_X64", "JAX cannot read its variables (invalid truth value 'abacus'"),
+        (
+            "matplotlib",
+            "MPLBACKEND",
+            "matplotlib cannot read its variables (Key backend: 'abacus' is not a valid value",
+        ),
+    ],
+)
+def test_a_variable_that_cannot_be_read_is_one_line(library: str, variable: str, words: str) -> None:
+    load = f"from jax_cnn.run import command_line; command_line.run(lambda: __import__({library!r}))"
+    done = run_python(load, env=os.environ | {variable: "abacus"})
+    assert_user_error(done, words, "): unset or correct it")
 
 
 # The command line
