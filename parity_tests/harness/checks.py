@@ -80,6 +80,7 @@ LOSS_BOUND = Bound(1e-12, "float64 rounding; worst seen over 20 seeds 2.0e-16 of
 EPOCHS_COMPARED = 2
 INITIALISATION_SEEDS, TRAJECTORY_STEPS, HANDOVER_STEPS = 20, 12, 6
 FEW_SEEDS, FEW_STEPS = 6, 3  # for a large network
+PARAMETERS_TRAINED = 60_000_000  # in all steps of a check: ResNet-18 takes 5 steps, and networks of 20 million 3
 INITIALISATION_SAMPLE = 2_000  # values of a tensor and seed: 40,000 in all show a difference of 2 % in distribution
 LARGEST_GRAM = 64  # rows of a matrix whose products are all taken
 FALSE_ALARMS = 1e-4  # how often the check may fail although the distributions are the same
@@ -524,12 +525,14 @@ def epoch_of(case: Case, epoch: int) -> Iterator[tuple[Batch, Batch]]:
 
 
 def batches_of(case: Case, steps: int) -> list[BatchPair]:
-    """Return the batches of these steps; a large network takes fewer.
+    """Return the batches of these steps, or of fewer, the more parameters the network has, but three at least.
 
     They have one size, if no data pipelines are given: another is one more program to compile, and its gradients are
     compared elsewhere.
     """
-    return training_batches(case, (steps if case.small else FEW_STEPS) * case.pair.micro_batches, case.sizes[:1])
+    parameters = sum(parameter.numel() for parameter in case.module.parameters())
+    steps = max(FEW_STEPS, min(steps, PARAMETERS_TRAINED // max(parameters, 1)))
+    return training_batches(case, steps * case.pair.micro_batches, case.sizes[:1])
 
 
 def for_torch(case: Case, batch: Batch) -> Any:

@@ -481,8 +481,9 @@ def compare_handover(
 ) -> Iterator[Divergence]:
     """Change the framework twice, as `handover` does."""
     begin(setup, notes)
+    third = len(groups_of(setup, batches)) // 3
+    batches = batches[: 3 * third * setup.micro_batches] or batches
     groups = groups_of(setup, batches)
-    third = len(groups) // 3
     torch_run, jax_run = TorchRun(setup, training=training), JaxRun(setup, training=training)
     train_torch(torch_run, groups[:third])
     if reason := why_not_carried(setup, jax_run, torch_run):
