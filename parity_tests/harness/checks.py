@@ -962,18 +962,9 @@ TRAINING = ("transfer", "data", "outputs", "loss", "gradients", "statistics", "s
 # A check whose result would only repeat a fault of these is not run.
 INHERITS: Mapping[str, Sequence[str]] = {
     "statistics": ("outputs",),
-    "trajectory": ("transfer", "data", "outputs", "loss", "gradients", "statistics", "schedule", "optimizer"),
-    "handover": (
-        "transfer",
-        "data",
-        "outputs",
-        "loss",
-        "gradients",
-        "statistics",
-        "schedule",
-        "optimizer",
-        "trajectory",
-    ),
+    "trajectory": TRAINING,
+    "handover": (*TRAINING, "trajectory"),
+    "drift": (*TRAINING, "trajectory"),
     "precision": ("transfer", "data", "outputs", "gradients"),
 }
 
@@ -1051,7 +1042,7 @@ def examine(
     if "parameters" not in failed:
         result.comparisons = compare_batches(case) if {"outputs", "gradients"} & set(names) else []
         result.float32 = case.shared.get("float32", {})
-        if steps and not (why_not_optimized(case) or why_not_trained(case)):
+        if steps and not find_obstacle(case, "drift", failed):
             progress(f"drift over {steps} steps")
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
@@ -1083,7 +1074,7 @@ def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:
         return COMPLEX
     if name == "statistics" and True not in case.modes:
         return why_not_trained(case) or "the network has no running statistics"
-    if name in ("optimizer", "trajectory", "handover"):
+    if name in ("optimizer", "trajectory", "handover", "drift"):
         return why_not_optimized(case) or (why_not_trained(case) if name != "optimizer" else "")
     return ""
 
