@@ -63,6 +63,7 @@ SMALL = 12  # stages: a network with no more is listed without folding
 MOST_OF_A_KIND, MOST_NOTES, NOTE_LETTERS = 20, 6, 160  # in the sentences
 STAGE_LETTERS = 21  # in the table, so that it fits 80 columns
 NUMBER = re.compile(r"[-+]?\b\d([\d.,]*\d)?(e[-+]\d+)?")  # in the sentences
+FIGURES_AND_CAUSE = re.compile(r"bound: [^()]*\); ")  # a problem that says more than how large the error is
 RUN = 3  # folded modules of one verdict in a row become one line
 NAMED_STAGES, NAMED_FAULTS = 25, 6  # in the picture
 FAULT_LETTERS, AXIS_LETTERS, LEVEL_LETTERS = 48, 18, 60  # of one name, of one name, and of all names side by side
@@ -506,10 +507,17 @@ def describe_divergences(result: "Result") -> Iterator[str]:
 
 
 def alike(divergences: Iterable[Divergence]) -> Iterator[list[Divergence]]:
-    """Yield the differences of one check, those together that say the same of several layers but for numbers."""
+    """Yield the differences of one check, those together that say the same of several layers but for numbers.
+
+    The layers have the same name but for numbers. Where a cause is known, the last part of the name is enough.
+    """
     kinds: dict[tuple[str, ...], list[Divergence]] = defaultdict(list)
     for divergence in divergences:
-        kinds[tuple(re.sub(NUMBER, "#", text) for text in divergence)].append(divergence)
+        if divergence.cause or re.search(FIGURES_AND_CAUSE, divergence.problem):
+            key = divergence._replace(where=divergence.where.rpartition(".")[2])
+        else:
+            key = divergence
+        kinds[tuple(re.sub(NUMBER, "#", text) for text in key)].append(divergence)
     for kind in kinds.values():
         yield from [kind] if len(kind) > 2 else ([divergence] for divergence in kind)
 

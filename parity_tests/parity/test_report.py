@@ -211,13 +211,20 @@ def test_what_is_alike_in_several_layers_is_one_line() -> None:
         ("11.norm", "error 1 at [2, 2]"),
     ]
     result.divergences = [Divergence("outputs", f"output of blocks.{name}", problem, "eps") for name, problem in places]
-    result.divergences += [Divergence("outputs", f"output of blocks.{n}.fc", "error 1") for n in range(2)]
+    result.divergences += [Divergence("outputs", "output of middle.norm", "error 2 at [0, 1]", "eps")]
+    figures = "error 3e-4 > 6e-12 at [0, 1] (JAX 1, PyTorch 2; 7 of 8 values; bound: rounding)"
+    result.divergences += [
+        Divergence("outputs", f"output of {n}.gelu", f"{figures}; equal with tanh (batch of 4)")
+        for n in ("a", "b.c", "")
+    ]
+    result.divergences += [Divergence("outputs", f"output of {n}.fc", figures) for n in ("a", "b.c", "d")]
     assert report.sentences(result).splitlines() == [
-        "Net differs in 5 places:",
+        "Net differs in 10 places:",
         "  outputs: output of blocks.1.norm: error 1.3e-06 at [0, 1]. eps; alike in output of blocks.2.norm, "
-        "output of blocks.11.norm",
-        "  outputs: output of blocks.0.fc: error 1",
-        "  outputs: output of blocks.1.fc: error 1",
+        "output of blocks.11.norm, output of middle.norm",
+        f"  outputs: output of a.gelu: {figures}; equal with tanh (batch of 4); alike in output of b.c.gelu, "
+        "output of .gelu",
+        *(f"  outputs: output of {n}.fc: {figures}" for n in ("a", "b.c", "d")),
     ]
 
 
