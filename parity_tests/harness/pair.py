@@ -177,10 +177,12 @@ class Pair:
         large = sum(parameter.numel() for parameter in self.new_module().parameters()) > LARGE
         return (2,) if large else (8, 5)  # a loss that divides by the wrong number shows on the second
 
-    def draw_inputs(self, seed: int, size: int) -> Inputs:
-        """Return inputs of this batch size that show as much as random numbers can."""
+    def draw_inputs(self, seed: int, size: int, extremes: bool = True) -> Inputs:
+        """Return inputs of this batch size that show as much as random numbers can, with or without extreme rows."""
         rng = np.random.default_rng((seed, size))
-        return as_inputs(self.inputs(rng, size)) if callable(self.inputs) else draw_like(self.inputs, rng, size)
+        if callable(self.inputs):
+            return as_inputs(self.inputs(rng, size))
+        return draw_like(self.inputs, rng, size, extremes=extremes)
 
     def draw_targets(self, seed: int, size: int) -> Any:
         """Return targets for a batch of this size: drawn by the pair's function, or rows of the example."""
@@ -189,9 +191,9 @@ class Pair:
             return self.targets and self.targets(rng, size)
         return jax.tree.map(lambda leaf: draw_rows(np.asarray(leaf), (seed, size, 1), size), self.targets)
 
-    def draw_batch(self, seed: int, size: int) -> Batch:
+    def draw_batch(self, seed: int, size: int, extremes: bool = True) -> Batch:
         """Return inputs and targets of this batch size."""
-        return Batch(self.draw_inputs(seed, size), self.draw_targets(seed, size))
+        return Batch(self.draw_inputs(seed, size, extremes), self.draw_targets(seed, size))
 
 
 FUNCTIONS = {
@@ -298,13 +300,14 @@ def batch_of(example: Any) -> int:
     return int(arrays[0].shape[0]) if arrays else 0
 
 
-def draw_like(example: Any, rng: np.random.Generator, size: int, zeros: bool = True) -> Inputs:
+def draw_like(example: Any, rng: np.random.Generator, size: int, zeros: bool = True, extremes: bool = True) -> Inputs:
     """Draw inputs like an example: floats anew, integers and booleans from the example's own values."""
     inputs = as_inputs(example)
     batch = batch_of((inputs.args, inputs.kwargs))
-    args = jax.tree.map(lambda leaf: redraw(leaf, rng, size, batch, zeros=zeros), inputs.args)
+    rows = {"zeros": zeros, "extremes": extremes}
+    args = jax.tree.map(lambda leaf: redraw(leaf, rng, size, batch, **rows), inputs.args)
     kwargs = {
-        name: jax.tree.map(lambda leaf, name=name: redraw(leaf, rng, size, batch, "mask" in name, zeros), value)
+        name: jax.tree.map(lambda leaf, name=name: redraw(leaf, rng, size, batch, "mask" in name, **rows), value)
         for name, value in inputs.kwargs.items()
     }
     return Inputs(*args, **kwargs)
@@ -325,15 +328,22 @@ def draw_rows(example: np.ndarray, seed: Sequence[int], size: int) -> np.ndarray
 
 
 def redraw(
-    example: Any, rng: np.random.Generator, size: int, batch: int, mask: bool = False, zeros: bool = True
+    example: Any,
+    rng: np.random.Generator,
+    size: int,
+    batch: int,
+    mask: bool = False,
+    zeros: bool = True,
+    extremes: bool = True,
 ) -> Any:
     """Draw one array like the example, with another batch size if its first axis is the batch.
 
     Floats are drawn from a normal distribution with the example's mean and deviation, inside its range if it has no
-    negative value. With 4 rows or more, the first is zero if it may be, the second nearly constant, the third ten times
-    as large, and the next two are three times as large at both ends of each axis: of many points, a maximum hardly ever
-    takes the last one. Masks, zeros and ones, and all that is no float keep the example's own rows or values; what a
-    mask does that is the same everywhere shows where its last value is another one.
+    negative value. With 4 rows or more, some are extreme unless `extremes` is false: the first is zero if it may be,
+    the second nearly constant, the third ten times as large, and the next two are three times as large at both ends of
+    each axis: of many points, a maximum hardly ever takes the last one. Masks, zeros and ones, and all that is no float
+    keep the example's own rows or values; what a mask does that is the same everywhere shows where its last value is
+    another one.
     """
     if not is_array(example):
         return example
@@ -354,7 +364,7 @@ def redraw(
     drawn = float(array.mean()) * (array.std() > 0) + spread * rng.standard_normal(rows.shape)
     if array.min() >= 0 and array.max() > 0:
         drawn = np.abs(drawn)
-    if size >= 4:
+    if size >= 4 and extremes:
         drawn[0] = 0 if zeros else drawn[0]
         drawn[1] = spread * (0.03 + NOISE * rng.random(rows.shape[1:]))
         drawn[2] *= 10

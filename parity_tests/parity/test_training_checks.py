@@ -111,6 +111,14 @@ def messages(found: Iterator[Divergence]) -> str:
     return "\n".join(map(str, found))
 
 
+def test_training_takes_no_row_that_is_zero_or_nearly_constant() -> None:
+    inputs = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    case = Case(Pair(normed_module, normed, inputs, load_normed, targets=np.arange(8) % 3))
+    assert case.pair.draw_inputs(0, 8).args[0].std(axis=1).min() == 0  # stage by stage such a row shows most
+    ((_, batch),) = checks.training_batches(case, 1, [8])
+    assert batch["args"][0].std(axis=1).min() > 0.1
+
+
 # --- Optimizers as people use them ---
 
 
