@@ -224,7 +224,10 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 
 def path_of(place: tuple[Any, ...], boxed: bool = True) -> str:
-    """Return the path of a leaf in a tree; `boxed`: without the attribute by which Flax's boxes hold their value."""
+    """Return the path of a leaf in a tree.
+
+    With `boxed`, the path leaves out the attribute in which Flax's boxes hold their value.
+    """
     names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in place]
     boxed = boxed and bool(place) and hasattr(place[-1], "name") and names[-1] == "value"
     return "/".join(names[:-1] if boxed else names)
@@ -383,7 +386,7 @@ def watch(required: bool = True) -> Iterator[Modules]:
 
 
 def watch_function() -> AbstractContextManager[Modules]:
-    """Do the same for a plain function, which may call no module at all."""
+    """Watch a plain function, which may call no module at all."""
     return watch(required=False)
 
 
@@ -421,7 +424,7 @@ def all_subclasses(parent: type) -> list[type]:
 
 
 def own_methods(kind: type, library: str) -> dict[str, Any]:
-    """Return what a class defines itself of `__call__`, `attend` and, if it is the user's, other public methods."""
+    """Return the methods that a class itself defines: `__call__`, `attend`, and other public ones of a user's class."""
     methods = {name: value for name, value in vars(kind).items() if name in ("__call__", "attend")}
     if kind.__module__.partition(".")[0] != library:
         for name, value in vars(kind).items():
@@ -973,7 +976,7 @@ def tapped_copy(part: Any, path: str = "") -> Any:
 
 
 def add_path(path: str, place: tuple[Any, ...]) -> str:
-    """Return the path of a part of a tree that has a path itself."""
+    """Return the path of a part of a tree: the path of the tree, followed by the place of the part in it."""
     return "/".join(filter(None, (path, path_of(place, boxed=False))))
 
 

@@ -176,7 +176,7 @@ class Origin(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Both sides on one batch."""
+    """Hold the results of the comparison of both sides on one batch."""
 
     size: int
     training: bool
@@ -206,7 +206,7 @@ class Comparison(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Makes each of these axes shorter that has this length, such as 64 rows and columns of an image."""
+    """Shorten each of these axes that has this length, such as 64 rows and columns of an image."""
 
     length: int
     shorter: int
@@ -278,7 +278,7 @@ class Case:
         self.small = sum(array.size for array in self.tensors.values()) <= LARGE  # functions between modules are seen
 
     def chooses_at_zero(self, outputs: Mapping[str, Any]) -> bool:
-        """Return whether the reference chooses, as by sorting, and has other outputs beside an input of 0."""
+        """Return whether the reference chooses, as by sorting, and gives other outputs for inputs near 0 than for 0."""
         inputs = self.cast(self.pair.draw_inputs(self.seed, self.sizes[-1]), "float64")
         rng = np.random.default_rng(self.seed)
 
@@ -371,7 +371,7 @@ class Case:
 
     @cached_property
     def float32_tables(self) -> list[str]:
-        """The names of the reference's tables in float32 that nothing carries to JAX: a port computes them itself."""
+        """Return the names of the float32 tables that nothing carries to JAX: a port computes them itself."""
         carried = self.module.state_dict().keys() - self.weight_map.unused
         return [name for name, table in tables_of(self.module) if name not in carried and keeps_float32(table.numpy())]
 
@@ -395,7 +395,7 @@ class Case:
 
     @cached_property
     def own_variables(self) -> Any:
-        """The variables that the JAX side makes itself, in float32; None if it has no way to.
+        """Return the variables that the JAX side makes itself, in float32, or None if it cannot make any.
 
         Weights that a model's `init` would draw are zeros: PyTorch's take their place, and to draw them takes long.
         """
@@ -425,7 +425,7 @@ class Case:
 
     @cached_property
     def proposal(self) -> Proposal:
-        """The map of the weights, with how each row of it was found."""
+        """Return the map of the weights, with the evidence for each row of it."""
         self.progress("the map of the weights")
         proposal = find_map(self)
         if proposal.assumed:
@@ -456,13 +456,13 @@ class Case:
 
     @property
     def no_weights(self) -> frozenset[str]:
-        """Return the leaves of the JAX model that are no weights, as an order of channels, or that JAX alone has."""
+        """Return the leaves that are no weights, such as an order of channels, and the leaves that JAX alone has."""
         leaves = {} if self.own_variables is None else self.model.leaves(self.own_variables)
         whole = (path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.inexact))
         return frozenset(whole) | self.alone(leaves)
 
     def alone(self, leaves: Mapping[str, Any]) -> frozenset[str]:
-        """Return the leaves that JAX alone has: declared as unused, or constants of a shape that PyTorch has not."""
+        """Return the leaves that JAX alone has: declared as unused, or constants with a shape that PyTorch lacks."""
         shapes = {squeezed(tensor.shape) for tensor in self.tensors.values()}
         other = (path for path in self.model.constants if squeezed(leaves[path].shape) not in shapes)
         return (self.left_out | frozenset(other)) & leaves.keys()
@@ -499,7 +499,7 @@ class Case:
 
     @property
     def weight_map(self) -> WeightMap:
-        """The map of the weights.
+        """Return the map of the weights.
 
         Raises:
             Refused: two maps fit equally. Where either lacks a weight, the check of parameters tells that first.
@@ -592,13 +592,13 @@ class Case:
 
     @cached_property
     def noise_in_training(self) -> bool:
-        """Whether what the reference computes in training mode depends on random numbers, apart from dropout."""
+        """Return whether what the reference computes in training mode depends on random numbers, apart from dropout."""
         module = fresh_copy(self.module, True, torch.float64)
         return draws_otherwise(self.first_outputs(module), self.first_outputs(module, noise=1))
 
     @cached_property
     def modes(self) -> tuple[bool, ...]:
-        """Evaluation mode, and training mode too if it computes something else, and what JAX can compute as well."""
+        """Return evaluation mode, and training mode too if it computes something else that JAX can compute as well."""
         training = self.pair.training
         if training is None:
             training = has_training_mode(self.module)
@@ -607,7 +607,7 @@ class Case:
 
     @cached_property
     def cuts(self) -> tuple[Cut, ...]:
-        """How the inputs can be smaller, if the reference takes them so.
+        """Return the ways to make the inputs smaller that the reference accepts.
 
         A padding, for example, may be right for images of even sizes only. Most convolutions and pools get an odd size
         in the place of an even one, or the other way round.
@@ -716,7 +716,7 @@ def find_map(case: Case) -> Proposal:
 
 
 class Choices(TorchFunctionMode):
-    """Notes whether a function is called that chooses: which of equal values comes first is not said."""
+    """Record whether a function is called that chooses: no rule says which of equal values comes first."""
 
     seen = False
 
@@ -727,7 +727,7 @@ class Choices(TorchFunctionMode):
 
 
 class StridedSizes(TorchFunctionMode):
-    """Notes the sizes of the images or sequences that convolutions and pools are given."""
+    """Record the sizes of the images or sequences that convolutions and pools are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -741,7 +741,9 @@ class StridedSizes(TorchFunctionMode):
 
 
 class Sizes(TorchFunctionMode):
-    """Notes the last shape of an example with so many values and more than one axis, and when weights are used.
+    """Record the shapes of examples in the results of functions, and when weights are used.
+
+    `seen` maps a number of values to the last shape that has so many values. Shapes with one axis are left out.
 
     Args:
         use: called with each tensor that a function is given.
@@ -1124,7 +1126,7 @@ class Sweeper:
 
     @property
     def expected_gradients(self) -> Mapping[str, np.ndarray]:
-        """PyTorch's gradients by all parameters that it trains; one that it detaches has a gradient of 0."""
+        """Return PyTorch's gradients by all parameters that it trains. Detached parameters have a gradient of 0."""
         trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
         zeros = {name: np.zeros(tuple(value.shape)) for name, value in trained.items()}
         return {**zeros, **self.reference.weight_gradients}

@@ -290,7 +290,7 @@ def describe_output(name: str) -> str:
 def loss(case: Case) -> Iterator[Divergence]:
     """Compare the loss of each batch size and its gradient by the outputs, both computed from PyTorch's outputs.
 
-    The first size that differs is told.
+    Only the first size that differs is reported.
     """
     pair = case.pair
     if pair.torch_loss is None and pair.targets is None:
@@ -486,7 +486,10 @@ def untrained(case: Case, variables: Any) -> frozenset[str]:
 
 
 def accepts(pair: Pair, model: Model, variables: Any) -> bool:
-    """Say whether the pair's optimizer takes what a model trains; one with a label for each leaf takes no fewer."""
+    """Return whether the pair's optimizer accepts the leaves that a model trains.
+
+    An optimizer with a label for each leaf does not accept fewer leaves.
+    """
     try:
         jax.eval_shape(lambda: make_optimizer(pair).init(model.params(variables)))
     except Exception:
@@ -518,7 +521,7 @@ def training_batches(case: Case, count: int, sizes: Sequence[int]) -> list[Batch
 
 
 def epoch_of(case: Case, epoch: int) -> Iterator[tuple[Batch, Batch]]:
-    """Yield the batches of an epoch of the pair's pipelines, JAX's first; the shorter one says how many."""
+    """Yield pairs of batches, JAX's first, from one epoch of both pipelines, until the shorter pipeline ends."""
     pair, found = case.pair, False
     assert pair.jax_batches is not None
     assert pair.torch_batches is not None

@@ -198,7 +198,7 @@ def factor_between(actual: np.ndarray, expected: np.ndarray) -> str:
 
 
 def order_between(actual: np.ndarray, expected: np.ndarray) -> str:
-    """Return in words what JAX's values are, if they are PyTorch's in another order, or moved along an axis."""
+    """Describe how JAX reorders PyTorch's values or moves them along an axis. Return "" if no such change is found."""
     if actual.shape != expected.shape or actual.dtype.kind not in "fiu" or actual.size > LARGEST_ORDERED:
         return ""
     actual, expected = widened(actual), widened(expected)
@@ -254,7 +254,8 @@ def widened(array: np.ndarray) -> np.ndarray:
 def slices(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
     """Yield slices of the longest axis that hold about `SLICE` values each.
 
-    One of the two sides is often a transposed view. A slice of its longest axis is near together in either layout.
+    One of the two sides is often a transposed view. In either layout, the values of such a slice are
+    close together in memory.
     """
     if array.ndim == 0 or array.size <= SLICE:
         yield ()

@@ -305,7 +305,7 @@ def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note
 
 
 def excuse_kinks(sweeper: Sweeper, comparison: Comparison) -> Comparison:
-    """Take back differences of gradients where both sides take a slope at a kink, but the slopes of its two sides.
+    """Take back differences of gradients at a kink where one side uses the left slope and the other the right slope.
 
     An activation such as leaky ReLU has two slopes at 0, and either is right. Both sides run again with every bias of 0
     a little above and a little below: there they agree, and at 0 each has one of these gradients. Other weights stay:
@@ -593,12 +593,12 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
 
 
 def tables_among(comparison: Comparison) -> list[str]:
-    """Return the functions with another value that no weight and no input of floats has a part in, as a mask."""
+    """Return the functions whose value differs and depends on no weight and no float input, such as a mask."""
     return [name for name, found in comparison.functions.items() if found.problem and name not in comparison.sources]
 
 
 def exchange_unseen(sweeper: Sweeper, comparison: Comparison) -> Comparison:
-    """Tell a stage once that JAX computes behind the next operation, such as a norm behind a residual sum.
+    """Report a stage only once if JAX computes it after the next operation, such as a norm after a residual sum.
 
     JAX has no value that is taken for this operation. The stage is what PyTorch's operations make in the other order.
     """
@@ -805,7 +805,10 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
 
 
 def users_of(comparison: Comparison, name: str) -> set[str]:
-    """Return all that is computed from a value that JAX has not under a name; of another value it is all values."""
+    """Return the values that are computed from a value which JAX has not under a name.
+
+    For any other name, return all values.
+    """
     known = {*comparison.stages, *comparison.functions}
     if name in known or name not in comparison.order:
         return {*comparison.order}
@@ -915,7 +918,7 @@ class Inside:
             self.by_size.setdefault(value.size, []).append(value)
 
     def of_shape(self, shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Return the values that fit a shape of PyTorch's, in every layout in which they do, each once."""
+        """Return JAX's values that fit a shape of PyTorch's, in every layout that fits, without duplicates."""
         return [value for _, value in self.numbered(shape)]
 
     def nearest(self, shape: tuple[int, ...], actual: np.ndarray) -> list[np.ndarray]:
@@ -957,12 +960,12 @@ class Inside:
                     yield np.broadcast_to(found, shape) if whole else found
 
     def without_copies(self, array: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the values that fit what PyTorch has several times in an array, as often as it has that."""
+        """Yield JAX's values that fit PyTorch's array without its repeated values, broadcast to the array's shape."""
         if (once := without_copies(array)).size < array.size:
             yield from (np.broadcast_to(value, array.shape) for value in self.of_shape(once.shape))
 
     def has(self, array: np.ndarray) -> bool:
-        """Return whether one of them is this value of PyTorch's; most are told apart by their sums."""
+        """Return whether JAX has this value of PyTorch's. The sums of the values tell most of them apart."""
         known = self.by_size.get(array.size, [])
         if array.size not in self.sums:
             self.sums[array.size] = np.array([value.sum() for value in known])
@@ -1117,7 +1120,10 @@ class History(NamedTuple):
                     yield argument, instead, next(iter(flat(function(*args, **kwargs)).values())).detach().numpy()
 
     def tries_of_two(self, place: str, actual: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield what `tries` does where two arguments are JAX's, as in a loop: the one that is made first."""
+        """Yield the same as `tries`, but with two arguments replaced by JAX's values, as in a loop.
+
+        The argument and the value that it yields are those of the argument that is made first.
+        """
         known = list(self.arguments(place)) if place in self.calls else []
         makers = [self.maker(argument, place) for _, argument in known]
         made = sorted((self.comparison.order.index(name), n) for n, name in enumerate(makers) if name is not None)

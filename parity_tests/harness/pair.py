@@ -467,7 +467,7 @@ def default_torch_loss(outputs: Any, targets: Any) -> torch.Tensor:
 
 
 def default_jax_loss(outputs: Any, targets: Any) -> jax.Array:
-    """Compute the same in JAX."""
+    """Compute the default loss in JAX."""
     if targets is not None and not jnp.issubdtype(targets.dtype, jnp.floating):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None].astype(jnp.int32), -1)
         return -chosen.mean()

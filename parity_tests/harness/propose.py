@@ -153,7 +153,7 @@ class Unit(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one of them may go in JAX.
+    """A place in JAX where a unit may go.
 
     Attributes:
         path: of the module or the leaf.
@@ -466,7 +466,10 @@ def stack_units(units: list[Unit], places: Sequence[Place]) -> list[Unit]:
 
 
 def families_of(units: Sequence[Unit]) -> list[list[tuple[list[Unit], Unit | None]]]:
-    """Return, for each front, the layers whose names differ in the number behind it; as one unit if they are alike."""
+    """Return, for each start of a name, the layers whose names differ only in the number after it.
+
+    Beside them comes the unit that they form together, or None if their shapes differ.
+    """
     lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
     for unit in units:
         for found in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
@@ -529,7 +532,7 @@ def is_whole(unit: Unit, option: Option) -> bool:
 
 
 def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
-    """Return the rules that may hold instead of the usual one, because neither shape nor name of a leaf tells."""
+    """Return the rules that may hold instead of the usual one, where neither shape nor name of a leaf decides."""
     known = place.kind in LAYERS_WITH_A_LAYOUT  # a layer of a library
     stacks = (leaf for leaf in place.leaves.values() if len(leaf) > 2)
     square = len(shape) == 2 and (shape[0] == shape[1] or any(leaf[1] == leaf[-1] == shape[1] for leaf in stacks))
@@ -558,7 +561,10 @@ def other_rules(unit: Unit, place: Place, shape: Shape) -> list[Rule]:
 
 
 def layouts_of(places: Sequence[Place]) -> tuple[bool | None, ...]:
-    """Return whether places may hold [in, out]: the usual way (None), and either where nothing but names speaks."""
+    """Return the layouts to try for these places: whether they hold [in, out], or None for the usual one.
+
+    Both layouts are tried where shapes alone do not decide.
+    """
     own = [place for place in places if place.kind not in LAYERS_WITH_A_LAYOUT]
     shapes = [
         shape
@@ -609,7 +615,7 @@ def flatten_sizes(units: Sequence[Unit], images: Mapping[str, Shape]) -> dict[st
 
 
 class Values(NamedTuple):
-    """The values on both sides, where JAX's leaves have some, and the sums of their absolutes."""
+    """The values on both sides, if JAX's leaves have values, and the sums of their absolute values."""
 
     torch: Mapping[str, np.ndarray]
     jax: Mapping[str, np.ndarray]
@@ -701,7 +707,7 @@ def alone(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def equal_names(units: Sequence[Unit], places: Sequence[Place]) -> set[tuple[int, int]]:
-    """Return the pairs whose names are the same inside of what the user put beside each other."""
+    """Return the pairs of a unit and a place in the same scope whose names inside of that scope are equal."""
     pairs = set()
     for scope in {unit.scope for unit in units}:
         names = {unit.inside: number for number, unit in enumerate(units) if unit.scope == scope}
@@ -879,7 +885,10 @@ def different(unit: Unit, rules: Sequence[Rule], leaves: Mapping[str, Shape]) ->
 def fused(
     units: Sequence[Unit], places: Sequence[Place], matches: Sequence[Match]
 ) -> Iterator[tuple[tuple[Unit, ...], tuple[Place, ...], tuple[Option, ...]]]:
-    """Yield linear layers that are left with queries, keys and values of one module, by their names in either."""
+    """Yield each linear layer without a match, with the queries, keys and values of one module on the other side.
+
+    The names of these three tell which is which.
+    """
     taken = (
         {unit.name for one in matches for unit in one.units},
         {place.path for one in matches for place in one.places},

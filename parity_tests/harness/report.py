@@ -272,7 +272,10 @@ def output_rows(comparison: Comparison) -> list[StageRow]:
 
 
 def weight_rows(comparison: Comparison) -> list[StageRow]:
-    """Return a row for the gradient by each weight. That of a layer with a wrong output only follows from it."""
+    """Return a row for the gradient by each weight.
+
+    If the output of a layer is wrong, a wrong gradient by its weight counts as a consequence of that output.
+    """
     rows = []
     wrong_outputs = has_problem(comparison.inherited.outputs)
     for name, inherited in comparison.inherited.weights.items():
@@ -294,7 +297,7 @@ def merge(result: "Result", rows_of: Callable[[Comparison], list[StageRow]]) -> 
 
 
 def merge_one(rows: Sequence[tuple[bool, StageRow]]) -> StageRow:
-    """Merge the rows of one value; each comes with whether it is of training mode."""
+    """Merge the rows of one value. The flag beside each row says whether the row is of training mode."""
     training, gravest = max(rows, key=lambda row: severity(row[1].verdict))
     in_evaluation = [severity(row.verdict) for is_training, row in rows if not is_training]
     only_there = training and severity(gravest.verdict) > max(in_evaluation, default=len(SEVERITY))
@@ -507,9 +510,10 @@ def describe_divergences(result: "Result") -> Iterator[str]:
 
 
 def alike(divergences: Iterable[Divergence]) -> Iterator[list[Divergence]]:
-    """Yield the differences of one check, those together that say the same of several layers but for numbers.
+    """Yield the differences of one check in groups: three or more that differ only in numbers are one group.
 
-    The layers have the same name but for numbers. Where a cause is known, the last part of the name is enough.
+    The names of their layers differ only in numbers too. Where a cause is known, only the last parts of the names are
+    compared. Every other difference is a group of its own.
     """
     kinds: dict[tuple[str, ...], list[Divergence]] = defaultdict(list)
     for divergence in divergences:

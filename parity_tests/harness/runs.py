@@ -84,18 +84,21 @@ class Setup:
 
     @property
     def start(self) -> Arrays:
-        """Views of all tensors that training starts from, by every name that they have."""
+        """Return views of all tensors that training starts from, each under every name that it has."""
         return {**tensors_of(self.module), **under_every_name(self.module, self.weights)}
 
     @cached_property
     def links(self) -> list[Link]:
-        """The entries of the map, ready to compare."""
+        """Return the entries of the map, ready to compare."""
         tensors = tensors_of(self.module)
         return [link(entry, tensors) for entry in self.weight_map.entries]
 
     @cached_property
     def held(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of parameters and paths of leaves that cannot train alike: JAX holds values computed from them."""
+        """Return the names of parameters and the paths of leaves that cannot train alike.
+
+        JAX holds values that are computed from these parameters.
+        """
         tensors = tensors_of(self.module)
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         names = parameters & {name for entry in self.weight_map.entries for name in entry.torch}
@@ -116,7 +119,7 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-        """The number of batches that one step of the optimizer takes."""
+        """Return the number of batches that one step of the optimizer takes."""
         return int(self.pair.micro_batches)
 
 
@@ -333,7 +336,7 @@ class GivenGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, draw: Callable[[], np.ndarray]) -> torch.Tensor:
-        """Return a loss of 0, and keep how its gradient is drawn."""
+        """Return a loss of 0, and keep the function that draws its gradient."""
         ctx.draw, ctx.dtype = draw, parameter.dtype
         return parameter.new_zeros(())
 

@@ -360,12 +360,12 @@ def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) ->
 
 
 def is_part(path: str, other: str) -> bool:
-    """Return whether a JAX module is another one or a part of it; all are parts of the model, which does not count."""
+    """Return whether a JAX module is another one or a part of it. The model itself does not count as the other one."""
     return bool(other) and f"{path}/".startswith(f"{other}/")
 
 
 def output_place(cell: Stage, stages: Collection[str]) -> str:
-    """Return where a cell has its output in what it returns: Flax's have it behind the state, others in front."""
+    """Return the place of a cell's output among the values that it returns: after the state in Flax, else in front."""
     if cell.kind in ("Dense", "DenseGeneral", "Linear", FUNCTION):
         return "no cell"
     if f"{cell.owner}[0]" not in stages or re.search("(GRU|Simple|MGU)Cell", cell.kind):
@@ -621,7 +621,7 @@ class Carry(NamedTuple):
         return moved.transpose(np.argsort(self.axes).tolist()).reshape(self.torch_shape)
 
     def split(self) -> Shape:
-        """Return PyTorch's shape before its axes are moved."""
+        """Return PyTorch's shape, with the last axis split into the axes of the image if PyTorch flattened one."""
         return (*self.torch_shape[:-1], *self.image) if self.image else self.torch_shape
 
 
@@ -678,12 +678,15 @@ def can_reshape(one: Shape, other: Shape) -> bool:
 
 
 def carry(torch_shape: Sequence[int], jax_shape: Sequence[int], channels_last: bool = True) -> Carry | None:
-    """Return the likeliest way to carry a value, or None if there is none."""
+    """Return the likeliest way to bring a value of PyTorch's shape into JAX's shape, or None if there is none."""
     return next(iter(candidates(torch_shape, jax_shape, channels_last)), None)
 
 
 def carry_stage(torch: Stage, jax: Stage, channels_last: bool) -> Carry | None:
-    """Return the likeliest way to carry a stage, or None if there is none: the steps of a scan may be first in JAX."""
+    """Return the likeliest way to bring PyTorch's value of a stage into JAX's shape, or None if there is none.
+
+    In JAX, the steps of a scan may be the first axis.
+    """
     if jax.steps and len(jax.shape) > 2 and torch.shape == (jax.shape[1], jax.shape[0], *jax.shape[2:]):
         swapped = Carry("steps first", (1, 0, *range(2, len(jax.shape))), torch.shape, jax.shape)
         if torch.shape != jax.shape or torch.batch_first:

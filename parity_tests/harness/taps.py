@@ -562,7 +562,7 @@ class Planner:
 
     @functools.cached_property
     def foreign(self) -> tuple[str, ...]:
-        """Where code is that is not the user's: JAX and what it wraps functions in, the libraries, this harness."""
+        """Return the paths of code that is not the user's: of JAX, its wrappers, the libraries and this harness."""
         return (*BEHIND_JAX, folder_of("jax"), *library_folders(), HARNESS)
 
     def find_functions(
@@ -1076,7 +1076,7 @@ class Traced:
 
         Args:
             args: the arguments of the traced function.
-            outputs: what a run with taps gave that did more besides. If they are the same, no other run is needed.
+            outputs: the outputs of a run with taps for another purpose. If they are the same, no other run is needed.
 
         Raises:
             Refused: the outputs differ by more than rounding.
@@ -1356,7 +1356,7 @@ def rewrite(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evaluate(jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr, each slow convolution in its other form, also in the jitted functions that it calls."""
+    """Evaluate a jaxpr. Replace each slow convolution by its other form, also in the jitted functions that it calls."""
     values: dict[Var, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 

@@ -271,7 +271,7 @@ class Watch(TorchFunctionMode):
         self.nodes.clear()
 
     def explain_missing(self) -> Iterator[str]:
-        """Drop the gradients that are not whole, and yield why each gradient is missing."""
+        """Drop the incomplete gradients of views that were changed in place, and yield why each gradient is missing."""
         for key in sorted(self.changed_views if self.backward else ()):
             self.gradients.pop(key, None)
             self.lost.setdefault("a view that was changed in place", []).append(key)
@@ -1087,7 +1087,7 @@ def second_differences(
     down: Mapping[str, np.ndarray],
     born: frozenset[str],
 ) -> dict[str, float]:
-    """Return the relative size of the rounding in each array that moves by more than float64 explains."""
+    """Return the relative rounding error of each array in which it is larger than float64 rounding explains."""
     errors = {}
     for name, value in middle.items():
         arrays = (value, up.get(name), down.get(name))

@@ -330,12 +330,12 @@ def retry(check: Callable[[], Iterator[Divergence]], setup: Setup, notes: list[s
 
 
 def count_parts(found: Sequence[Divergence]) -> int:
-    """Return how many parts of the training differ, those that a message says to follow too."""
+    """Return how many parts of the training differ, with those that a message reports as consequences."""
     return sum(1 + each.cause.count(" with it") for each in found)
 
 
 def is_inherited(check: str, setup: Setup, notes: list[str]) -> bool:
-    """Return whether an earlier check of this setup found a difference that this one would only repeat; say so."""
+    """Return whether an earlier check of this setup found a difference that this one would only repeat, and note it."""
     if differs := setup.kept.get("differs", ""):
         add_note(notes, f"{check}: not tried, because {differs} differ")
     return bool(differs)
@@ -598,7 +598,10 @@ def compare_statistics(
 
 
 def explain_statistics(setup: Setup, batch: BatchPair, seed: int) -> dict[str, list[tuple[str, str]]]:
-    """Say what each side makes of the old value and of the batch, found by two steps from two different values."""
+    """Return, for each statistic that differs, how the two sides use the old value and the batch differently.
+
+    One step from each of two different old values shows this.
+    """
     links = [item for item in setup.links if len(item.entry.torch) == 1]
     steps: list[dict[tuple[str, str], tuple[np.ndarray, ...]]] = []
     for offset in (0, 1):
@@ -726,22 +729,22 @@ class Error:
 
     @property
     def jax(self) -> float:
-        """JAX's distance from the truth: the root mean square, relative to that of the truth."""
+        """Return JAX's distance from the truth: the root mean square, relative to that of the truth."""
         return float(np.sqrt(self.squares[0] / (self.squares[2] or self.runs)))
 
     @property
     def torch(self) -> float:
-        """PyTorch's distance from the truth."""
+        """Return PyTorch's distance from the truth."""
         return float(np.sqrt(self.squares[1] / (self.squares[2] or self.runs)))
 
     @property
     def budget(self) -> float:
-        """How far JAX may be from the truth, given how far PyTorch is."""
+        """Return how far JAX may be from the truth, given how far PyTorch is."""
         return self.factor * max(self.torch, HALF_ULP)
 
     @property
     def passes(self) -> bool:
-        """Whether JAX keeps to the budget, or too few values tell."""
+        """Return whether JAX keeps to the budget, or whether there are too few values for a judgement."""
         return self.values < FEWEST_VALUES or self.jax <= self.budget
 
 
@@ -836,7 +839,7 @@ def is_float(array: np.ndarray) -> bool:
 
 
 def small_gradients(setup: Setup, *seed: int) -> Callable[[str], np.ndarray]:
-    """Return a function that draws the gradient by a tensor; float32 holds the values exactly."""
+    """Return a function that takes a tensor's name and draws its gradient, in values that float32 holds exactly."""
     shapes = setup.weight_map.tensors
 
     def draw(name: str) -> np.ndarray:
@@ -847,7 +850,10 @@ def small_gradients(setup: Setup, *seed: int) -> Callable[[str], np.ndarray]:
 
 
 def later_moments(setup: Setup, kind: str, seed: int, after: int) -> Callable[[str], np.ndarray]:
-    """Return a function that draws moments about as large as after so many steps; float32 holds the values exactly."""
+    """Return a function that takes a tensor's name and draws its moment, in float32.
+
+    The moment is about as large as it would be after this many steps.
+    """
     draw = small_gradients(setup, seed, len(kind), after)
 
     def moments(name: str) -> np.ndarray:

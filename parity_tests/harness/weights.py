@@ -252,7 +252,7 @@ class WeightMap:
 
     @cached_property
     def uses(self) -> dict[str, np.ndarray | None]:
-        """How often each value of a tensor stands in JAX, for every tensor; None where JAX computes with it."""
+        """Return, for every tensor, how often each of its values stands in JAX, or None where JAX computes with it."""
         uses: dict[str, np.ndarray | None] = {}
         for entry in self.entries:
             for name, count in count_uses(entry, [self.tensors[name] for name in entry.torch]).items():
@@ -264,7 +264,7 @@ class WeightMap:
 
     @cached_property
     def lost(self) -> frozenset[str]:
-        """The tensors with a value that has no influence on any leaf."""
+        """Return the tensors with a value that has no influence on any leaf."""
         reached = {name: count > 0 for name, count in self.uses.items() if count is not None}
         for entry in self.entries:
             if not set(entry.torch) - reached.keys():
@@ -282,12 +282,12 @@ class WeightMap:
 
     @cached_property
     def rearranges(self) -> frozenset[str]:
-        """The tensors whose values all stand in JAX as they are: moments are carried by the same map, and back."""
+        """Return the tensors whose values all stand in JAX unchanged. The same map carries moments there and back."""
         return frozenset(name for name, count in self.uses.items() if count is not None and count.min(initial=1) > 0)
 
     @cached_property
     def counts(self) -> dict[str, np.ndarray]:
-        """The counts of `uses`, for the tensors with a value that stands in JAX more than once."""
+        """Return the counts of `uses` for the tensors with a value that stands in JAX more than once."""
         return {name: count for name, count in self.uses.items() if count is not None and count.max(initial=0) > 1}
 
 

@@ -439,7 +439,7 @@ def bias_left_out(sound: bool) -> Pair:
 
 @port("P7-LSTM", ("outputs", "output of rnn"))
 def gates_exchanged(sound: bool) -> Pair:
-    """PyTorch's gates come in the order input, forget, cell, output (google/flax#3746, #5594)."""
+    """Exchange the gates: PyTorch's order is input, forget, cell, output (google/flax#3746, #5594)."""
 
     def net(x: jax.Array) -> jax.Array:
         carry = jnp.zeros((len(x), HIDDEN), x.dtype), jnp.zeros((len(x), HIDDEN), x.dtype)
@@ -461,7 +461,7 @@ def gates_exchanged(sound: bool) -> Pair:
 
 @port("P7-scan", ("outputs", "output of rnn"))
 def gates_exchanged_in_a_scan(sound: bool) -> Pair:
-    """The same in a cell that the port itself calls for each step (equinox#1003)."""
+    """Exchange the gates in a cell that the port itself calls for each step (equinox#1003)."""
 
     class Net(eqx.Module):
         rnn: eqx.nn.LSTMCell
