@@ -416,11 +416,11 @@ def enter(modules: Modules, path: str, method: str, owner: Any, run: Callable[[]
 
 def all_subclasses(parent: type) -> list[type]:
     """Return a class and all that are derived from it."""
-    found = [parent]
+    classes = [parent]
     children: list[type] = type.__subclasses__(parent)
     for child in children:
-        found += [kind for kind in all_subclasses(child) if kind not in found]
-    return found
+        classes += [kind for kind in all_subclasses(child) if kind not in classes]
+    return classes
 
 
 def own_methods(kind: type, library: str) -> dict[str, Any]:
@@ -554,8 +554,8 @@ def linen_jit_by_path() -> Iterator[None]:
     original = proxy.__dict__["from_module"]
 
     def from_module(cls: Any, module: Any) -> Any:
-        made = original.__func__(cls, module)
-        return cls(made.module_ref, hash((made.hash_key, module.path)))
+        instance = original.__func__(cls, module)
+        return cls(instance.module_ref, hash((instance.hash_key, module.path)))
 
     proxy.from_module = classmethod(from_module)
     try:
@@ -1016,8 +1016,8 @@ def adapt_haiku(transformed: Any, kwargs: Keywords) -> Model:
     def init(key: jax.Array, inputs: Call) -> Any:
         # Batch norms make their averages in training mode alone.
         options = {**kwargs.of(transformed.init, True), **inputs.kwargs}
-        made = transformed.init(key, *inputs.args, **options)
-        return {"params": made[0], "state": made[1]} if stateful else {"params": made}
+        variables = transformed.init(key, *inputs.args, **options)
+        return {"params": variables[0], "state": variables[1]} if stateful else {"params": variables}
 
     def apply(variables: Any, inputs: Call, training: bool) -> tuple[Any, Any]:
         options = {**kwargs.of(transformed.apply, training), **inputs.kwargs}

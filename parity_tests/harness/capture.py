@@ -410,8 +410,8 @@ class Case:
         leaves, structure = jax.tree.flatten(shapes)
 
         def make(key: jax.Array) -> dict[int, jax.Array]:
-            made = enumerate(jax.tree.leaves(self.initialise(key)))
-            return {number: leaf for number, leaf in made if id(leaves[number]) not in drawn}
+            numbered_leaves = enumerate(jax.tree.leaves(self.initialise(key)))
+            return {number: leaf for number, leaf in numbered_leaves if id(leaves[number]) not in drawn}
 
         values = compiled(make)(key)  # the compiler leaves out whatever these do not depend on
         zeros = (values[n] if n in values else np.zeros(leaf.shape, leaf.dtype) for n, leaf in enumerate(leaves))
@@ -612,7 +612,7 @@ class Case:
         A padding, for example, may be right for images of even sizes only. Most convolutions and pools get an odd size
         in the place of an even one, or the other way round.
         """
-        inputs, found = self.pair.draw_inputs(self.seed, self.sizes[-1]), list[Cut]()
+        inputs, cuts = self.pair.draw_inputs(self.seed, self.sizes[-1]), list[Cut]()
         try:
             whole, shapes = self.strided_sizes(inputs), [leaf.shape for leaf in inputs.arrays()]
         except Refused:  # NaN in the weights is told by the check of transfer
@@ -630,9 +630,9 @@ class Case:
                 best = max(changed, key=lambda cut: changed[cut], default=None)
                 if best is not None and any(map(best.changes, inputs.arrays())):
                     inputs = inputs.map(best.apply)
-                    found.append(best)
+                    cuts.append(best)
                     break
-        return tuple(found)
+        return tuple(cuts)
 
     def strided_sizes(self, inputs: Inputs) -> list[int]:
         """Return the sizes of all that the reference gives to convolutions and pools, for these inputs.
@@ -999,12 +999,12 @@ class Sweeper:
         """
         both, prefer = {**self.stages, **self.functions}, self.case.channels_last
         ways = {
-            name: found
+            name: carries
             for name, stage in both.items()
-            if stage.carry in (found := candidates(stage.shape, stage.carry.jax_shape, prefer))
+            if stage.carry in (carries := candidates(stage.shape, stage.carry.jax_shape, prefer))
         }
         outputs = {name: output for name, output in self.outputs.items() if len(output.ways) > 1}
-        if not outputs and all(len(found) == 1 for found in ways.values()):
+        if not outputs and all(len(carries) == 1 for carries in ways.values()):
             return
         sweep = self.steered(False, False)
         actual, expected_outputs = flat(sweep.outputs), flat(self.reference.outputs)
@@ -1013,14 +1013,14 @@ class Sweeper:
             errors = [relative_error(carried(actual[output.jax], way), expected) for way in output.ways]
             if min(errors) < SAME_VALUES:
                 self.outputs[name] = output._replace(carry=output.ways[int(np.argmin(errors))])
-        sure = Counter((len(found[0].axes), found[0].axes) for found in ways.values() if len(found) == 1)
+        sure = Counter((len(carries[0].axes), carries[0].axes) for carries in ways.values() if len(carries) == 1)
         values = sweep.values
-        for name, found in ways.items():
+        for name, carries in ways.items():
             stage, expected = both[name], self.reference.values[name]
-            errors = [relative_error(way.to_torch(np.asarray(values[stage.jax])), expected) for way in found]
+            errors = [relative_error(way.to_torch(np.asarray(values[stage.jax])), expected) for way in carries]
             best = int(np.argmin(errors))
-            usual = max(range(len(found)), key=lambda n: sure[len(found[n].axes), found[n].axes])
-            way = found[best if errors[best] < SAME_VALUES else usual]
+            usual = max(range(len(carries)), key=lambda n: sure[len(carries[n].axes), carries[n].axes])
+            way = carries[best if errors[best] < SAME_VALUES else usual]
             kept = self.stages if name in self.stages else self.functions
             kept[name] = stage._replace(carry=way)
 
@@ -1050,13 +1050,13 @@ class Sweeper:
 
         The given arrays are replaced by views of what is returned, so that no value is held twice.
         """
-        found = {}
+        arrays = {}
         for name, stage in {**self.stages, **self.functions}.items():
             if name in values:
-                found[stage.jax] = jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
-                if found[stage.jax].dtype == values[name].dtype:
-                    values[name] = stage.carry.to_torch(np.asarray(found[stage.jax]))
-        return found
+                arrays[stage.jax] = jnp.asarray(stage.carry.to_jax(values[name]), real(values[name].dtype, self.dtype))
+                if arrays[stage.jax].dtype == values[name].dtype:
+                    values[name] = stage.carry.to_torch(np.asarray(arrays[stage.jax]))
+        return arrays
 
     def cotangents(self) -> dict[str, jax.Array]:
         """Return the random numbers that JAX's float outputs are multiplied with: those of PyTorch's."""
@@ -1217,8 +1217,12 @@ def excuse_padding(sweeper: Sweeper, sweep: Sweep, side: Side) -> Side:
     PyTorch stops this gradient inside of the layer, such a port behind it: its weight alone must not be judged there.
     """
     for name, layer in sweeper.module.named_modules():
-        found, weight = side.gradients.get(name), f"{name}.weight".lstrip(".")
-        if getattr(layer, "padding_idx", None) is None or weight not in side.weights or not (found and found.problem):
+        gradient, weight = side.gradients.get(name), f"{name}.weight".lstrip(".")
+        if (
+            getattr(layer, "padding_idx", None) is None
+            or weight not in side.weights
+            or not (gradient and gradient.problem)
+        ):
             continue
         expected = sweeper.reference.gradients[name]
         actual = take(sweep.gradients, {name: sweeper.stages[name]})[name]
@@ -1274,7 +1278,7 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
     }
     in_jax = jax_stages(traced.taps)
     owners = find_owners(case.weight_map)
-    found = match(
+    matches = match(
         in_torch,
         in_jax,
         owners,
@@ -1285,10 +1289,10 @@ def match_stages(case: Case, reference: TorchCapture, traced: Traced) -> tuple[d
     )
     stages = {}
     for name, stage in in_torch.items():
-        if name and name in found and traced.taps[found[name].jax].steered:
-            way = carry_stage(stage, in_jax[found[name].jax], case.channels_last)
+        if name and name in matches and traced.taps[matches[name].jax].steered:
+            way = carry_stage(stage, in_jax[matches[name].jax], case.channels_last)
             if way is not None:
-                stages[name] = Stage(found[name].jax, stage.kind, stage.shape, way, found[name].sure)
+                stages[name] = Stage(matches[name].jax, stage.kind, stage.shape, way, matches[name].sure)
     sizes: dict[Any, tuple[int, ...]] = {
         (stage.owner, stage.call, stage.place): stage.shape
         for stage in in_jax.values()

@@ -107,14 +107,14 @@ def parameters(case: Case) -> Iterator[Divergence]:
     counts = f"{gaps.torch_parameters:,} values in PyTorch, {gaps.jax_parameters:,} in JAX"
     names = list(weight_map.tensors)
     lost = {name: size_of(weight_map.tensors[name]) for name in gaps.torch if name in weight_map.lost}
-    found = wholes([name for name in gaps.torch if name not in lost], names, weight_map.tensors, ".") | lost
+    missing = wholes([name for name in gaps.torch if name not in lost], names, weight_map.tensors, ".") | lost
     known = [*names, *(name[: mark.start()] for name in names for mark in re.finditer(r"\.", name))]
-    for name, size in found.items():
+    for name, size in missing.items():
         if callable(case.pair.weights):
             popped = f": state.pop({name!r})" if name in names else ""
             hint = f"; if the port needs none, let your function take it out of the state dict{popped}"
         else:
-            key = pattern_of(name, [*found], known)
+            key = pattern_of(name, [*missing], known)
             hint = f"; if the port needs none, declare weights={{{key!r}: unused()}}, of parity_tests.harness.weights"
         what = "a part of it" if name in lost else "it"
         yield Divergence(
@@ -186,11 +186,11 @@ def data(case: Case) -> Iterator[Divergence]:
             if actual is None or expected is None:
                 yield Divergence("data", where, f"{'JAX' if actual is None else 'PyTorch'} has no such batch")
                 return
-            found = list(compare("data", arrays_of(actual), arrays_of(expected), EXACT, f"{where}: {{}}"))
+            divergences = list(compare("data", arrays_of(actual), arrays_of(expected), EXACT, f"{where}: {{}}"))
             if step == 0:
                 first.append(arrays_of(expected))
-            if found:
-                yield from found
+            if divergences:
+                yield from divergences
                 return
     if len(first) == EPOCHS_COMPARED and not list(compare("data", first[1], first[0], EXACT)):
         yield Divergence("data", "epochs 0 and 1", "both begin with the same batch: the order is not shuffled anew")
@@ -226,15 +226,15 @@ def births(comparison: Comparison) -> Iterator[tuple[str, str]]:
     """Yield the places where a difference of the outputs is born, with what is wrong there."""
     wrong = {name: value for name, value in comparison.local.values.items() if value.problem}
     of_functions = ((name, comparison.functions.get(name)) for name in comparison.born)
-    wrong |= {name: found for name, found in of_functions if found is not None and found.problem}
-    origins, told = comparison.origins, set[str]()
+    wrong |= {name: difference for name, difference in of_functions if difference is not None and difference.problem}
+    origins, reported = comparison.origins, set[str]()
     for name in comparison.order:
         place = origins[name].place if name in origins and name not in comparison.causes else name
         first = in_first_call(comparison, place)
-        if first in told and first != place and comparison.causes.get(first) == comparison.causes.get(place):
+        if first in reported and first != place and comparison.causes.get(first) == comparison.causes.get(place):
             continue  # the same line of a module that is called again
         if name in wrong:
-            told.add(place)
+            reported.add(place)
         if name in wrong and name in comparison.causes:
             yield f"output of {name}", f"{wrong[name].problem}; {comparison.causes[name]}"
         elif name in wrong and name not in origins:
@@ -296,15 +296,15 @@ def loss(case: Case) -> Iterator[Divergence]:
     if pair.torch_loss is None and pair.targets is None:
         return
     for size in case.sizes:
-        found = compare_losses(case, size)
-        if found:
+        divergences = compare_losses(case, size)
+        if divergences:
             with WithoutTiny():
                 again = compare_losses(case, size)
             if not again:
                 add_note(case.notes, "loss: PyTorch adds 1e-12 to squared lengths; compared without it")
-            found = again
-        yield from found
-        if found:  # a batch of another size would show it again
+            divergences = again
+        yield from divergences
+        if divergences:  # a batch of another size would show it again
             return
 
 
@@ -325,8 +325,8 @@ def compare_losses(case: Case, size: int) -> list[Divergence]:
             raise Refused("torch_loss= gives NaN: give targets= that it takes")
         grads = torch.autograd.grad(expected, list(reals.values()), allow_unused=True)
         value, actual_grads = jax_loss_of(case, batch, flat(results), size)
-    if found := list(compare("loss", {where: value}, {where: np.asarray(expected.detach())}, LOSS_BOUND)):
-        return found
+    if divergences := list(compare("loss", {where: value}, {where: np.asarray(expected.detach())}, LOSS_BOUND)):
+        return divergences
     by_torch = {
         n: np.zeros(tuple(r.shape)) if g is None else g.numpy() for (n, r), g in zip(reals.items(), grads, strict=True)
     }
@@ -423,10 +423,10 @@ def wrong_gradients(comparison: Comparison, wrong_outputs: bool) -> Iterator[tup
     again = {name for name in differing if (first := in_first_call(comparison, name)) != name and first in differing}
     stages = [name for name in comparison.local.gradients if name in differing - again]
     weights = [name for name, difference in comparison.local.weights.items() if difference.problem]
-    told, last_first = set[str](), [*reversed(stages)]
+    reported, last_first = set[str](), [*reversed(stages)]
     for name in sorted(last_first, key=lambda name: name in comparison.local.outputs):  # a module's own name first
-        if (problem := comparison.local.gradients[name].problem) not in told:
-            told.add(problem)
+        if (problem := comparison.local.gradients[name].problem) not in reported:
+            reported.add(problem)
             yield f"gradient by the output of {name}", problem
     for name in weights:
         yield f"gradient by {name}", comparison.local.weights[name].problem
@@ -522,13 +522,13 @@ def training_batches(case: Case, count: int, sizes: Sequence[int]) -> list[Batch
 
 def epoch_of(case: Case, epoch: int) -> Iterator[tuple[Batch, Batch]]:
     """Yield pairs of batches, JAX's first, from one epoch of both pipelines, until the shorter pipeline ends."""
-    pair, found = case.pair, False
+    pair, has_batches = case.pair, False
     assert pair.jax_batches is not None
     assert pair.torch_batches is not None
     for both in zip(pair.jax_batches(case.seed, epoch), pair.torch_batches(case.seed, epoch), strict=False):
-        found = True
+        has_batches = True
         yield both
-    if not found:
+    if not has_batches:
         raise Refused(f"jax_batches= or torch_batches= gives no batch in epoch {epoch}")
 
 
@@ -566,18 +566,18 @@ def tables(case: Case) -> Iterator[Divergence]:
         if buffers:
             paths = {p for entry in case.weight_map.entries if set(entry.torch) <= buffers.keys() for p in entry.jax}
             undrawn = case.model.variables is None and bool(paths & case.model.trainable(own))  # these are zeros
-            made = case.draw_variables(case.seed) if undrawn and case.can_draw else own
+            variables = case.draw_variables(case.seed) if undrawn and case.can_draw else own
             exact = {} if isinstance(case.pair.torch_module, nn.Module) else exact_buffers(case, buffers)
-            leaves = to_numpy_leaves(case, made)
-            found = list(compare_tables(case.weight_map, buffers, leaves, exact))
-            if found and (of_a_batch := made_of_a_batch(case, leaves)):
+            leaves = to_numpy_leaves(case, variables)
+            divergences = list(compare_tables(case.weight_map, buffers, leaves, exact))
+            if divergences and (of_a_batch := made_of_a_batch(case, leaves)):
                 entries = tuple(entry for entry in case.weight_map.entries if of_a_batch.isdisjoint(entry.jax))
                 add_note(
                     case.notes,
                     f"tables: not tried for {shorten(sorted(of_a_batch))}: JAX makes them of its first batch",
                 )
-                found = list(compare_tables(replace(case.weight_map, entries=entries), buffers, leaves, exact))
-            yield from found
+                divergences = list(compare_tables(replace(case.weight_map, entries=entries), buffers, leaves, exact))
+            yield from divergences
 
 
 def made_of_a_batch(case: Case, leaves: Arrays) -> set[str]:
@@ -776,9 +776,9 @@ def compare_tables(
                 problem = judge(ours, correct, limit, source)[1]
         if problem:
             alike.setdefault(name.rpartition(".")[2], []).append((name, f"{path} otherwise than PyTorch: {problem}"))
-    for found in alike.values():  # such as the running variances of all norms
-        first = "JAX builds " if len(found) == 1 else "JAX builds the first of them, "
-        yield Divergence("tables", shorten([*dict.fromkeys(name for name, _ in found)]), first + found[0][1])
+    for problems in alike.values():  # such as the running variances of all norms
+        first = "JAX builds " if len(problems) == 1 else "JAX builds the first of them, "
+        yield Divergence("tables", shorten([*dict.fromkeys(name for name, _ in problems)]), first + problems[0][1])
 
 
 def statistics(case: Case) -> Iterator[Divergence]:
@@ -800,22 +800,24 @@ def schedule(case: Case) -> Iterator[Divergence]:
     pair = case.pair
     if pair.torch_schedule is not None and pair.jax_schedule is not None:
         with blame("torch_schedule= or jax_schedule="):
-            found = list(training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes))
-        case.shared["schedules differ"] = bool(found)
-        yield from found
+            divergences = list(
+                training.schedule(pair.torch_schedule, pair.jax_schedule, pair.schedule_steps, case.notes)
+            )
+        case.shared["schedules differ"] = bool(divergences)
+        yield from divergences
 
 
 def optimizer(case: Case) -> Iterator[Divergence]:
     """Compare the optimizers alone, on the same gradients; where the schedules differ, with JAX's on both sides too."""
     setup, batch = case_setup(case), training_batches(case, 1, case.sizes)[0]
-    found = list(training.optimizer(setup, case.seed, case.notes, batch))
+    divergences = list(training.optimizer(setup, case.seed, case.notes, batch))
     rates = case.pair.jax_schedule
-    if found and rates is not None and case.shared.get("schedules differ"):
+    if divergences and rates is not None and case.shared.get("schedules differ"):
         alike = replace(setup, pair=replace(setup.pair, torch_schedule=partial(exact_rate, rates)))
         if not list(training.optimizer(alike, case.seed, case.notes, batch)):
             add_note(case.notes, "optimizer: compared with JAX's learning rates on both sides, because they differ")
             return
-    yield from found
+    yield from divergences
 
 
 def exact_rate(schedule: Callable[[Any], Any], step: int) -> float:
@@ -861,8 +863,8 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
             jax.eval_shape(lambda: case.model.apply(variables, inputs.map(jnp.asarray), True)[0])
     finally:
         dropped.reset(token)
-    lists = {side: [rate for _, rate in found] for side, found in rates.items()}
-    counts = {side: Counter(found) for side, found in lists.items()}
+    lists = {side: [rate for _, rate in named] for side, named in rates.items()}
+    counts = {side: Counter(values) for side, values in lists.items()}
     others = {*(counts["PyTorch"] - counts["JAX"]), *(counts["JAX"] - counts["PyTorch"])}
     as_often = counts["PyTorch"].total() == counts["JAX"].total()
     if case.model.library in ("Haiku", "function"):  # which tell no rates
@@ -871,15 +873,15 @@ def dropout_rates(case: Case, batch: Any) -> Iterator[Divergence]:
     own = {name: without_float32(rate) for name, rate in own.items()}
     if not others and len(counts["JAX"]) > 1:
         stages, of_jax = compare_batches(case)[0].stages, dict(rates["JAX"])
-        found = {name: of_jax.get(stages[name].jax, rate) for name, rate in own.items() if name in stages}
-        if wrong := [name for name, rate in found.items() if rate != own[name]]:
-            sides = [", ".join(f"{of_side[name]:g}" for name in wrong[:NAMES_SHOWN]) for of_side in (found, own)]
+        in_jax = {name: of_jax.get(stages[name].jax, rate) for name, rate in own.items() if name in stages}
+        if wrong := [name for name, rate in in_jax.items() if rate != own[name]]:
+            sides = [", ".join(f"{of_side[name]:g}" for name in wrong[:NAMES_SHOWN]) for of_side in (in_jax, own)]
             text = f"the rates of dropout in training are, in this order, {sides[0]} in JAX, and {sides[1]} in PyTorch"
             yield Divergence("trajectory", f"dropout {shorten(wrong)}", text)
     if not others:
         return
-    shown = {side: sorted(found if as_often else {*found}) for side, found in lists.items()}
-    seen = {side: ", ".join(f"{rate:g}" for rate in found) or "none" for side, found in shown.items()}
+    shown = {side: sorted(values if as_often else {*values}) for side, values in lists.items()}
+    seen = {side: ", ".join(f"{rate:g}" for rate in values) or "none" for side, values in shown.items()}
     text = f"the rates of dropout in training are {seen['JAX']} in JAX, and {seen['PyTorch']} in PyTorch"
     if as_often or (all(lists.values()) and counts["PyTorch"].keys().isdisjoint(counts["JAX"])):
         yield Divergence(
@@ -1040,9 +1042,9 @@ def examine(
             continue
         progress(name)
         release_memory()
-        found = list(check(case))
-        result.divergences += found
-        if found:
+        divergences = list(check(case))
+        result.divergences += divergences
+        if divergences:
             failed.append(name)
         else:
             result.passed.append(name)
@@ -1094,9 +1096,9 @@ def why_not_optimized(case: Case) -> str:
     if case.pair.torch_optimizer is None:
         return ""
     if "optimizer" not in case.shared:
-        made = case.pair.torch_optimizer(module := copy_module(case.module))
-        case.shared["optimizer"] = type(made)
-        trained = [one for group in getattr(made, "param_groups", []) for one in group["params"]]
+        torch_optimizer = case.pair.torch_optimizer(module := copy_module(case.module))
+        case.shared["optimizer"] = type(torch_optimizer)
+        trained = [one for group in getattr(torch_optimizer, "param_groups", []) for one in group["params"]]
         if trained and {*map(id, trained)}.isdisjoint(map(id, module.parameters())):
             raise Refused("torch_optimizer= makes one of other parameters: take those of the module it is given")
     kind = case.shared["optimizer"]

@@ -103,11 +103,11 @@ def compare_batches(case: Case) -> list[Comparison]:
     """Compare both sides on a batch of each size, in each mode. A further call returns the same comparisons."""
     if "comparisons" not in case.shared:
         first, *others = case.sizes
-        found = []
+        comparisons = []
         for training in case.modes:
-            found.append(compare_sides(case, first, training))
-            found += [compare_smaller(case, size, training) for size in others]
-        case.shared["comparisons"] = found
+            comparisons.append(compare_sides(case, first, training))
+            comparisons += [compare_smaller(case, size, training) for size in others]
+        case.shared["comparisons"] = comparisons
     return case.shared["comparisons"]
 
 
@@ -187,7 +187,7 @@ def excuse_rounding(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     comparison = excuse_threshold(sweeper, excuse_tiny(sweeper, excuse_constants(sweeper, comparison)))
     comparison = excuse_ties(sweeper, excuse_kinks(sweeper, excuse_tables(sweeper, comparison)))
     alarms = comparison.inherited.outputs, comparison.inherited.weights  # a stage alone raises none
-    small = [found.error for part in alarms for found in part.values() if found.problem]
+    small = [difference.error for part in alarms for difference in part.values() if difference.problem]
     if not small or max(small) > LARGEST_OWN_ERROR:
         return comparison
     return excuse_own_errors(sweeper, comparison)
@@ -200,7 +200,7 @@ def excuse_noise(sweeper: Sweeper, comparison: Comparison, moved: list[dict[str,
     has there. Later checks go on without this row.
     """
     case, pair = sweeper.case, sweeper.case.pair
-    wrong = {name: found.error for name, found in comparison.inherited.weights.items() if found.problem}
+    wrong = {name: difference.error for name, difference in comparison.inherited.weights.items() if difference.problem}
     is_noise = all(error <= NUDGE_FACTOR * max(one.get(name, 0.0) for one in moved) for name, error in wrong.items())
     if not wrong or not is_noise or has_problem(comparison.inherited.outputs) or callable(pair.inputs):
         return comparison
@@ -297,8 +297,8 @@ def nudge_float32(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def take_back_own(sweeper: Sweeper, comparison: Comparison, errors: Limits, note: str) -> Comparison:
     """Take back differences that a rounding on one side explains, and say so if there are some."""
     limits = {
-        kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in found.items()}
-        for kind, found in errors.items()
+        kind: {name: min(OWN_FACTOR * error, LARGEST_OWN_ERROR) for name, error in of_kind.items()}
+        for kind, of_kind in errors.items()
     }
     taken = take_back(sweeper, comparison, limits)
     return taken if taken == comparison else taken._replace(notes=(*comparison.notes, note))
@@ -464,8 +464,8 @@ def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, flo
         sweep = run.steered(False, False)
         outputs = {name: flat(sweep.outputs)[output.jax] for name, output in run.outputs.items()}
         stages = {
-            kind: {name: found[stage.jax] for name, stage in run.stages.items() if stage.jax in found}
-            for kind, found in (("values", sweep.values), ("gradients", sweep.gradients))
+            kind: {name: arrays[stage.jax] for name, stage in run.stages.items() if stage.jax in arrays}
+            for kind, arrays in (("values", sweep.values), ("gradients", sweep.gradients))
         }
         return {"outputs": outputs, **stages, "weights": sweep.weight_gradients}
 
@@ -475,7 +475,7 @@ def movement_in_jax(sweeper: Sweeper, other: Sweeper) -> dict[str, dict[str, flo
 
 def exchange_names(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     """Match two functions the other way round where JAX computes either in the place of the other, as two gathers."""
-    wrong = [name for name, found in comparison.functions.items() if found.problem][:UNSWAPPED]
+    wrong = [name for name, difference in comparison.functions.items() if difference.problem][:UNSWAPPED]
     actual = take(sweeper.steered(True, True).values, sweeper.functions) if len(wrong) > 1 else {}
     expected, exchanged = sweeper.reference.values, False
     for one, other in itertools.combinations(wrong, 2):
@@ -497,8 +497,8 @@ def exchange_operations(sweeper: Sweeper, comparison: Comparison) -> Comparison:
     Otherwise what comes after both would go on with the value of the first. The fault is told of the first alone.
     """
     places = {name: number for number, name in enumerate(sweeper.traced.taps)}
-    found = {**comparison.functions, **comparison.local.values}
-    wrong = [name for name in comparison.order if name in found and found[name].problem][:UNSWAPPED]
+    differences = {**comparison.functions, **comparison.local.values}
+    wrong = [name for name in comparison.order if name in differences and differences[name].problem][:UNSWAPPED]
 
     def put(jax: Mapping[str, str]) -> None:
         for part in (sweeper.stages, sweeper.functions):
@@ -573,8 +573,8 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
         wrong = [name for name, difference in comparison.local.values.items() if difference.problem]
         ends = [*wrong, *([""] if has_problem(comparison.local.outputs) else [])]
         tables = [name for name in tables_among(comparison) if name not in comparison.born] if ends else []
-        found = itertools.chain(zip(tables, tables, strict=True), ((sharpen(comparison, end), end) for end in ends))
-        place, end = next((pair for pair in found if pair[0] in comparison.functions), ("", ""))
+        pairs = itertools.chain(zip(tables, tables, strict=True), ((sharpen(comparison, end), end) for end in ends))
+        place, end = next((pair for pair in pairs if pair[0] in comparison.functions), ("", ""))
         if not place:
             break
         side, functions = sweeper.side(sweeper.steered(True, True, functions=(*comparison.born, place)))
@@ -594,7 +594,11 @@ def follow_functions(sweeper: Sweeper, comparison: Comparison) -> Comparison:
 
 def tables_among(comparison: Comparison) -> list[str]:
     """Return the functions whose value differs and depends on no weight and no float input, such as a mask."""
-    return [name for name, found in comparison.functions.items() if found.problem and name not in comparison.sources]
+    return [
+        name
+        for name, difference in comparison.functions.items()
+        if difference.problem and name not in comparison.sources
+    ]
 
 
 def exchange_unseen(sweeper: Sweeper, comparison: Comparison) -> Comparison:
@@ -768,7 +772,7 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
 
     Two operations that take each other's values, as a scale and a shift, are one fault.
     """
-    places = [name for name, found in comparison.local.values.items() if found.problem] + list(comparison.born)
+    places = [name for name, value in comparison.local.values.items() if value.problem] + list(comparison.born)
     if not places or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
         return comparison
     calls = calls_in(sweeper.module, sweeper.case.torch_inputs(sweeper.inputs), places, training=sweeper.training)
@@ -785,8 +789,8 @@ def find_causes(sweeper: Sweeper, comparison: Comparison) -> Comparison:
             for given in floats_in(calls[name]):
                 if not any(np.array_equal(given, value) for value in values.values()):
                     values[f"what {name} takes"] = given
-        instead = {name: found for name in unknown if (found := taken_instead(actual[name], calls[name], values))}
-    wrong = {*comparison.born, *(name for name, found in comparison.local.values.items() if found.problem)}
+        instead = {name: taken for name in unknown if (taken := taken_instead(actual[name], calls[name], values))}
+    wrong = {*comparison.born, *(name for name, value in comparison.local.values.items() if value.problem)}
     left_out = {name for name, (own, _) in instead.items() if users_of(comparison, own) <= wrong}
     origins = {
         name: Origin(own, f"{difference(values[other], values[own], 0.0).problem}; JAX takes {other} in its place", ())
@@ -861,13 +865,13 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     before it.
     """
     values = sweeper.reference.values
-    wrong = {name for name, found in comparison.local.values.items() if found.problem} | {*comparison.born}
+    wrong = {name for name, difference in comparison.local.values.items() if difference.problem} | {*comparison.born}
     uses = Counter(stage for name in wrong for stage in inputs_of(comparison, name))
     several = {name for name in wrong if any(uses[stage] > 1 for stage in inputs_of(comparison, name))}
     tables = {name for name in values if name not in comparison.sources and name not in comparison.stages}
     places = [name for name in comparison.order if name in several or (name in wrong and has_gap(comparison, name))]
     shared = sorted(wrong - {*places} - comparison.causes.keys()) if tables and len(wrong) > 1 else []
-    ends = [name for name, found in comparison.local.outputs.items() if found.problem and has_gap(comparison, "")]
+    ends = [name for name, output in comparison.local.outputs.items() if output.problem and has_gap(comparison, "")]
     ends = [name for name in ends if name in values and sweeper.outputs[name].carry is not None]
     if not (places or ends or shared) or not sweeper.case.small or not has_problem(comparison.inherited.outputs):
         return {}
@@ -880,14 +884,14 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
     given = {*sweeper.stages, *comparison.born}
     with exact_arithmetic("float64"):
         taken = sweeper.in_jax({name: values[name] for name in given if name in values})
-        found = values_inside(sweeper.traced, sizes, sweeper.size, taken, sweeper.tensors, sweeper.call)
-    if not found:
+        inner_values = values_inside(sweeper.traced, sizes, sweeper.size, taken, sweeper.tensors, sweeper.call)
+    if not inner_values:
         return {}
     side = sweeper.steered(True, True, functions=comparison.born)
     actual = take(side.values, {**sweeper.stages, **sweeper.functions})
     outputs, aligned = flat(side.outputs), sweeper.outputs
     actual |= {name: carried(outputs[aligned[name].jax], aligned[name].carry) for name in ends}
-    history = History(comparison, values, calls, Inside(found, sweeper.case.channels_last))
+    history = History(comparison, values, calls, Inside(inner_values, sweeper.case.channels_last))
     with alone(sweeper):
         traced = {name: history.trace_back(name, actual[name]) for name in [*places, *ends]}
         traced |= {name: history.trace_table(name, actual[name], tables) for name in shared}
@@ -898,9 +902,9 @@ def find_origins(sweeper: Sweeper, comparison: Comparison) -> dict[str, Origin]:
         if origin.taken or name in ends or has_gap(comparison, name) or origin.place in tables
     }
     # A difference that may be born in the place of another one is told there, once.
-    told = {origin.place: origin for origin in origins.values()}
+    by_place = {origin.place: origin for origin in origins.values()}
     return {
-        name: next((told[place] for part in origin.gap if (place := part.partition(" (")[0]) in told), origin)
+        name: next((by_place[place] for part in origin.gap if (place := part.partition(" (")[0]) in by_place), origin)
         for name, origin in origins.items()
     }
 
@@ -923,9 +927,9 @@ class Inside:
 
     def nearest(self, shape: tuple[int, ...], actual: np.ndarray) -> list[np.ndarray]:
         """Return the values of a shape that JAX computes last before this one, which are likely to be of its layer."""
-        found = self.numbered(shape)
+        fitting = self.numbered(shape)
         end = next((number for number, value in self.numbered(actual.shape) if is_same(value, actual)), 0)
-        near = sorted(found, key=lambda pair: (pair[0] >= end, abs(end - pair[0])))[:MOST_OF_TWO]
+        near = sorted(fitting, key=lambda pair: (pair[0] >= end, abs(end - pair[0])))[:MOST_OF_TWO]
         return [value for _, value in sorted(near, key=lambda pair: pair[0])]
 
     def numbered(self, shape: tuple[int, ...]) -> list[tuple[int, np.ndarray]]:
@@ -954,10 +958,10 @@ class Inside:
             if value.ndim != len(shape) or value.ndim < 3 or value.shape[0] != shape[0]:
                 continue
             first = np.moveaxis(value, -1, 1)
-            for found in (value, first) if value.shape[1] == shape[1] else (first,):
-                if found.shape[1] == shape[1] and found.shape != shape:
-                    whole = all(size in (1, other) for size, other in zip(found.shape, shape, strict=True))
-                    yield np.broadcast_to(found, shape) if whole else found
+            for array in (value, first) if value.shape[1] == shape[1] else (first,):
+                if array.shape[1] == shape[1] and array.shape != shape:
+                    whole = all(size in (1, other) for size, other in zip(array.shape, shape, strict=True))
+                    yield np.broadcast_to(array, shape) if whole else array
 
     def without_copies(self, array: np.ndarray) -> Iterator[np.ndarray]:
         """Yield JAX's values that fit PyTorch's array without its repeated values, broadcast to the array's shape."""
@@ -971,8 +975,8 @@ class Inside:
             self.sums[array.size] = np.array([value.sum() for value in known])
         with np.errstate(invalid="ignore"):  # as where masked values are infinite
             distance = np.abs(self.sums[array.size] - array.sum())
-        found = (distance <= EQUAL * array.size * largest(array)).any() or not np.isfinite(distance).all()
-        if found and any(is_same(value, array) for value in self.of_shape(array.shape)):
+        is_near = (distance <= EQUAL * array.size * largest(array)).any() or not np.isfinite(distance).all()
+        if is_near and any(is_same(value, array) for value in self.of_shape(array.shape)):
             return True
         return any(is_same(value, array) for value in self.without_copies(array))
 
@@ -1068,11 +1072,11 @@ class History(NamedTuple):
         """
         before = itertools.takewhile(lambda name: name != place, self.comparison.order)
         larger = [name for name in before if name in self.calls and self.values[name].size >= array.size]
-        found = [name for name in larger if self.values[name].size == array.size]
-        for name in found:
+        same_size = [name for name in larger if self.values[name].size == array.size]
+        for name in same_size:
             if np.array_equal(self.values[name], array, equal_nan=True):
                 return name
-        for name in found:
+        for name in same_size:
             value = self.values[name]
             alike = np.array_equal(value.max(), array.max(), equal_nan=True)
             if alike and np.array_equal(np.sort(value, axis=None), np.sort(array, axis=None), equal_nan=True):
@@ -1126,7 +1130,7 @@ class History(NamedTuple):
         """
         known = list(self.arguments(place)) if place in self.calls else []
         makers = [self.maker(argument, place) for _, argument in known]
-        made = sorted((self.comparison.order.index(name), n) for n, name in enumerate(makers) if name is not None)
+        positions = sorted((self.comparison.order.index(name), n) for n, name in enumerate(makers) if name is not None)
         if not 1 < len(known) <= MOST_ARGUMENTS:
             return
         function, *nest = self.calls[place]
@@ -1134,7 +1138,7 @@ class History(NamedTuple):
             [value for value in self.inside.nearest(argument.shape, actual) if not is_same(value, argument)]
             for _, argument in known
         ]
-        for (_, first), (_, second) in itertools.combinations(made, 2):
+        for (_, first), (_, second) in itertools.combinations(positions, 2):
             for one, other in itertools.product(values[first], values[second]):
                 instead = map_leaves(partial(put, known[first][0], one), nest)
                 args, kwargs = map_leaves(partial(put, known[second][0], other), instead)
@@ -1146,12 +1150,12 @@ class History(NamedTuple):
         """Return an argument, and a value of JAX's from which the operation makes JAX's value instead; or None."""
         if len(np.unique(actual)) < 2:
             return None
-        found = (
+        pairs = (
             (argument, instead)
             for argument, instead, result in itertools.chain(self.tries(place), self.tries_of_two(place, actual))
             if is_same(result, actual) and not is_same(instead, actual)
         )
-        return next(found, None)
+        return next(pairs, None)
 
     def right_steps(self, place: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield an argument, a value of JAX's in its place, and JAX's value that PyTorch's operation makes of that."""

@@ -359,7 +359,7 @@ def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterato
     """Yield the cells and attentions that a recurrent module or an attention of PyTorch fits into."""
     stacks = [stack for families in families_of(units) for family, stack in families if stack and len(family) > 1]
     compound = [unit for unit in (*units, *stacks) if unit.make in (lstm, gru, rnn, attention)]
-    found = False
+    has_cell = False
     paths = [path for path in module_paths(free) if any(unit.make is attention for unit in compound)]
     paths += cells_below(Layer("", {}, ("",), free)) if compound else []
     for path in paths:
@@ -369,11 +369,11 @@ def compound_places(free: Mapping[str, Shape], units: Sequence[Unit]) -> Iterato
             own = {leaf: below[leaf] for entry in entries for leaf in entry.jax}
             whole = {layer.tensor(local) for layer in unit.layers for local in layer.tensors}
             if {name for entry in entries for name in entry.torch} == whole:
-                found = found or unit.make is not attention
+                has_cell = has_cell or unit.make is not attention
                 yield path, own
                 break
     left = dict(free)
-    cells = [unit for unit in units if unit.make in (lstm, gru) and not found]
+    cells = [unit for unit in units if unit.make in (lstm, gru) and not has_cell]
     for own in (two_layers(unit, left) or loose_cell(unit, left) or gates_apart(unit, left) for unit in cells):
         left = {leaf: shape for leaf, shape in left.items() if leaf not in own}
         if own:
@@ -391,7 +391,7 @@ def two_layers(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
         state = join(front, "/", re.sub(f"(?<![a-z]){word}(?![a-z])", other, last, flags=re.IGNORECASE))
         both = [modules[path], modules.get(state, []) if state != path else []]
         weights = [[leaf for leaf in own if free[leaf] in (w, w[::-1])] for own, w in zip(both, shapes, strict=True)]
-        if all(len(found) == 1 for found in weights):
+        if all(len(leaves) == 1 for leaves in weights):
             biases = [leaf for own in both for leaf in own if free[leaf] == shapes[0][:1]]
             return {leaf: free[leaf] for leaf in (*weights[0], *weights[1], *biases)}
     return {}
@@ -400,26 +400,26 @@ def two_layers(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
 def loose_cell(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
     """Return the leaves that may be a cell under names of the port's own, by their shapes and the order of use."""
     shapes = [shape for local, shape in unit.layers[0].tensors.items() if local.startswith(("weight_ih", "weight_hh"))]
-    found: dict[str, Shape] = {}
+    leaves: dict[str, Shape] = {}
     for gates, features in shapes:
         fitting = [
             path
             for path, shape in free.items()
-            if path not in found and shape in ((features, gates), (gates, features))
-            if {parent(path)} >= {parent(other) for other in found}
+            if path not in leaves and shape in ((features, gates), (gates, features))
+            if {parent(path)} >= {parent(other) for other in leaves}
         ]
         if not fitting:
             return {}
-        found[fitting[0]] = free[fitting[0]]
-    near = [path for path in free if parent(path) == parent(next(iter(found)))]
+        leaves[fitting[0]] = free[fitting[0]]
+    near = [path for path in free if parent(path) == parent(next(iter(leaves)))]
     gates, hidden = shapes[1]
     biases = {(gates,), (2, gates), (hidden,)} if unit.make is gru else {(gates,), (2, gates)}
-    for path in near[min(map(near.index, found)) if len(near) > MOST_LEAVES else 0 :]:
-        if path not in found and free[path] in biases and len(found) < MOST_LEAVES:
-            found[path] = free[path]
-        elif path not in found and len(near) > MOST_LEAVES:
+    for path in near[min(map(near.index, leaves)) if len(near) > MOST_LEAVES else 0 :]:
+        if path not in leaves and free[path] in biases and len(leaves) < MOST_LEAVES:
+            leaves[path] = free[path]
+        elif path not in leaves and len(near) > MOST_LEAVES:
             break
-    return found
+    return leaves
 
 
 def gates_apart(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -432,11 +432,11 @@ def gates_apart(unit: Unit, free: Mapping[str, Shape]) -> dict[str, Shape]:
     for path in free:
         families.setdefault(path[:-1], {})[OTHER_LETTERS[len(gates)].get(path[-1].lower(), path[-1].lower())] = path
     whole = [[family[gate] for gate in gates] for family in families.values() if {*gates} <= {*family}]
-    found: list[str] = []
+    paths: list[str] = []
     for shape in ((inputs, hidden), (state, hidden), (hidden,), (hidden,)):
-        fitting = (family for family in whole if family[0] not in found and {free[path] for path in family} == {shape})
-        found += next(fitting, [])
-    return {path: free[path] for path in found} if len(found) >= 2 * len(gates) else {}
+        fitting = (family for family in whole if family[0] not in paths and {free[path] for path in family} == {shape})
+        paths += next(fitting, [])
+    return {path: free[path] for path in paths} if len(paths) >= 2 * len(gates) else {}
 
 
 def natural(path: str) -> list[tuple[int, str]]:
@@ -472,8 +472,8 @@ def families_of(units: Sequence[Unit]) -> list[list[tuple[list[Unit], Unit | Non
     """
     lists: dict[str, dict[str, list[Unit]]] = {}  # front -> back -> the layers
     for unit in units:
-        for found in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
-            lists.setdefault(unit.name[: found.start()], {}).setdefault(unit.name[found.end() :], []).append(unit)
+        for digits in re.finditer(r"(?<![0-9])[0-9]+(?![^.])", unit.name):
+            lists.setdefault(unit.name[: digits.start()], {}).setdefault(unit.name[digits.end() :], []).append(unit)
 
     def as_one(front: str, back: str, family: list[Unit]) -> Unit | None:
         if len({tuple(unit.layers[0].tensors.items()) for unit in family}) > 1:
@@ -497,10 +497,10 @@ def carry(unit: Unit, rule: Rule, leaves: Mapping[str, Shape], paths: tuple[str,
     stack = "{" in unit.name
     seen = {path: shape[1:] for path, shape in leaves.items() if shape[:1] == (layers,)} if stack else leaves
     try:
-        found = [rule.carry(layer._replace(paths=paths, leaves=seen)) for layer in unit.layers]
+        layer_entries = [rule.carry(layer._replace(paths=paths, leaves=seen)) for layer in unit.layers]
     except CannotCarry:
         return ()
-    return tuple(stacked(entries) if stack else entries[0] for entries in zip(*found, strict=True))
+    return tuple(stacked(entries) if stack else entries[0] for entries in zip(*layer_entries, strict=True))
 
 
 def options(unit: Unit, place: Place) -> tuple[Option, ...]:
@@ -513,15 +513,15 @@ def options(unit: Unit, place: Place) -> tuple[Option, ...]:
     if len(place.targets) > 1 and unit.make not in (lstm, gru, complex_parts):
         return ()
     rules = [unit.make(*place.targets), *other_rules(unit, place, shape)]
-    found: list[Option] = []
+    ways: list[Option] = []
     for rule in rules:
         entries = carry(unit, rule, place.leaves, rule.to)
         used = [leaf for entry in entries for leaf in entry.jax]
         first = {layer.tensor(next(iter(layer.tensors))) for layer in unit.layers}
         covered = any(first <= set(entry.torch) for entry in entries) and 2 * len(used) > len(place.leaves)
-        if covered and not any(equal(entries, other.entries, unit) for other in found):
-            found.append(Option(rule, entries))
-    return tuple(found)
+        if covered and not any(equal(entries, other.entries, unit) for other in ways):
+            ways.append(Option(rule, entries))
+    return tuple(ways)
 
 
 def is_whole(unit: Unit, option: Option) -> bool:
@@ -661,10 +661,10 @@ def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordere
     fits: Fits = {}
     for number, unit in enumerate(units):
         for other, place in enumerate(places):
-            if unit.scope == place.scope and (found := options(unit, place)):
-                fits[number, other] = found
-    agreeing = {pair: tuple(option for option in found if values.agree(option)) for pair, found in fits.items()}
-    fits |= {pair: found for pair, found in agreeing.items() if found}
+            if unit.scope == place.scope and (ways := options(unit, place)):
+                fits[number, other] = ways
+    agreeing = {pair: tuple(option for option in ways if values.agree(option)) for pair, ways in fits.items()}
+    fits |= {pair: ways for pair, ways in agreeing.items() if ways}
     matches: list[Match] = []
     taken: tuple[set[int], set[int]] = set(), set()
 
@@ -680,12 +680,12 @@ def match(units: Sequence[Unit], places: Sequence[Place], values: Values, ordere
     named = equal_names(units, places)
     take(alone([pair for pair in fits if pair in named]), "names")
     if ordered:
-        for some, others, found in align(units, places, fits, taken):
+        for some, others, ways in align(units, places, fits, taken):
             if len(some) == len(others) == 1:
                 take([(some[0], others[0])], "order of the calls")
             else:
                 matches.append(
-                    Match(tuple(units[n] for n in some), tuple(places[n] for n in others), found, "order of the calls")
+                    Match(tuple(units[n] for n in some), tuple(places[n] for n in others), ways, "order of the calls")
                 )
                 for pair in [pair for pair in fits if pair[0] in some or pair[1] in others]:
                     del fits[pair]
@@ -724,7 +724,7 @@ def with_titles(units: Sequence[Unit], places: Sequence[Place]) -> tuple[list[Un
     """
 
     def spell(name: str) -> list[str]:
-        known = re.sub("[A-Za-z]+", lambda found: SYNONYMS.get(found[0].lower(), found[0]), name)
+        known = re.sub("[A-Za-z]+", lambda word: SYNONYMS.get(word[0].lower(), word[0]), name)
         parts = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", known)  # ResidualBlock is residual, block
         return [SYNONYMS.get(part.lower(), part.lower()) for part in parts]
 
@@ -734,7 +734,7 @@ def with_titles(units: Sequence[Unit], places: Sequence[Place]) -> tuple[list[Un
             for before, word in itertools.pairwise(["", *spell(side.inside)]):
                 if word.isdigit():
                     numbers.setdefault(before, set()).add(int(word))
-        return {word: sorted(found) for word, found in numbers.items()}
+        return {word: sorted(values) for word, values in numbers.items()}
 
     torch_numbers, jax_numbers = count(units), count(places)
 
@@ -763,13 +763,13 @@ def likeness(unit: Unit, place: Place) -> float:
 
 def nearest(units: Sequence[Unit], places: Sequence[Place], fits: Fits) -> list[tuple[int, int]]:
     """Return the pairs whose names are more alike than those of any other pair with one of them."""
-    found = []
+    pairs = []
     like = {pair: likeness(units[pair[0]], places[pair[1]]) for pair in fits}
     for pair, value in like.items():
         rivals = [like[other] for other in like if other != pair and (other[0] == pair[0] or other[1] == pair[1])]
         if value > max(rivals, default=0) + 0.05:
-            found.append(pair)
-    return found
+            pairs.append(pair)
+    return pairs
 
 
 def align(
@@ -799,22 +799,22 @@ def align(
         moves += [(best[i, j - 1], 0, 1, ())] if j else []
         if i and j:
             unit, place = units[rows[i - 1]], places[columns[j - 1]]
-            if found := fits.get((rows[i - 1], columns[j - 1]), ()):
-                score = (1.0 if unit.tied else 3.0 if is_whole(unit, found[0]) else 2.5) + likeness(unit, place)
-                moves.append((best[i - 1, j - 1] + score, 1, 1, found))
+            if ways := fits.get((rows[i - 1], columns[j - 1]), ()):
+                score = (1.0 if unit.tied else 3.0 if is_whole(unit, ways[0]) else 2.5) + likeness(unit, place)
+                moves.append((best[i - 1, j - 1] + score, 1, 1, ways))
             for count in (2, 3):
-                if j >= count and (found := splits(unit, [places[n] for n in columns[j - count : j]])):
-                    moves.append((best[i - 1, j - count] + 3.5, 1, count, found))
-                if i >= count and (found := joins([units[n] for n in rows[i - count : i]], place)):
-                    moves.append((best[i - count, j - 1] + 3.5, count, 1, found))
-        score, up, left, found = max(moves, key=lambda move: move[0])
-        best[i, j], steps[i, j] = score, (up, left, found)
+                if j >= count and (ways := splits(unit, [places[n] for n in columns[j - count : j]])):
+                    moves.append((best[i - 1, j - count] + 3.5, 1, count, ways))
+                if i >= count and (ways := joins([units[n] for n in rows[i - count : i]], place)):
+                    moves.append((best[i - count, j - 1] + 3.5, count, 1, ways))
+        score, up, left, ways = max(moves, key=lambda move: move[0])
+        best[i, j], steps[i, j] = score, (up, left, ways)
     i, j = len(rows), len(columns)
     aligned = []
     while i or j:
-        up, left, found = steps[i, j]
-        if found:
-            aligned.append((tuple(rows[i - up : i]), tuple(columns[j - left : j]), found))
+        up, left, ways = steps[i, j]
+        if ways:
+            aligned.append((tuple(rows[i - up : i]), tuple(columns[j - left : j]), ways))
         i, j = i - up, j - left
     return aligned[::-1]
 
@@ -874,12 +874,12 @@ def joins(units: Sequence[Unit], place: Place) -> tuple[Option, ...]:
 
 def different(unit: Unit, rules: Sequence[Rule], leaves: Mapping[str, Shape]) -> tuple[Option, ...]:
     """Return the ways of these rules that fit and differ."""
-    found: list[Option] = []
+    ways: list[Option] = []
     for rule in rules:
         entries = carry(unit, rule, leaves, rule.to)
-        if entries and not any(equal(entries, other.entries, unit) for other in found):
-            found.append(Option(rule, entries))
-    return tuple(found)
+        if entries and not any(equal(entries, other.entries, unit) for other in ways):
+            ways.append(Option(rule, entries))
+    return tuple(ways)
 
 
 def fused(
@@ -896,13 +896,11 @@ def fused(
     free = [unit for unit in units if unit.name not in taken[0]]
     apart = triples([place for place in places if place.path not in taken[1]])
     for unit in free:
-        ways = [(triple, found) for triple in apart if (found := splits(unit, triple))]
+        ways = [(triple, fit) for triple in apart if (fit := splits(unit, triple))]
         if len(ways) == 1:
             yield (unit,), ways[0][0], ways[0][1]
     for triple in triples(free):
-        joins_of = [
-            (place, found) for place in places if place.path not in taken[1] and (found := joins(triple, place))
-        ]
+        joins_of = [(place, fit) for place in places if place.path not in taken[1] and (fit := joins(triple, place))]
         if len(joins_of) == 1:
             yield triple, (joins_of[0][0],), joins_of[0][1]
 
@@ -992,12 +990,12 @@ def apply(matches: Sequence[Match], choices: Sequence[Choice], setting: Sequence
             places = [chosen[index].places for index in group]
             for index, place in zip(group, order, strict=True):
                 if places[place] != chosen[index].places:
-                    found = options(chosen[index].units[0], places[place][0])
-                    chosen[index] = chosen[index]._replace(places=places[place], options=found)
+                    ways = options(chosen[index].units[0], places[place][0])
+                    chosen[index] = chosen[index]._replace(places=places[place], options=ways)
                 if option:
-                    found = chosen[index].options
+                    ways = chosen[index].options
                     chosen[index] = chosen[index]._replace(
-                        options=(found[option], *found[:option], *found[option + 1 :])
+                        options=(ways[option], *ways[:option], *ways[option + 1 :])
                     )
     return chosen
 
@@ -1114,7 +1112,7 @@ def settle_layouts(matches: Sequence[Match], given: WeightMap) -> list[Match]:
     for one in matches:
         path = one.options[0].entries[0].jax[0]
         known = shown.get((len(given.leaves[path]), last_name(path)), set())
-        anywhere = {turn for (_, name), found in shown.items() if name == last_name(path) for turn in found}
+        anywhere = {turn for (_, name), layouts in shown.items() if name == last_name(path) for turn in layouts}
         turns = [turns_of(option.entries[0], given) for option in one.options]
         kept = tuple(option for option, turn in zip(one.options, turns, strict=True) if turn is None or {turn} == known)
         if len(known) == 1 and 0 < len(kept) < len(one.options):
@@ -1329,7 +1327,7 @@ def fold_family(names: Sequence[str], paths: Sequence[tuple[str, ...]]) -> tuple
     if len(varying) > len(letters):
         return None
     left = iter(range(numbers.shape[1]))
-    key = re.sub("[0-9]+", lambda found: f"{{{letters[n]}}}" if (n := next(left)) in letters else found[0], names[0])
+    key = re.sub("[0-9]+", lambda digits: f"{{{letters[n]}}}" if (n := next(left)) in letters else digits[0], names[0])
     targets = []
     for position in range(len(paths[0])):
         values = np.array([[int(part) for part in re.findall("[0-9]+", path[position])] for path in paths])

@@ -656,7 +656,7 @@ def find_moments(
             counters.append(place)
         elif leaf.size > 1 and "acc_grads" not in fields:
             unknown.add(next((field for field in reversed(fields) if field), "state"))
-    return {field: found for field, found in places.items() if field not in unknown}, counters, unknown
+    return {field: by_name for field, by_name in places.items() if field not in unknown}, counters, unknown
 
 
 def to_torch(weight_map: Any, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

@@ -243,18 +243,18 @@ def match_declared(matcher: Matcher, declared: Mapping[str, str]) -> None:
         Refused: a declared stage does not exist, or has another number of values.
     """
     for pattern, target in declared.items():
-        found = False
+        has_stage = False
         for stage in matcher.torch.values():
             if (values := fields_of(pattern, stage.name)) is None:
                 continue
-            found = True
+            has_stage = True
             name = target.format(**values)
             if name not in matcher.jax:
                 raise Refused(f"stages: {stage.name} -> {name}: JAX has no such stage")
             if not matcher.add(stage, matcher.jax[name], "declared", sure=True):
                 shapes = f"{list(stage.shape)} and {list(matcher.jax[name].shape)}"
                 raise Refused(f"stages: {stage.name} -> {name}: shapes {shapes} do not fit, or one is matched twice")
-        if not found:
+        if not has_stage:
             raise Refused(f"stages: {pattern}: PyTorch has no such stage")
 
 
@@ -342,7 +342,7 @@ def match_recurrent(matcher: Matcher, holders: Mapping[str, Collection[str]]) ->
         inside = [n for n, other in enumerate(order) if any(is_part(other.owner, path) for path in paths)]
         if stage.kind not in ("RNN", "LSTM", "GRU") or stage.place != "[0]" or not inside:
             continue
-        others = {path for owner, found in holders.items() if owner != stage.owner for path in found}
+        others = {path for owner, held in holders.items() if owner != stage.owner for path in held}
         after = order[inside[-1] + 1 :]
         end = next((n for n, other in enumerate(after) if not other.label and other.owner in others), len(after))
         around = [
@@ -421,7 +421,7 @@ class Bare:
         before the same matched stage, or behind it, are taken if all of them agree.
         """
         matcher = self.matcher
-        anchors = [name for name, found in matcher.matches.items() if self.is_anchor(name, found.jax)]
+        anchors = [name for name, matched in matcher.matches.items() if self.is_anchor(name, matched.jax)]
         position = {name: index for index, name in enumerate(matcher.torch)}
         anchors.sort(key=position.__getitem__)
         torch = split_at(list(matcher.torch.values()), anchors, self.torch)
@@ -569,9 +569,9 @@ def match_in_scopes(matcher: Matcher, owners: Mapping[str, str], bare: Bare) -> 
     A module without weights and parts counts as a function of the module around it: nn.SiLU is one, as F.silu is.
     """
     scopes = {"": ""} | dict(owners)
-    for name, found in matcher.matches.items():
-        if not matcher.torch[name].label and not matcher.jax[found.jax].label:
-            scopes.setdefault(matcher.torch[name].owner, matcher.jax[found.jax].owner)
+    for name, matched in matcher.matches.items():
+        if not matcher.torch[name].label and not matcher.jax[matched.jax].label:
+            scopes.setdefault(matcher.torch[name].owner, matcher.jax[matched.jax].owner)
     torch, jax = matcher.left()
     ours = group_functions((stage for stage in torch if stage.name in bare.torch), ".")
     theirs = group_functions((stage for stage in jax if stage.name in bare.jax), "/")
@@ -653,15 +653,15 @@ def candidates(
         ways.append(("channels first", (0, rank - 1, *range(1, rank - 1))))
     if rank == 4:
         ways.append(("heads and positions exchanged", (0, 2, 1, 3)))
-    found: dict[tuple[int, ...], Carry] = {}
+    by_axes: dict[tuple[int, ...], Carry] = {}
     for how, axes in ways:
         moved = tuple(torch_shape[axis] for axis in axes)
         if can_reshape(moved, jax_shape):
             # Axes of length 1 make no difference: of two ways that do the same, the first stays.
             key = tuple(axis for axis in axes if torch_shape[axis] > 1)
             reshaped = "" if moved == jax_shape else ", axes merged or split"
-            found.setdefault(key, Carry(how + reshaped, axes, torch_shape, jax_shape))
-    carries = list(found.values())
+            by_axes.setdefault(key, Carry(how + reshaped, axes, torch_shape, jax_shape))
+    carries = list(by_axes.values())
     if channels_last and image and torch_shape == jax_shape and prod(image) == torch_shape[-1]:
         lead = rank - 1
         axes = (*range(lead), *range(lead + 1, lead + len(image)), lead)

@@ -210,8 +210,8 @@ def widen() -> Iterator[None]:
     inexact = dtypes.to_inexact_dtype
 
     def canonical_or_wider(dtype: Any, fun_name: Any = None) -> Any:
-        found = canonical(dtype, fun_name)
-        return np.dtype("float64") if found == np.float32 else found
+        canonical_dtype = canonical(dtype, fun_name)
+        return np.dtype("float64") if canonical_dtype == np.float32 else canonical_dtype
 
     def finfo_of_float32(dtype: Any) -> Any:
         return finfo(np.float32 if jnp.result_type(dtype) == np.float64 else dtype)
@@ -219,8 +219,8 @@ def widen() -> Iterator[None]:
     dtypes.check_and_canonicalize_user_dtype = canonical_or_wider
 
     def inexact_or_wider(dtype: Any) -> Any:  # whole numbers of 32 bits are divided in float32
-        found = inexact(dtype)
-        return np.dtype("float64") if found == np.float32 and np.dtype(dtype) != np.float32 else found
+        inexact_dtype = inexact(dtype)
+        return np.dtype("float64") if inexact_dtype == np.float32 and np.dtype(dtype) != np.float32 else inexact_dtype
 
     jnp.finfo = finfo_of_float32  # type: ignore[assignment]
     dtypes.to_inexact_dtype = inexact_or_wider
@@ -451,21 +451,21 @@ class Planner:
         plan = Plan(jaxpr, {}, {})
         made = {} if made is None else made
         scopes = [find_scope(equation, scope) for equation in jaxpr.eqns]
-        entered = [self.enters(equation, at) for equation, at in zip(jaxpr.eqns, scopes, strict=True)]
+        entered = [self.enters(equation, owner) for equation, owner in zip(jaxpr.eqns, scopes, strict=True)]
         functions, values = self.find_functions(jaxpr, scopes, entered)
         idle, meetings = find_idle_taps(jaxpr), list[tuple[int, Meeting]]()
-        for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
+        for index, (equation, owner) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
             parameters = equation.params
             met = meet(equation, made)
             if index in idle:
                 continue
             if equation.primitive is tap_p:
                 plan.taps[index] = self.add_module(equation, steps, steered)
-            elif equation.primitive.name in NAMED and at not in self.closed:
-                name = join(at or "", parameters["name"])
+            elif equation.primitive.name in NAMED and owner not in self.closed:
+                name = join(owner or "", parameters["name"])
                 plan.taps[index] = self.add(name, "", "checkpoint_name", equation, steps, steered)
             elif entered[index]:
-                plan.inner[index] = self.plan_inner(equation, at, steps, steered, made)
+                plan.inner[index] = self.plan_inner(equation, owner, steps, steered, made)
                 continue
             elif index in functions:
                 plan.taps[index] = self.add(functions[index], "", "function", equation, steps, steered)
@@ -574,18 +574,23 @@ class Planner:
         each equation which one gives the value of its function.
         """
         groups: list[tuple[Any, list[int]]] = []
-        for index, (equation, at) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
+        for index, (equation, owner) in enumerate(zip(jaxpr.eqns, scopes, strict=True)):
             site = None
-            if at is not None and at not in self.closed and not entered[index] and equation.primitive is not tap_p:
-                site = find_site(equation, self.foreign if at not in self.libraries else self.foreign[:3])
+            if (
+                owner is not None
+                and owner not in self.closed
+                and not entered[index]
+                and equation.primitive is not tap_p
+            ):
+                site = find_site(equation, self.foreign if owner not in self.libraries else self.foreign[:3])
             if site is None:
                 groups.append((None, []))
                 continue
             repeated = groups and groups[-1][1] and repeats(equation, jaxpr.eqns[groups[-1][1][0]])
-            if groups and groups[-1][0] == (at, site) and not repeated:
+            if groups and groups[-1][0] == (owner, site) and not repeated:
                 groups[-1][1].append(index)
             else:
-                groups.append(((at, site), [index]))
+                groups.append(((owner, site), [index]))
         last_uses = find_last_uses(jaxpr)
         functions, values = {}, dict[int, int]()
         for key, indices in groups:
@@ -1126,9 +1131,9 @@ def trace(
     with session(object()), context() as modules:
         closed, shape = jax.make_jaxpr(lambda *arrays: on_arrays(*arrays), return_shape=True)(*arrays)
     planner = Planner(modules or {}, stacks)
-    made = dict.fromkeys(closed.jaxpr.constvars, Made(True, frozenset()))
-    made |= {one: Made(True, frozenset({name})) for one, name in zip(closed.jaxpr.invars, tensors, strict=False)}
-    plan = planner.plan(closed.jaxpr, None, made=made)
+    origins = dict.fromkeys(closed.jaxpr.constvars, Made(True, frozenset()))
+    origins |= {one: Made(True, frozenset({name})) for one, name in zip(closed.jaxpr.invars, tensors, strict=False)}
+    plan = planner.plan(closed.jaxpr, None, made=origins)
     if modules is not None and modules.required and not planner.calls:
         raise Refused("the JAX model ran without calling a module that can be seen: none of its values has a name")
     traced = Traced(

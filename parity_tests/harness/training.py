@@ -173,9 +173,9 @@ def optimizer(setup: Setup, seed: int, notes: list[str], batch: BatchPair | None
         notes: gets what was not tried.
         batch: tells which leaves JAX freezes with `stop_gradient`; needed only where PyTorch freezes parameters.
     """
-    found = retry(lambda: compare_optimizers(setup, seed, notes, batch), setup, notes)
-    setup.kept["differs"] = "the optimizers" if found else ""
-    yield from found
+    divergences = retry(lambda: compare_optimizers(setup, seed, notes, batch), setup, notes)
+    setup.kept["differs"] = "the optimizers" if divergences else ""
+    yield from divergences
 
 
 def compare_optimizers(setup: Setup, seed: int, notes: list[str], batch: BatchPair | None) -> Iterator[Divergence]:
@@ -319,19 +319,19 @@ def retry(check: Callable[[], Iterator[Divergence]], setup: Setup, notes: list[s
 
     The run that finds fewer differences counts: the other one adds those of the 1e-6 to a fault.
     """
-    found = list(check())
-    if found and setup.pair.torch_step is not None:
+    divergences = list(check())
+    if divergences and setup.pair.torch_step is not None:
         with clipping_without_epsilon():
             again = list(check())
-        if count_parts(again) < count_parts(found):
+        if count_parts(again) < count_parts(divergences):
             add_note(notes, "clipping: PyTorch's clip_grad_norm_ adds 1e-6 to the norm; compared without it")
             return again
-    return found
+    return divergences
 
 
-def count_parts(found: Sequence[Divergence]) -> int:
+def count_parts(divergences: Sequence[Divergence]) -> int:
     """Return how many parts of the training differ, with those that a message reports as consequences."""
-    return sum(1 + each.cause.count(" with it") for each in found)
+    return sum(1 + each.cause.count(" with it") for each in divergences)
 
 
 def is_inherited(check: str, setup: Setup, notes: list[str]) -> bool:
@@ -365,9 +365,9 @@ def trajectory(
 ) -> Iterator[Divergence]:
     """Compare losses, moments, statistics and weights in training; stop at the first step where they differ."""
     if not is_inherited("trajectory", setup, notes):
-        found = retry(lambda: compare_trajectories(setup, batches, notes, training), setup, notes)
-        setup.kept["differs"] = "the trajectories" if found else ""
-        yield from found
+        divergences = retry(lambda: compare_trajectories(setup, batches, notes, training), setup, notes)
+        setup.kept["differs"] = "the trajectories" if divergences else ""
+        yield from divergences
 
 
 def compare_trajectories(

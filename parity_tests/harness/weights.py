@@ -137,8 +137,8 @@ class Layer(NamedTuple):
 
     def inside(self, names: Sequence[str]) -> str | None:
         """Return the path of the module with one of these names, or None."""
-        found = (join(self.paths[0], "/", name) for name in names)
-        return next((path for path in found if any(leaf.startswith(f"{path}/") for leaf in self.leaves)), None)
+        candidates = (join(self.paths[0], "/", name) for name in names)
+        return next((path for path in candidates if any(leaf.startswith(f"{path}/") for leaf in self.leaves)), None)
 
     def named(self, weight: str, bias: str) -> "Layer":
         """Return the layer that has these tensors as its weight and bias."""
@@ -953,19 +953,19 @@ def with_cells(layer: Layer, suffixes: Sequence[str], gates: int) -> Layer:
 
 def cells_below(layer: Layer) -> list[str]:
     """Return the paths of all recurrent cells below a path, in order, each backward one behind the forward one."""
-    found = []
+    cells = []
     for path in module_paths(layer.leaves):
         if not layer.paths[0] or path == layer.paths[0] or path.startswith(f"{layer.paths[0]}/"):
             place = layer._replace(paths=(path,))
             gate_kernels = place.gate("i", "i", "kernel"), place.gate("r", "i", "kernel")
             if any((*gate_kernels, place.find_name(INPUT_WEIGHT), place.find_name(JOINT_WEIGHT))):
-                found.append(path)
+                cells.append(path)
 
     def position(path: str) -> tuple[list[int], bool, str]:
         backward = any(word in path.lower() for word in ("backward", "reverse", "bwd"))
         return [int(digits) for digits in re.findall("[0-9]+", path)], backward, path
 
-    return sorted(found, key=position)
+    return sorted(cells, key=position)
 
 
 def gate_by_gate(cell: Layer, how: str, gates: str) -> list[Entry]:
@@ -1239,15 +1239,15 @@ def declare(mapping: Mapping[str, str | Rule], module: Any, leaves: Mapping[str,
             seen = (
                 {path: shape[1:] for path, shape in shapes.items() if shape[:1] == (len(places),)} if stack else shapes
             )
-            found = [[*carry_place(name, to, rule, side, seen, claimed)] for name, to in places]
-            if len({len(layer_entries) for layer_entries in found}) > 1:
+            by_layer = [[*carry_place(name, to, rule, side, seen, claimed)] for name, to in places]
+            if len({len(layer_entries) for layer_entries in by_layer}) > 1:
                 raise CannotCarry(f"weights: {key!r}: the layers that JAX stacks have not all the same tensors")
             layer = places[0][0]
-            if rule is None and not any(found) and (layer in side.alias or side.tensors_of(layer)):
+            if rule is None and not any(by_layer) and (layer in side.alias or side.tensors_of(layer)):
                 raise CannotCarry(
                     f"weights: {key!r} -> {places[0][1][0]!r}: no tensor of the one fits a leaf of the other"
                 )
-            for same_entries in zip(*found, strict=True):
+            for same_entries in zip(*by_layer, strict=True):
                 entry = stacked(same_entries) if stack else same_entries[0]
                 claimed.update(entry.torch)
                 entry = entry._replace(torch=tuple(side.alias[name] for name in entry.torch))
@@ -1281,11 +1281,11 @@ def groups(
         close = closest(key, [*side.modules, *side.alias])
         raise CannotCarry(f"weights: {key!r} names no module and no tensor of PyTorch{close}")
     used = {name for target in targets for text in re.findall(r"\{([^{}]+)\}", target) for name in names_in(text)}
-    found: dict[tuple[tuple[str, int], ...], list[tuple[str, tuple[str, ...]]]] = {}
+    grouped: dict[tuple[tuple[str, int], ...], list[tuple[str, tuple[str, ...]]]] = {}
     for name, numbers in sorted(matches, key=lambda match: tuple(match[1].values())):
         kept = tuple((number, value) for number, value in numbers.items() if number in used)
-        found.setdefault(kept, []).append((name, tuple(fill(target, numbers) for target in targets)))
-    for places in found.values():
+        grouped.setdefault(kept, []).append((name, tuple(fill(target, numbers) for target in targets)))
+    for places in grouped.values():
         yield bool(matches[0][1].keys() - used), places
 
 
@@ -1395,7 +1395,7 @@ def same_names(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
         return families
 
     in_jax = by_family(path for path in paths if not path.endswith("~"))
-    found: dict[str, str] = {}
+    partners: dict[str, str] = {}
     for family, members in by_family(names).items():
         others = in_jax.get(family, {})
         alike = members.keys() == others.keys()
@@ -1406,8 +1406,8 @@ def same_names(names: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
                 [name for name in some if name not in same],
                 [path for path in rest if path not in same.values()],
             )
-            found |= same | (dict(zip(some, rest, strict=True)) if alike and len(some) == len(rest) == 1 else {})
-    return found
+            partners |= same | (dict(zip(some, rest, strict=True)) if alike and len(some) == len(rest) == 1 else {})
+    return partners
 
 
 def words(name: str) -> tuple[str, ...]:
