@@ -994,9 +994,7 @@ def apply(matches: Sequence[Match], choices: Sequence[Choice], setting: Sequence
                     chosen[index] = chosen[index]._replace(places=places[place], options=ways)
                 if option:
                     ways = chosen[index].options
-                    chosen[index] = chosen[index]._replace(
-                        options=(ways[option], *ways[:option], *ways[option + 1 :])
-                    )
+                    chosen[index] = chosen[index]._replace(options=(ways[option], *ways[:option], *ways[option + 1 :]))
     return chosen
 
 
