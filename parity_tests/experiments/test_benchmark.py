@@ -25,7 +25,7 @@ from experiments.records import Json, Show
 from experiments.speed import benchmark, gpu, torch_steps
 from experiments.speed.config import CHECKPOINTS, DOTS, QUICK, BenchmarkConfig, Task, Unavailable, apply_presets
 from experiments.speed.jax_steps import STAGES, TimedLoop, backward, make_loops, repeat, select_weights
-from experiments.speed.results import checkpoint_table, paired_ratios, sentence, short, spread, tables
+from experiments.speed.results import checkpoint_table, growth_table, paired_ratios, sentence, short, spread, tables
 from experiments.speed.workers import DOT_FLOP, WorkerFailed, order_of_round, time_in_turns
 from jax_cnn.checkpoint import load_checkpoint
 from jax_cnn.config import UserError
@@ -95,7 +95,8 @@ def plant(patch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
 
     def answer(first: float, number: int) -> Json:
         took = first * (1 + number)
-        return {"seconds": took, "cpu_seconds": 2 * took, "idle_cpu_seconds": 0.0, "peak_bytes": 2**20}
+        peak = int(100 * first * 2**20)
+        return {"seconds": took, "cpu_seconds": 2 * took, "idle_cpu_seconds": 0.0, "peak_bytes": peak}
 
     def planted(tasks: Sequence[Task], rounds: int, show: Show) -> dict[str, Json]:
         results: dict[str, Json] = {task.contender: {"unavailable": "no compiler"} for task in tasks}
@@ -147,6 +148,8 @@ def test_the_growth_chart_draws_what_was_measured(tmp_path: Path, monkeypatch: p
     result = benchmark.EMPTY_SECTIONS | {"contest": contest(PLANTED, "jax", "torch-fused"), "batch_sizes": points}
     assert benchmark.draw(result, tmp_path) == list(benchmark.FILES)
     assert_picture(tmp_path / benchmark.GROWTH)
+    (row,) = re.findall("16 .*2.00 .*", print_to_text(growth_table(points, "batch_size", "batch size", "torch-fused")))
+    assert row.split()[:7] == ["16", "2.00", "4.00", "50.0", "100", "100", "200"]  # s, ms and MiB of each
 
 
 def assert_picture(path: Path) -> None:

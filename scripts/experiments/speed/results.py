@@ -140,8 +140,14 @@ def growth_table(points: Sequence[Json], column: str, title: str, best: str) -> 
     rounds = points[0]["jax_speed_to_torch"]["n"]
     table = plain(
         f"By {title}",
-        f"JAX and {CONTENDERS[best].title}. Medians over {rounds} rounds (quartiles).",
-        (f"\n{title}", "JAX\ns", "PyTorch\ns", "JAX\nms a step", "PyTorch\nms a step", "JAX is\ntimes as fast"),
+        f"JAX and {CONTENDERS[best].title}. Medians over {rounds} rounds (quartiles); peak memory of each process.",
+        (
+            f"\n{title}",
+            *("JAX\ns", "PyTorch\ns"),
+            *("JAX\nms/step", "PyTorch\nms/step"),
+            *("JAX\nMiB", "PyTorch\nMiB"),
+            "JAX is\ntimes as fast",
+        ),
     )
     for point in points:
         lines = [point["contenders"][name] for name in ("jax", best)]
@@ -149,6 +155,7 @@ def growth_table(points: Sequence[Json], column: str, title: str, best: str) -> 
             f"{point[column]:,}",
             *(short(line["seconds"]["median"]) for line in lines),
             *(short(line["ms_per_step"]["median"]) for line in lines),
+            *(f"{line['peak_bytes'] / MIB:,.0f}" for line in lines),
             with_quartiles(point["jax_speed_to_torch"]),
         )
     return table
@@ -283,32 +290,36 @@ def plot_throughput(contest: Json, path: Path) -> None:
 
 
 def plot_growth(result: Json, path: Path) -> None:
-    """Draw how the cost of JAX and of the best PyTorch grows, a panel for each measured section, into a PNG."""
+    """Draw how time and memory of JAX and of the best PyTorch grow, a column for each measured section, into a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     contenders = ("jax", result["contest"]["best_torch"])
     sections = [section for section in PANELS if result[section]]
-    figure = Figure(figsize=(4.2 * len(sections), 4.0), layout="constrained")
-    for axes, section in zip(figure.subplots(1, len(sections), squeeze=False)[0], sections, strict=True):
+    figure = Figure(figsize=(4.2 * len(sections), 6.5), layout="constrained")
+    for (upper, lower), section in zip(figure.subplots(2, len(sections), squeeze=False).T, sections, strict=True):
         field, xlabel, cost, ylabel = PANELS[section]
         values = [point[field] for point in result[section]]
         for name, marker in zip(contenders, ("o-", "s--"), strict=True):
-            spreads = [point["contenders"][name][cost] for point in result[section]]
-            medians = [spread["median"] for spread in spreads]
-            axes.errorbar(values, medians, error_bars(spreads), fmt=marker, color=choose_colour(name), capsize=4)
-        if section == "train_sizes":
-            axes.set_xlim(left=0)
-        else:  # its values double
-            axes.set_xscale("log", base=2)
-        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
+            lines = [point["contenders"][name] for point in result[section]]
+            medians, colour = [line[cost]["median"] for line in lines], choose_colour(name)
+            errors = error_bars([line[cost] for line in lines])
+            upper.errorbar(values, medians, errors, fmt=marker, color=colour, capsize=4, label=CONTENDERS[name].title)
+            lower.plot(values, [line["peak_bytes"] / MIB for line in lines], marker, color=colour)
+        for axes in (upper, lower):
+            if section == "train_sizes":
+                axes.set_xlim(left=0)
+            else:  # its values double
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+        upper.set(ylabel=ylabel)
+        lower.set(xlabel=xlabel, ylabel="peak memory, MiB")
     ratios = [point["jax_speed_to_torch"]["median"] for section in sections for point in result[section]]
     figure.suptitle(f"JAX is {min(ratios):.2f} to {max(ratios):.2f} times as fast (medians, bars to the quartiles)")
-    figure.legend(axes.containers, [CONTENDERS[name].title for name in contenders], loc="outside lower center", ncols=2)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 
