@@ -1327,21 +1327,22 @@ def find_holders(weight_map: WeightMap) -> dict[str, set[str]]:
 def find_owners(weight_map: WeightMap) -> dict[str, str]:
     """Return the JAX module that holds all weights of each of PyTorch's modules, itself or in its parts.
 
-    A module of several parts is one only if no other module of PyTorch's has weights there. Nor is one that has only
-    the module's own parameter, such as a factor, and not the parts of the module.
+    A module that also holds weights of other modules in its parts is not one, as a block that holds the slope of its
+    activation. Nor is one that has only the module's own parameter, such as a factor, and not the parts of the module.
     """
     holders = find_holders(weight_map)
+
+    def others_in(path: str, name: str) -> set[str]:
+        others = [other for other in holders if name and not f"{other}.".startswith(f"{name}.")]
+        return {part for other in others for part in holders[other] if is_part(part, path)}
+
     owners = {}
     for name, (path, *more) in holders.items():
         parts = (part for other in holders if other.startswith(f"{name}.") or not name for part in holders[other])
-        if not more and (not path or all(is_part(part, path) for part in parts)):
+        if not more and (not path or all(is_part(part, path) for part in parts)) and not others_in(path, name) - {path}:
             owners[name] = path
     for name, paths in holders.items():
-        if len(paths) == 1:
-            continue
-        whole = os.path.commonpath(paths)
-        outside = [other for other in holders if name and not f"{other}.".startswith(f"{name}.")]
-        if whole and not any(is_part(path, whole) for other in outside for path in holders[other]):
+        if len(paths) > 1 and (whole := os.path.commonpath(paths)) and not others_in(whole, name):
             owners[name] = whole
     return owners
 

@@ -1450,6 +1450,23 @@ def test_a_module_is_not_the_one_that_holds_its_factor_alone() -> None:
     assert result.comparisons[0].stages["0"].jax == "layers_0"
 
 
+def test_a_block_that_holds_the_slope_of_its_activation_is_not_the_activation() -> None:
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            y = linen.Dense(4, name="fc1")(x)
+            y = jnp.where(y >= 0, y, self.param("act", linen.initializers.ones, (4,)) * y)
+            return x + linen.Dense(4, name="fc2")(y)
+
+    def block() -> nn.Module:
+        layers = {"fc1": nn.Linear(4, 4), "act": nn.PReLU(4), "fc2": nn.Linear(4, 4)}
+        return TorchNet(lambda net, x: x + net.fc2(net.act(net.fc1(x))), **layers)
+
+    port = LinenNet(lambda x: 2 * linen.Dense(2, name="out")(Block(name="b2")(Block(name="b1")(x))))
+    reference = TorchNet(lambda net, x: net.out(net.b2(net.b1(x))), b1=block(), b2=block(), out=nn.Linear(4, 2))
+    assert places(Pair(reference, port, np.ones((8, 4), np.float32))) == ["output of the network"]
+
+
 class Scaled(linen.Module):
     """A module with a weight of its own, whose gradient comes through a norm inside it."""
 
