@@ -15,6 +15,8 @@ from torch import nn
 from parity_tests.harness import Pair, examine, taps
 from parity_tests.harness.taps import by_phases, choose, rewrite, with_padding
 
+pytestmark = pytest.mark.extended
+
 RNG = np.random.default_rng(0)
 LAST, FIRST, ONE = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NWC", "WIO", "NWC")
 ROUNDING = 1e-14  # of the largest value; the worst seen in every case here is 2e-15

@@ -36,6 +36,7 @@ def train_four_steps(data: FashionMNIST, name: Model, dialect: Dialect) -> list[
     return jax.tree.leaves((trainer.state(), trainer.evaluate(), losses))
 
 
+@pytest.mark.extended
 @every_model
 def test_training_gives_the_same_bits_in_every_dialect(data: FashionMNIST, name: Model) -> None:
     """Weights, moments, losses and scores are equal, so that `--resume` may change the dialect."""

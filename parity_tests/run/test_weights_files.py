@@ -24,6 +24,8 @@ from parity_tests.support import TrainOnce, read_json, zero_weights
 from torch_ref.model import SimpleCNN, make_model
 from torch_ref.weights import read_tensors
 
+pytestmark = pytest.mark.extended
+
 LINEAR = Network("linear")
 
 
