@@ -974,7 +974,6 @@ INHERITS: Mapping[str, Sequence[str]] = {
     "statistics": ("outputs",),
     "trajectory": TRAINING,
     "handover": (*TRAINING, "trajectory"),
-    "drift": (*TRAINING, "trajectory"),
     "precision": ("transfer", "data", "outputs", "gradients"),
 }
 
@@ -1052,7 +1051,7 @@ def examine(
     if "parameters" not in failed:
         result.comparisons = compare_batches(case) if {"outputs", "gradients"} & set(names) else []
         result.float32 = case.shared.get("float32", {})
-        if steps and not find_obstacle(case, "drift", failed):
+        if steps and not (why_not_optimized(case) or why_not_trained(case)):
             progress(f"drift over {steps} steps")
             result.drift = drift(case, steps)
     result.notes = list(dict.fromkeys([*case.notes, *(note for part in result.comparisons for note in part.notes)]))
@@ -1084,7 +1083,7 @@ def find_obstacle(case: Case, name: str, failed: Sequence[str]) -> str:
         return COMPLEX
     if name == "statistics" and True not in case.modes:
         return why_not_trained(case) or "the network has no running statistics"
-    if name in ("optimizer", "trajectory", "handover", "drift"):
+    if name in ("optimizer", "trajectory", "handover"):
         return why_not_optimized(case) or (why_not_trained(case) if name != "optimizer" else "")
     return ""
 

@@ -57,13 +57,11 @@ def test_the_readmes_example_works_as_it_stands(tmp_path: Path, monkeypatch: pyt
     faulty = run_command("parity_report", "my_port:pair", "--fault=relu-leaky", "--steps=3", cwd=tmp_path)
     assert "outputs: output of " in faulty.stdout, faulty.stdout + faulty.stderr
     assert faulty.returncode == 1
-    assert not (tmp_path / "runs/parity/drift.png").exists()  # the fault would drift, and nothing else
+    assert (tmp_path / "runs/parity/drift.png").stat().st_size > 10_000
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     pair = load_pair(ReportConfig(which="my_port:pair"), Console())
-    sound = examine(pair, names=("parameters", "outputs", "gradients", "trajectory"), steps=3)
-    assert not sound.divergences
-    assert sound.drift["steps"] == [1, 2, 3]
+    assert not examine(pair, names=("parameters", "outputs", "gradients", "trajectory")).divergences
     with pytest.raises(UserError, match="--fault fixed-order cannot be planted: "):
         plant(pair, "fixed-order")
 
